@@ -1,0 +1,35 @@
+"""Collects bench_*.py and gives each row its roof, its rate and its share of the roof."""
+
+import pytest
+import torch
+
+
+def pytest_collect_file(file_path, parent):
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+@pytest.fixture
+def measure(benchmark):
+    """measure(fn, bytes=..., flops=..., tokens=..., rounds=...): time `fn`, note its rates.
+
+    Returns the median seconds of one call. `extra_info` holds the roof's inputs first (bytes that must
+    move, FLOPs), then what was reached.
+    """
+
+    def run(fn, *, num_bytes=None, flops=None, tokens=None, rounds=15, warmup_rounds=3):
+        with torch.inference_mode():
+            benchmark.pedantic(fn, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
+        median_s = benchmark.stats.stats.median
+        if num_bytes is not None:
+            benchmark.extra_info["bytes"] = num_bytes
+            benchmark.extra_info["gb_per_s"] = round(num_bytes / median_s / 1e9, 2)
+        if flops is not None:
+            benchmark.extra_info["flops"] = flops
+            benchmark.extra_info["gflop_per_s"] = round(flops / median_s / 1e9, 1)
+        if tokens is not None:
+            benchmark.extra_info["tokens_per_s"] = round(tokens / median_s, 1)
+        return median_s
+
+    return run

@@ -1,0 +1,327 @@
+// The supported domain of every operator, and the only place where its errors are worded:
+// "op: argument expected ..., got ...". ValueError for shapes and values, TypeError for dtypes,
+// NotImplementedError for what would make sense and is not there.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace reasoners {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kAny = -1;  // any extent, in a wanted shape
+
+// The dtype of decays, scales, D and states beside data of type `data`.
+inline at::ScalarType wide_dtype(at::ScalarType data) {
+  return data == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+struct Check {
+  const char* op;
+
+  void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> want,
+             const char* words) const {
+    bool fits = t.dim() == static_cast<int64_t>(want.size());
+    for (int64_t i = 0; fits && i < t.dim(); ++i) {
+      const int64_t extent = want.begin()[i];
+      fits = extent == kAny || extent == t.size(i);
+    }
+    if (fits) return;
+    TORCH_CHECK_VALUE(false, op, ": ", name, " expected shape ", words, " = ",
+                      tuple({want.begin(), want.size()}), ", got ", tuple(t.sizes()));
+  }
+  static std::string tuple(at::IntArrayRef extents) {
+    std::ostringstream text;
+    for (const int64_t extent : extents) {
+      text << (text.tellp() > 0 ? ", " : "(");
+      extent == kAny ? text << "*" : text << extent;
+    }
+    text << (extents.empty() ? "()" : ")");
+    return text.str();
+  }
+  void dtype(const char* name, const Tensor& t, at::ScalarType want) const {
+    TORCH_CHECK_TYPE(t.scalar_type() == want, op, ": ", name, " expected dtype ", want, ", got ",
+                     t.scalar_type());
+  }
+  void data_dtype(const char* name, const Tensor& t) const {
+    const auto type = t.scalar_type();
+    const bool fits = type == at::kFloat || type == at::kBFloat16 ||
+                      (t.is_cuda() ? type == at::kHalf : type == at::kDouble);
+    TORCH_CHECK_TYPE(fits, op, ": ", name, " expected dtype float32, bfloat16 or ",
+                     t.is_cuda() ? "float16" : "float64", ", got ", type);
+  }
+  void device(const char* name, const Tensor& t, const Tensor& like) const {
+    TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, " expected on ", like.device(),
+                      ", got ", t.device());
+  }
+  void divides(const char* name, int64_t part, const char* whole_name, int64_t whole) const {
+    TORCH_CHECK_VALUE(part > 0 && whole % part == 0, op, ": ", name, " expected to divide ",
+                      whole_name, " = ", whole, ", got ", part);
+  }
+  void contiguous(const char* name, const Tensor& t) const {
+    TORCH_CHECK_VALUE(t.is_contiguous(), op, ": ", name, " expected contiguous, got strides ",
+                      t.strides());
+  }
+  // A whole argument at once: device, dtype and shape.
+  void tensor(const char* name, const Tensor& t, const Tensor& like, at::ScalarType type,
+              std::initializer_list<int64_t> want, const char* words) const {
+    device(name, t, like);
+    dtype(name, t, type);
+    shape(name, t, want, words);
+  }
+  // cu_seqlens packs sequences along `length` of a single row; returns how many initial states
+  // there are. Its values are not read here: on CUDA that would synchronise. CPU kernels call
+  // boundaries().
+  int64_t sequences(const OptionalTensor& cu_seqlens, const Tensor& x) const {
+    if (!cu_seqlens) return x.size(0);
+    tensor("cu_seqlens", *cu_seqlens, x, at::kInt, {kAny}, "(sequences + 1)");
+    TORCH_CHECK_VALUE(x.size(0) == 1, op, ": x expected batch 1 with cu_seqlens, got ", x.size(0));
+    TORCH_CHECK_VALUE(cu_seqlens->numel() >= 1, op,
+                      ": cu_seqlens expected at least 1 entry, got 0");
+    return cu_seqlens->numel() - 1;
+  }
+  // Offsets must rise from 0 to `total`.
+  void boundaries(const char* name, const Tensor& offsets, int64_t total) const {
+    const auto* o = offsets.const_data_ptr<int32_t>();
+    const int64_t n = offsets.numel();
+    TORCH_CHECK_VALUE(o[0] == 0 && o[n - 1] == total, op, ": ", name, " expected to run from 0 to ",
+                      total, ", got ", o[0], " to ", o[n - 1]);
+    for (int64_t i = 1; i < n; ++i)
+      TORCH_CHECK_VALUE(o[i] >= o[i - 1], op, ": ", name, " expected non-decreasing, got ",
+                        o[i - 1], " before ", o[i]);
+  }
+  // Rows that write must name distinct slots: two writers of one state would race.
+  void slots(const Tensor& slots, int64_t num_slots) const {
+    const auto* s = slots.const_data_ptr<int32_t>();
+    std::vector<bool> seen(num_slots, false);
+    for (int64_t i = 0; i < slots.numel(); ++i) {
+      if (s[i] < 0) continue;
+      TORCH_CHECK_VALUE(s[i] < num_slots, op, ": slots expected below ", num_slots, ", got ", s[i]);
+      TORCH_CHECK_VALUE(!seen[s[i]], op, ": slots expected distinct, got ", s[i], " twice");
+      seen[s[i]] = true;
+    }
+  }
+};
+
+// Shapes shared by ssd_scan and its derivative. Returns the number of initial states.
+inline int64_t check_ssd_scan(const char* op, const Tensor& x, const Tensor& log_decay,
+                              const Tensor& B, const Tensor& C, const OptionalTensor& scale,
+                              const OptionalTensor& D, const OptionalTensor& initial_state,
+                              const OptionalTensor& cu_seqlens) {
+  const Check check{op};
+  check.data_dtype("x", x);
+  check.shape("x", x, {kAny, kAny, kAny, kAny}, "(batch, length, Hx, P)");
+  const auto wide = wide_dtype(x.scalar_type());
+  const int64_t batch = x.size(0), length = x.size(1);
+  check.tensor("log_decay", log_decay, x, wide, {batch, length, kAny}, "(batch, length, H)");
+  const int64_t heads = log_decay.size(2);
+  check.tensor("B", B, x, x.scalar_type(), {batch, length, kAny, kAny}, "(batch, length, Gb, N)");
+  check.tensor("C", C, x, x.scalar_type(), {batch, length, kAny, B.size(3)},
+               "(batch, length, Gc, N)");
+  check.divides("Hx", x.size(2), "H", heads);
+  check.divides("Gb", B.size(2), "H", heads);
+  check.divides("Gc", C.size(2), "H", heads);
+  if (scale) check.tensor("scale", *scale, x, wide, {batch, length, heads}, "(batch, length, H)");
+  if (D) check.tensor("D", *D, x, wide, {heads}, "(H)");
+  const int64_t sequences = check.sequences(cu_seqlens, x);
+  if (initial_state)
+    check.tensor("initial_state", *initial_state, x, wide, {sequences, heads, x.size(3), B.size(3)},
+                 "(batch or sequences, H, P, N)");
+  return sequences;
+}
+
+inline void check_state_update(const Tensor& state, const Tensor& slots, const Tensor& x,
+                               const Tensor& log_decay, const Tensor& B, const Tensor& C,
+                               const OptionalTensor& scale, const OptionalTensor& D) {
+  const Check check{"state_update"};
+  check.data_dtype("x", x);
+  check.data_dtype("state", state);
+  check.shape("x", x, {kAny, kAny, kAny}, "(batch, Hx, P)");
+  const auto wide = wide_dtype(x.scalar_type());
+  const int64_t batch = x.size(0);
+  check.tensor("log_decay", log_decay, x, wide, {batch, kAny}, "(batch, H)");
+  const int64_t heads = log_decay.size(1);
+  check.tensor("B", B, x, x.scalar_type(), {batch, kAny, kAny}, "(batch, Gb, N)");
+  check.tensor("C", C, x, x.scalar_type(), {batch, kAny, B.size(2)}, "(batch, Gc, N)");
+  check.divides("Hx", x.size(1), "H", heads);
+  check.divides("Gb", B.size(1), "H", heads);
+  check.divides("Gc", C.size(1), "H", heads);
+  if (scale) check.tensor("scale", *scale, x, wide, {batch, heads}, "(batch, H)");
+  if (D) check.tensor("D", *D, x, wide, {heads}, "(H)");
+  check.tensor("slots", slots, x, at::kInt, {batch}, "(batch)");
+  check.device("state", state, x);
+  check.shape("state", state, {kAny, heads, x.size(2), B.size(2)}, "(slots, H, P, N)");
+  check.contiguous("state", state);
+}
+
+// Shapes shared by selective_scan and its derivative. Returns the number of initial states.
+inline int64_t check_selective_scan(const char* op, const Tensor& x, const Tensor& delta,
+                                    const Tensor& A, const Tensor& B, const Tensor& C,
+                                    const OptionalTensor& D, const OptionalTensor& initial_state,
+                                    const OptionalTensor& cu_seqlens) {
+  const Check check{op};
+  check.data_dtype("x", x);
+  check.shape("x", x, {kAny, kAny, kAny}, "(batch, length, channels)");
+  const auto wide = wide_dtype(x.scalar_type());
+  const int64_t batch = x.size(0), length = x.size(1), channels = x.size(2);
+  check.tensor("delta", delta, x, wide, {batch, length, channels}, "(batch, length, channels)");
+  check.tensor("A", A, x, wide, {channels, kAny}, "(channels, N)");
+  check.tensor("B", B, x, x.scalar_type(), {batch, length, kAny, A.size(1)},
+               "(batch, length, Gb, N)");
+  check.tensor("C", C, x, x.scalar_type(), {batch, length, kAny, A.size(1)},
+               "(batch, length, Gc, N)");
+  check.divides("Gb", B.size(2), "channels", channels);
+  check.divides("Gc", C.size(2), "channels", channels);
+  if (D) check.tensor("D", *D, x, wide, {channels}, "(channels)");
+  const int64_t sequences = check.sequences(cu_seqlens, x);
+  if (initial_state)
+    check.tensor("initial_state", *initial_state, x, wide, {sequences, channels, A.size(1)},
+                 "(batch or sequences, channels, N)");
+  return sequences;
+}
+
+inline void check_selective_update(const Tensor& state, const Tensor& slots, const Tensor& x,
+                                   const Tensor& delta, const Tensor& A, const Tensor& B,
+                                   const Tensor& C, const OptionalTensor& D) {
+  const Check check{"selective_update"};
+  check.data_dtype("x", x);
+  check.data_dtype("state", state);
+  check.shape("x", x, {kAny, kAny}, "(batch, channels)");
+  const auto wide = wide_dtype(x.scalar_type());
+  const int64_t batch = x.size(0), channels = x.size(1);
+  check.tensor("delta", delta, x, wide, {batch, channels}, "(batch, channels)");
+  check.tensor("A", A, x, wide, {channels, kAny}, "(channels, N)");
+  check.tensor("B", B, x, x.scalar_type(), {batch, kAny, A.size(1)}, "(batch, Gb, N)");
+  check.tensor("C", C, x, x.scalar_type(), {batch, kAny, A.size(1)}, "(batch, Gc, N)");
+  check.divides("Gb", B.size(1), "channels", channels);
+  check.divides("Gc", C.size(1), "channels", channels);
+  if (D) check.tensor("D", *D, x, wide, {channels}, "(channels)");
+  check.tensor("slots", slots, x, at::kInt, {batch}, "(batch)");
+  check.device("state", state, x);
+  check.shape("state", state, {kAny, channels, A.size(1)}, "(slots, channels, N)");
+  check.contiguous("state", state);
+}
+
+// Shapes shared by causal_conv1d and its derivative. Returns the number of initial states.
+inline int64_t check_causal_conv1d(const char* op, const Tensor& x, const Tensor& weight,
+                                   const OptionalTensor& bias, const OptionalTensor& initial_state,
+                                   const OptionalTensor& cu_seqlens) {
+  const Check check{op};
+  check.data_dtype("x", x);
+  check.shape("x", x, {kAny, kAny, kAny}, "(batch, length, channels)");
+  const int64_t channels = x.size(2);
+  check.tensor("weight", weight, x, x.scalar_type(), {channels, kAny}, "(channels, width)");
+  const int64_t width = weight.size(1);
+  TORCH_CHECK_VALUE(width >= 2 && width <= 4, op, ": width expected 2 to 4, got ", width);
+  if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {channels}, "(channels)");
+  const int64_t sequences = check.sequences(cu_seqlens, x);
+  if (initial_state)
+    check.tensor("initial_state", *initial_state, x, x.scalar_type(),
+                 {sequences, width - 1, channels}, "(batch or sequences, width - 1, channels)");
+  return sequences;
+}
+
+inline void check_conv_update(const Tensor& state, const Tensor& slots, const Tensor& x,
+                              const Tensor& weight, const OptionalTensor& bias) {
+  const Check check{"conv_update"};
+  check.data_dtype("x", x);
+  check.shape("x", x, {kAny, kAny}, "(batch, channels)");
+  const int64_t channels = x.size(1);
+  check.tensor("weight", weight, x, x.scalar_type(), {channels, kAny}, "(channels, width)");
+  const int64_t width = weight.size(1);
+  TORCH_CHECK_VALUE(width >= 2 && width <= 4, "conv_update: width expected 2 to 4, got ", width);
+  if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {channels}, "(channels)");
+  check.tensor("slots", slots, x, at::kInt, {x.size(0)}, "(batch)");
+  check.tensor("state", state, x, x.scalar_type(), {kAny, width - 1, channels},
+               "(slots, width - 1, channels)");
+  check.contiguous("state", state);
+}
+
+// The paged cache and the rows that address it, shared by append_kv and paged_attention.
+inline void check_pages(const char* op, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& page_table, const Tensor& cu_seqlens_q,
+                        const Tensor& kv_lengths) {
+  const Check check{op};
+  check.data_dtype("k_cache", k_cache);
+  check.shape("k_cache", k_cache, {kAny, kAny, kAny, kAny},
+              "(pages, kv_heads, page_size, head_dim)");
+  check.tensor("v_cache", v_cache, k_cache, k_cache.scalar_type(),
+               {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)},
+               "(pages, kv_heads, page_size, head_dim)");
+  check.contiguous("k_cache", k_cache);
+  check.contiguous("v_cache", v_cache);
+  check.tensor("page_table", page_table, k_cache, at::kInt, {kAny, kAny}, "(rows, max_pages)");
+  const int64_t rows = page_table.size(0);
+  check.tensor("cu_seqlens_q", cu_seqlens_q, k_cache, at::kInt, {rows + 1}, "(rows + 1)");
+  check.tensor("kv_lengths", kv_lengths, k_cache, at::kInt, {rows}, "(rows)");
+}
+
+// What a row asks of its pages, read on the host: CPU only, CUDA kernels trust their caller.
+inline void check_page_values(const char* op, const Tensor& k_cache, const Tensor& page_table,
+                              const Tensor& cu_seqlens_q, const Tensor& kv_lengths,
+                              int64_t num_tokens) {
+  Check{op}.boundaries("cu_seqlens_q", cu_seqlens_q, num_tokens);
+  const auto* starts = cu_seqlens_q.const_data_ptr<int32_t>();
+  const auto* lengths = kv_lengths.const_data_ptr<int32_t>();
+  const auto table = page_table.accessor<int32_t, 2>();
+  const int64_t num_pages = k_cache.size(0), page_size = k_cache.size(2);
+  for (int64_t row = 0; row < kv_lengths.numel(); ++row) {
+    if (lengths[row] <= 0) continue;  // a padding row
+    const int64_t queries = starts[row + 1] - starts[row];
+    TORCH_CHECK_VALUE(lengths[row] >= queries, op, ": kv_lengths[", row, "] expected at least the ",
+                      queries, " queries of the row, got ", lengths[row]);
+    const int64_t pages = (lengths[row] + page_size - 1) / page_size;
+    TORCH_CHECK_VALUE(pages <= page_table.size(1), op, ": kv_lengths[", row, "] expected at most ",
+                      page_table.size(1) * page_size, " tokens in the page table, got ",
+                      lengths[row]);
+    for (int64_t i = 0; i < pages; ++i)
+      TORCH_CHECK_VALUE(table[row][i] >= 0 && table[row][i] < num_pages, op, ": page_table[", row,
+                        "][", i, "] expected a page below ", num_pages, ", got ", table[row][i]);
+  }
+}
+
+inline void check_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
+                            const Tensor& v, const Tensor& page_table, const Tensor& cu_seqlens_q,
+                            const Tensor& kv_lengths) {
+  check_pages("append_kv", k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths);
+  const Check check{"append_kv"};
+  check.tensor("k", k, k_cache, k_cache.scalar_type(), {kAny, k_cache.size(1), k_cache.size(3)},
+               "(tokens, kv_heads, head_dim)");
+  check.tensor("v", v, k_cache, k_cache.scalar_type(),
+               {k.size(0), k_cache.size(1), k_cache.size(3)}, "(tokens, kv_heads, head_dim)");
+}
+
+inline void check_paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const Tensor& page_table, const Tensor& cu_seqlens_q,
+                                  const Tensor& kv_lengths) {
+  check_pages("paged_attention", k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths);
+  const Check check{"paged_attention"};
+  check.tensor("q", q, k_cache, k_cache.scalar_type(), {kAny, kAny, k_cache.size(3)},
+               "(tokens, heads, head_dim)");
+  check.divides("kv_heads", k_cache.size(1), "heads", q.size(1));
+}
+
+inline void check_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+                         const Tensor& top_p, const Tensor& min_p, const Tensor& rng_key) {
+  const Check check{"sample"};
+  TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16,
+                   "sample: logits expected dtype float32 or bfloat16, got ", logits.scalar_type());
+  check.shape("logits", logits, {kAny, kAny}, "(batch, vocabulary)");
+  const int64_t batch = logits.size(0);
+  TORCH_CHECK_VALUE(logits.size(1) > 0, "sample: logits expected a vocabulary, got 0 columns");
+  check.tensor("temperature", temperature, logits, at::kFloat, {batch}, "(batch)");
+  check.tensor("top_k", top_k, logits, at::kInt, {batch}, "(batch)");
+  check.tensor("top_p", top_p, logits, at::kFloat, {batch}, "(batch)");
+  check.tensor("min_p", min_p, logits, at::kFloat, {batch}, "(batch)");
+  check.tensor("rng_key", rng_key, logits, at::kLong, {batch, 4},
+               "(batch, seed prompt sample position)");
+}
+
+}  // namespace reasoners

@@ -1,0 +1,75 @@
+// Table of contents: the schema of every operator and the facts of this build. Kernels register
+// themselves for CPU in cpu/<op>.cpp and for CUDA in cuda/bindings.cpp; reasoners/ops.py documents
+// each operator and adds its fake function and derivative.
+
+#include <torch/extension.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(reasoners, m) {
+  // Chunked scan of the scalar-decay recurrence (discrete Mamba-2, Mamba-2) and its derivative.
+  m.def(
+      "ssd_scan(Tensor x, Tensor log_decay, Tensor B, Tensor C, Tensor? scale, Tensor? D, "
+      "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "ssd_scan_backward(Tensor dy, Tensor dfinal_state, Tensor x, Tensor log_decay, Tensor B, "
+      "Tensor C, Tensor? scale, Tensor? D, Tensor? initial_state, Tensor? cu_seqlens) -> "
+      "(Tensor dx, Tensor dlog_decay, Tensor dB, Tensor dC, Tensor dscale, Tensor dD, "
+      "Tensor dinitial_state)");
+  // The same recurrence, one token a row, on states kept in slots.
+  m.def(
+      "state_update(Tensor(a!) state, Tensor slots, Tensor x, Tensor log_decay, Tensor B, "
+      "Tensor C, Tensor? scale, Tensor? D) -> Tensor");
+  // Mamba-1: a decay per channel and state entry.
+  m.def(
+      "selective_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor x, Tensor delta, Tensor A, "
+      "Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? cu_seqlens) -> "
+      "(Tensor dx, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, "
+      "Tensor dinitial_state)");
+  m.def(
+      "selective_update(Tensor(a!) state, Tensor slots, Tensor x, Tensor delta, Tensor A, "
+      "Tensor B, Tensor C, Tensor? D) -> Tensor");
+  // Short depthwise convolution in front of a mixer.
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool silu) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_backward(Tensor dy, Tensor dfinal_state, Tensor x, Tensor weight, "
+      "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) -> "
+      "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def(
+      "conv_update(Tensor(a!) state, Tensor slots, Tensor x, Tensor weight, Tensor? bias, "
+      "bool silu) -> Tensor");
+  // Attention over a paged cache.
+  m.def(
+      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor page_table, "
+      "Tensor cu_seqlens_q, Tensor kv_lengths) -> ()");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
+      "Tensor cu_seqlens_q, Tensor kv_lengths, float scale) -> Tensor");
+  // From logits to a token.
+  m.def(
+      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+      "Tensor rng_key) -> (Tensor token, Tensor logprob)");
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Kernels of reasoners; the operators are in torch.ops.reasoners.";
+#ifdef REASONERS_WITH_CUDA
+  m.attr("compiled_with_cuda") = true;
+#else
+  m.attr("compiled_with_cuda") = false;
+#endif
+#if defined(CPU_CAPABILITY_AVX512)
+  m.attr("cpu_vectors") = "avx512";
+#elif defined(CPU_CAPABILITY_AVX2)
+  m.attr("cpu_vectors") = "avx2";
+#else
+  m.attr("cpu_vectors") = "portable";
+#endif
+  m.attr("cuda_archs") = REASONERS_CUDA_ARCHS;
+  m.attr("cutlass_version") = REASONERS_CUTLASS_VERSION;
+  m.attr("torch_version") = TORCH_VERSION;
+}

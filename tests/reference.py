@@ -1,0 +1,116 @@
+"""Float64 references of the operators, the makers of their inputs, and the tolerance of a test.
+
+A reference is the definition written as plainly as PyTorch allows, one token after the other. It
+computes in the dtype of its inputs: in float64 it is the oracle, in the kernel's own dtype it is the
+yardstick of how large a rounding error plain PyTorch makes on the same data.
+"""
+
+import torch
+from torch import Tensor
+
+
+def widen(value):
+    """Floating tensors to float64, everything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return value
+
+
+def assert_close(actual: Tensor, oracle: Tensor, plain: Tensor, name: str, floor: float = 1e-6):
+    """err(actual) <= 2 err(plain) + floor, against the float64 oracle, at the worst element.
+
+    plain: the same definition computed by PyTorch in the dtype of the operator under test.
+    floor: relative to the oracle's largest magnitude.
+    """
+    actual, plain = actual.detach().double().cpu(), plain.detach().double().cpu()
+    oracle = oracle.detach().double().cpu()
+    assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
+    if actual.numel() == 0:
+        return
+    finite = oracle.isfinite()
+    same = (actual == oracle) | (actual.isnan() & oracle.isnan()) | (finite & actual.isfinite())
+    assert same.all(), f"{name}: non-finite values differ at {(~same).nonzero()[0].tolist()}"
+    zero = torch.zeros((), dtype=torch.float64)
+    error = torch.where(finite, (actual - oracle).abs(), zero)
+    allowed = 2 * torch.where(finite, (plain - oracle).abs(), zero).max()
+    allowed = allowed + floor * torch.where(finite, oracle.abs(), zero).max()
+    worst = error.argmax()
+    index = torch.unravel_index(worst, error.shape)
+    assert error.max() <= allowed, (
+        f"{name}: worst at {[int(i) for i in index]}: got {actual.flatten()[worst]:.8g}, expected "
+        f"{oracle.flatten()[worst]:.8g}, error {error.max():.3g} > allowed {allowed:.3g}"
+    )
+
+
+def share(tensor: Tensor, heads: int, dim: int) -> Tensor:
+    """Repeat consecutive groups along `dim` until there is one per head."""
+    return tensor.repeat_interleave(heads // tensor.shape[dim], dim)
+
+
+# ---- state_update
+
+
+def state_update(state, slots, x, log_decay, B, C, scale=None, D=None):
+    """Returns (y, new state); the argument is left as it was."""
+    heads = log_decay.shape[1]
+    x, B, C = share(x, heads, 1), share(B, heads, 1), share(C, heads, 1)
+    state, y = state.clone(), torch.zeros_like(x)
+    for row, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        gain = x[row] if scale is None else x[row] * scale[row, :, None].to(x.dtype)
+        step = gain[:, :, None] * B[row, :, None, :]
+        decay = log_decay[row].exp()[:, None, None].to(state.dtype)
+        state[slot] = decay * state[slot] + step.to(state.dtype)
+        y[row] = torch.einsum("hpn,hn->hp", state[slot].to(x.dtype), C[row])
+        if D is not None:
+            y[row] += D[:, None].to(x.dtype) * x[row]
+    return y, state
+
+
+def state_update_inputs(
+    batch=3, H=4, Hx=4, Gb=4, Gc=4, P=16, N=16, dtype=torch.float32, state_dtype=torch.float32,
+    slots=None, scale=True, D=True, decay=1.0, seed=0,
+):  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    num_slots = batch + 2
+    slots = torch.randperm(num_slots, generator=g)[:batch] if slots is None else torch.tensor(slots)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    return {
+        "state": normal(num_slots, H, P, N).to(state_dtype),
+        "slots": slots.int(),
+        "x": normal(batch, Hx, P).to(dtype),
+        "log_decay": (-decay * torch.rand(batch, H, generator=g)).to(wide),
+        "B": normal(batch, Gb, N).to(dtype),
+        "C": normal(batch, Gc, N).to(dtype),
+        "scale": torch.rand(batch, H, generator=g).to(wide) if scale else None,
+        "D": normal(H).to(wide) if D else None,
+    }
+
+
+STATE_UPDATE_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 data and state": {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16},
+    "bf16 state, fp32 data": {"state_dtype": torch.bfloat16},
+    "no scale": {"scale": False},
+    "no D": {"D": False},
+    "batch 1": {"batch": 1},
+    "empty batch": {"batch": 0},
+    "many rows": {"batch": 70},
+    "kv sharing (kv, kv, H)": {"Hx": 2, "Gb": 2},
+    "one group (H, 1, 1)": {"Gb": 1, "Gc": 1},
+    "all shared": {"Hx": 1, "Gb": 1, "Gc": 2},
+    "P 64, N 64 (Llamba-1B)": {"P": 64, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2},
+    "P 96 (Llamba-3B)": {"P": 96, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2},
+    "P 128, N 128": {"P": 128, "N": 128, "H": 3, "Hx": 1, "Gb": 1, "Gc": 3},
+    "odd extents": {"P": 7, "N": 5},
+    "zero decay": {"decay": 0.0},
+    "strong decay": {"decay": 40.0},
+    "padding rows": {"batch": 4, "slots": [5, -1, 0, -7]},
+    "only padding": {"batch": 2, "slots": [-1, -1]},
+}
