@@ -116,7 +116,7 @@ class BuildDevice(Command):
     """`python setup.py build_device`: the CUDA objects alone."""
 
     description = "compile csrc/cuda/*.cu to objects (no torch, no GPU)"
-    user_options = ()
+    user_options = []  # noqa: RUF012, distutils wants a list
 
     def initialize_options(self):
         pass

@@ -1,0 +1,265 @@
+"""What a model remembers of its sequences: paged keys and values, convolution and scan states.
+
+Attention layers store tokens in pages that sequences may share; recurrent layers store one state per
+slot. A sequence is a slot: `allocate` one, feed it through `HybridLM.extend`, `fork` it into samples
+that share its full pages, `free` it. Pages for a sequence's whole capacity are taken when it is
+allocated or forked, so a running sequence never fails half-way and never has to be evicted; the price
+is that a slot holds pages it may not reach.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class CacheFull(RuntimeError):
+    """No slot or too few pages are free now; they may be later."""
+
+
+@dataclass
+class Step:
+    """One forward pass over packed tokens: which slots they extend and where they stand.
+
+    slots: (rows) int32; page_table: (rows, max_pages) int32; cu_seqlens: (rows + 1) int32 offsets of
+    the rows' tokens; kv_lengths: (rows) int32, lengths after this step; positions: (tokens) int64.
+    decode: every row feeds exactly one token. A negative slot with kv_length 0 is a padding row.
+    """
+
+    slots: Tensor
+    page_table: Tensor
+    cu_seqlens: Tensor
+    kv_lengths: Tensor
+    positions: Tensor
+    decode: bool
+
+
+@dataclass
+class KVPages:
+    """Keys and values of one attention layer, each (pages, kv_heads, page_size, head_dim)."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass
+class States:
+    """State of one recurrent layer: conv (slots, width - 1, channels), scan (slots, ...)."""
+
+    conv: Tensor
+    scan: Tensor
+
+
+class Cache:
+    """Slots and pages for the sequences of one model.
+
+    model: anything with `.config` and `.layers[i].mixer.cache_shapes()`, a HybridLM.
+    num_slots: sequences that can be alive at once. max_length: longest sequence, in tokens.
+    num_pages: pages per attention layer, None for as many as all slots can use. max_bytes: upper bound
+    of the memory, which limits num_pages. state_dtype: of the scan states; float32 unless the model
+    computes in float64.
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        num_slots: int,
+        max_length: int,
+        num_pages: int | None = None,
+        max_bytes: int | None = None,
+        page_size: int = 16,
+        state_dtype: torch.dtype | None = None,
+    ):
+        for name, value in (
+            ("num_slots", num_slots),
+            ("max_length", max_length),
+            ("page_size", page_size),
+        ):
+            if value < 1:
+                raise ValueError(f"Cache: {name} expected >= 1, got {value}")
+        weight = model.embedding.weight
+        dtype, device = weight.dtype, weight.device
+        if state_dtype is None:
+            state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.num_slots, self.max_length, self.page_size = num_slots, max_length, page_size
+        self.paged = any(kind == "attention" for kind in model.config.mixers)
+        max_pages = -(-max_length // page_size) if self.paged else 0
+        shapes = [layer.mixer.cache_shapes() for layer in model.layers]
+        page_bytes = state_bytes = 0
+        for shape in shapes:
+            if "kv" in shape:
+                page_bytes += 2 * page_size * math.prod(shape["kv"]) * dtype.itemsize
+            else:
+                state_bytes += math.prod(shape["conv"]) * dtype.itemsize
+                state_bytes += math.prod(shape["scan"]) * state_dtype.itemsize
+        most = num_slots * max_pages
+        if max_bytes is not None:
+            most = min(most, (max_bytes - num_slots * state_bytes) // max(page_bytes, 1))
+            if most < (1 if self.paged else 0):
+                raise ValueError(
+                    f"Cache: max_bytes expected at least {num_slots * state_bytes + page_bytes} for "
+                    f"{num_slots} slots and one page, got {max_bytes}"
+                )
+        self.num_pages = most if num_pages is None or not self.paged else num_pages
+
+        self.layers: list[KVPages | States] = []
+        for shape in shapes:
+            if "kv" in shape:
+                kv_heads, head_dim = shape["kv"]
+                pages = (self.num_pages, kv_heads, page_size, head_dim)
+                k, v = (torch.zeros(pages, dtype=dtype, device=device) for _ in range(2))
+                self.layers.append(KVPages(k, v))
+            else:
+                conv = torch.zeros(num_slots, *shape["conv"], dtype=dtype, device=device)
+                scan = torch.zeros(num_slots, *shape["scan"], dtype=state_dtype, device=device)
+                self.layers.append(States(conv, scan))
+
+        self.page_table = torch.full((num_slots, max_pages), -1, dtype=torch.int32, device=device)
+        self.lengths = [0] * num_slots
+        self._pages: dict[int, list[int]] = {}  # alive slots
+        self._owners = [0] * self.num_pages
+        self._free_slots = list(range(num_slots))[::-1]
+        self._free_pages = list(range(self.num_pages))[::-1]
+
+    def num_bytes(self) -> int:
+        """Bytes of all pages and states."""
+        tensors = [t for layer in self.layers for t in vars(layer).values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that can be allocated now."""
+        return len(self._free_slots)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that can be taken now."""
+        return len(self._free_pages)
+
+    def pages_for(self, length: int) -> int:
+        """Pages that hold `length` tokens."""
+        return -(-length // self.page_size) if self.paged else 0
+
+    def require_fit(self, length: int):
+        """Raise ValueError if a sequence of `length` tokens could never be held."""
+        if length > self.max_length:
+            raise ValueError(
+                f"Cache: sequence expected at most max_length = {self.max_length} tokens, got {length}"
+            )
+        if self.pages_for(length) > self.num_pages:
+            raise ValueError(
+                f"Cache: a sequence of {length} tokens needs {self.pages_for(length)} pages of "
+                f"{self.page_size}, the cache has {self.num_pages}"
+            )
+
+    def allocate(self, capacity: int) -> int:
+        """A new empty sequence with room for `capacity` tokens; returns its slot.
+
+        Raises CacheFull when it does not fit now, ValueError when it never will.
+        """
+        self.require_fit(capacity)
+        slot = self._take(self.pages_for(capacity))
+        for layer in self.layers:
+            if isinstance(layer, States):
+                layer.conv[slot].zero_()
+                layer.scan[slot].zero_()
+        return slot
+
+    def fork(self, slot: int, capacity: int) -> int:
+        """A copy of `slot` with room for `capacity` tokens in all; returns the new slot.
+
+        Full pages are shared, the last partial page and the states are copied. Neither sequence sees
+        what the other appends.
+        """
+        self.require_fit(capacity)
+        length, parent = self.lengths[slot], self._pages[slot]
+        if capacity < length:
+            raise ValueError(
+                f"Cache: fork of {length} tokens expected at least that, got {capacity}"
+            )
+        shared = parent[: length // self.page_size] if self.paged else []
+        child = self._take(self.pages_for(capacity) - len(shared), shared)
+        self.lengths[child] = length
+        partial = self.paged and length % self.page_size
+        for layer in self.layers:
+            if isinstance(layer, States):
+                layer.conv[child].copy_(layer.conv[slot])
+                layer.scan[child].copy_(layer.scan[slot])
+            elif partial:
+                source, target = parent[len(shared)], self._pages[child][len(shared)]
+                layer.k[target].copy_(layer.k[source])
+                layer.v[target].copy_(layer.v[source])
+        return child
+
+    def grow(self, slot: int, capacity: int):
+        """Give an existing sequence room for `capacity` tokens in all."""
+        self.require_fit(capacity)
+        pages = self._pages[slot]
+        pages.extend(self._take_pages(self.pages_for(capacity) - len(pages)))
+        self._write_page_table(slot)
+
+    def free(self, slot: int):
+        """Forget a sequence; pages that no other sequence shares become free."""
+        for page in reversed(self._pages.pop(slot)):
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                self._free_pages.append(page)
+        self.lengths[slot] = 0
+        self._free_slots.append(slot)
+
+    def step(self, slots: Sequence[int], counts: Sequence[int]) -> Step:
+        """The metadata for feeding `counts[i]` tokens to `slots[i]`, whose lengths grow by that."""
+        lengths, positions, offsets = [], [], [0]
+        for slot, count in zip(slots, counts, strict=True):
+            start = self.lengths[slot]
+            room = len(self._pages[slot]) * self.page_size if self.paged else self.max_length
+            if start + count > room:
+                raise ValueError(
+                    f"Cache: slot {slot} has room for {room} tokens, got {start} + {count}"
+                )
+            positions.extend(range(start, start + count))
+            lengths.append(start + count)
+            offsets.append(offsets[-1] + count)
+        for slot, length in zip(slots, lengths, strict=True):
+            self.lengths[slot] = length
+        device = self.page_table.device
+
+        def ints(values):
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        rows = ints(list(slots))
+        return Step(
+            slots=rows,
+            page_table=self.page_table[rows.long()],
+            cu_seqlens=ints(offsets),
+            kv_lengths=ints(lengths),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            decode=all(count == 1 for count in counts),
+        )
+
+    def _take(self, num_pages: int, shared: Sequence[int] = ()) -> int:
+        if not self._free_slots:
+            raise CacheFull(f"Cache: all {self.num_slots} slots are in use")
+        pages = self._take_pages(num_pages)
+        slot = self._free_slots.pop()
+        for page in shared:
+            self._owners[page] += 1
+        self._pages[slot] = [*shared, *pages]
+        self._write_page_table(slot)
+        return slot
+
+    def _take_pages(self, count: int) -> list[int]:
+        if count > len(self._free_pages):
+            raise CacheFull(f"Cache: {count} pages wanted, {len(self._free_pages)} free")
+        pages = [self._free_pages.pop() for _ in range(count)]
+        for page in pages:
+            self._owners[page] = 1
+        return pages
+
+    def _write_page_table(self, slot: int):
+        pages = self._pages[slot]
+        self.page_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.page_table[slot, len(pages) :] = -1

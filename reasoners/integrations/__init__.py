@@ -1,0 +1,1 @@
+"""Bridges to other packages, each optional and imported only when asked for."""

@@ -1,0 +1,631 @@
+"""One language model for teachers, students and hybrids; it trains, prefills and decodes.
+
+A model is a list of layers `h += mixer(norm1(h)); h += mlp(norm2(h))`, where each layer's mixer is one
+of four kinds. Llama is all "attention", Llamba all "discrete_mamba2", MambaInLlama mixes "attention"
+with "mamba1" or "mamba2": CONFIGS names them. `forward` sees whole sequences and has gradients,
+`extend` feeds packed tokens to sequences held in a Cache; both run the same mixers.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reasoners import ops
+from reasoners.cache import Cache, KVPages, States, Step
+
+MixerKind = Literal["attention", "discrete_mamba2", "mamba1", "mamba2"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """The "llama3" frequency scaling: long wavelengths are stretched by `factor`."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines a model's shapes and equations.
+
+    mixers: the kind of every layer. num_kv_heads: key/value heads of attention; the heads that x and
+    B have in the hybrid's recurrent mixers; the groups of B and C in Llamba. state_dim: N of the
+    recurrent mixers (0 if there are none). norm_eps: of every RMSNorm.
+    """
+
+    vocab_size: int
+    d_model: int
+    mlp_dim: int
+    mixers: tuple[MixerKind, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    state_dim: int = 0
+    conv_width: int = 4
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    max_length: int = 131072
+
+    def __post_init__(self):
+        object.__setattr__(self, "mixers", tuple(self.mixers))
+        for field in ("vocab_size", "d_model", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"ModelConfig: {field} expected >= 1, got {getattr(self, field)}")
+        unknown = set(self.mixers) - set(get_args(MixerKind))
+        if unknown or not self.mixers:
+            raise ValueError(
+                f"ModelConfig: mixers expected one or more of {get_args(MixerKind)}, got {self.mixers}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig: num_kv_heads expected to divide num_heads = {self.num_heads}, got "
+                f"{self.num_kv_heads}"
+            )
+        recurrent = set(self.mixers) - {"attention"}
+        if recurrent and self.state_dim < 1:
+            raise ValueError(f"ModelConfig: state_dim expected >= 1, got {self.state_dim}")
+        if "mamba2" in recurrent and self.state_dim != self.head_dim:
+            raise ValueError(
+                f"ModelConfig: state_dim of mamba2 expected head_dim = {self.head_dim}, got "
+                f"{self.state_dim}"
+            )
+        if "mamba1" in recurrent and self.kv_dim % self.state_dim:
+            raise ValueError(
+                f"ModelConfig: state_dim of mamba1 expected to divide {self.kv_dim}, got "
+                f"{self.state_dim}"
+            )
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels inside a mixer: heads * head_dim."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Channels of one key, value, or hybrid x or B."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def family(self) -> str:
+        """ "llama", "llamba" or "mambainllama"."""
+        kinds = set(self.mixers)
+        if kinds == {"attention"}:
+            return "llama"
+        if kinds == {"discrete_mamba2"}:
+            return "llamba"
+        if "discrete_mamba2" in kinds or {"mamba1", "mamba2"} <= kinds:
+            raise ValueError(f"ModelConfig: no family mixes {sorted(kinds)}")
+        return "mambainllama"
+
+
+def _hybrid(teacher: ModelConfig, kind: MixerKind, keep, state_dim: int) -> ModelConfig:
+    mixers = tuple("attention" if i in keep else kind for i in range(len(teacher.mixers)))
+    return replace(teacher, mixers=mixers, state_dim=state_dim)
+
+
+def _llamba(teacher: ModelConfig, head_dim: int, state_dim: int = 64) -> ModelConfig:
+    heads = teacher.d_model // head_dim
+    mixers = ("discrete_mamba2",) * len(teacher.mixers)
+    return replace(
+        teacher, mixers=mixers, num_heads=heads, num_kv_heads=heads, head_dim=head_dim,
+        state_dim=state_dim, rope_scaling=None, max_length=131072,
+    )  # fmt: skip
+
+
+_LLAMA_1B = ModelConfig(
+    128256, 2048, 8192, ("attention",) * 16, 32, 8, 64, rope_scaling=RopeScaling(32.0)
+)
+_LLAMA_3B = ModelConfig(
+    128256, 3072, 8192, ("attention",) * 28, 24, 8, 128, rope_scaling=RopeScaling(32.0)
+)
+_LLAMA_8B = ModelConfig(
+    128256, 4096, 14336, ("attention",) * 32, 32, 8, 128, tie_embeddings=False,
+    rope_scaling=RopeScaling(8.0),
+)  # fmt: skip
+_SMOLLM2_135M = ModelConfig(
+    49152, 576, 1536, ("attention",) * 30, 9, 3, 64, rope_theta=100000.0, max_length=8192
+)
+_TINY = ModelConfig(256, 64, 96, ("attention",) * 4, 6, 2, 16, max_length=512)
+_KEEP_1B, _KEEP_3B = (3, 7, 11, 15), (3, 8, 13, 18, 23, 27)
+
+CONFIGS: dict[str, ModelConfig] = {
+    "llama-3.2-1b": _LLAMA_1B,
+    "llama-3.2-3b": _LLAMA_3B,
+    "llama-3.1-8b": _LLAMA_8B,
+    "smollm2-135m": _SMOLLM2_135M,
+    "llamba-1b": _llamba(_LLAMA_1B, 64),
+    "llamba-3b": _llamba(_LLAMA_3B, 96),
+    "llamba-8b": _llamba(_LLAMA_8B, 128),
+    "mambainllama-1b": _hybrid(_LLAMA_1B, "mamba1", _KEEP_1B, 16),
+    "mambainllama-3b": _hybrid(_LLAMA_3B, "mamba1", _KEEP_3B, 16),
+    "mambainllama-1b-mamba2": _hybrid(_LLAMA_1B, "mamba2", _KEEP_1B, 64),
+    "mambainllama-3b-mamba2": _hybrid(_LLAMA_3B, "mamba2", _KEEP_3B, 128),
+    "tiny-llama": _TINY,
+    "tiny-llamba": _llamba(_TINY, 16, 16),
+    "tiny-mamba1": _hybrid(_TINY, "mamba1", (1,), 16),
+    "tiny-mamba2": _hybrid(_TINY, "mamba2", (1,), 16),
+}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Linear(nn.Linear):
+    """y = x W^T, without bias, whose rows do not depend on how many rows there are.
+
+    BLAS libraries switch to another summation order below a few rows, which would make a sample's
+    tokens depend on its batch. Without gradients, fewer rows than MIN_ROWS are padded up to it.
+    """
+
+    MIN_ROWS = 4
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)"""
+        rows = x.numel() // x.shape[-1]
+        if rows >= self.MIN_ROWS or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        padded = x.new_zeros(self.MIN_ROWS, x.shape[-1])
+        padded[:rows] = x.reshape(rows, x.shape[-1])
+        y = F.linear(padded, self.weight, self.bias)[:rows]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times the weight; over the last `dim` channels."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)"""
+        return self._normalise(x) * self.weight
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        wide = _wide(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of every head by itself, with a weight for each channel of all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., heads, head_dim) -> (..., heads * head_dim)"""
+        return self._normalise(x).flatten(-2) * self.weight
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one matrix, gate's rows first."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = Linear(config.d_model, 2 * config.mlp_dim)
+        self.down_proj = Linear(config.mlp_dim, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., d_model)"""
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+@dataclass
+class Pass:
+    """What every mixer of one forward pass shares.
+
+    cu_seqlens: boundaries of packed sequences, or None. cos, sin: (tokens, head_dim / 2) rotary
+    factors, or None. step: set when the pass extends cached sequences.
+    """
+
+    cu_seqlens: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    step: Step | None = None
+
+
+class Rotary:
+    """Rotary position factors, with the llama3 scaling when the config asks for it."""
+
+    def __init__(self, config: ModelConfig):
+        dim = config.head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+        inv_freq = 1.0 / config.rope_theta**exponents
+        scaling = config.rope_scaling
+        if scaling is not None:
+            # Wavelengths shorter than original / high_freq_factor stay, longer than original /
+            # low_freq_factor are stretched by factor, those between are blended linearly.
+            turns = scaling.original_max_length * inv_freq / (2 * math.pi)
+            low, high = scaling.low_freq_factor, scaling.high_freq_factor
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling.factor
+        # Not a buffer: a model cast to bfloat16 must not round its frequencies.
+        self.inv_freq = {torch.device("cpu"): inv_freq}
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens) positions -> cos, sin (tokens, head_dim / 2) float32."""
+        inv_freq = self.inv_freq.get(positions.device)
+        if inv_freq is None:
+            inv_freq = self.inv_freq[torch.device("cpu")].to(positions.device)
+            self.inv_freq[positions.device] = inv_freq
+        angles = positions.float()[:, None] * inv_freq
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotary embedding of x (batch, tokens, heads, head_dim)."""
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    if x.dtype == torch.float64:
+        cos, sin = cos.double(), sin.double()
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions (Llama)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.qkv_proj = Linear(config.d_model, config.inner_dim + 2 * config.kv_dim)
+        self.out_proj = Linear(config.inner_dim, config.d_model)
+
+    def cache_shapes(self):
+        """What a Cache keeps for this layer."""
+        return {"kv": (self.num_kv_heads, self.head_dim)}
+
+    def forward(self, u: Tensor, this: Pass, cached: KVPages | None = None) -> Tensor:
+        """(batch, length, d_model) -> the same"""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim)).split(heads, -2)
+        q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
+        if cached is not None:
+            step = this.step
+            where = (step.page_table, step.cu_seqlens, step.kv_lengths)
+            ops.append_kv(cached.k, cached.v, k[0], v[0], *where)
+            y = ops.paged_attention(q[0], cached.k, cached.v, *where)[None]
+        elif this.cu_seqlens is None:
+            y = self._attend(q, k, v)
+        else:
+            lengths = this.cu_seqlens.diff().tolist()
+            parts = zip(*(t.split(lengths, 1) for t in (q, k, v)), strict=True)
+            y = torch.cat([self._attend(*part) for part in parts], 1)
+        return self.out_proj(y.flatten(-2))
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2)
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise causal convolution in front of a recurrent mixer, optionally with SiLU."""
+
+    def __init__(self, channels: int, width: int, silu: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.silu = silu
+
+    def forward(self, x: Tensor, this: Pass, cached: States | None) -> Tensor:
+        """(batch, length, channels) -> the same"""
+        if cached is None:
+            y, _ = ops.causal_conv1d(
+                x, self.weight, self.bias, cu_seqlens=this.cu_seqlens, silu=self.silu
+            )
+            return y
+        step = this.step
+        if step.decode:
+            state, slots = cached.conv, step.slots
+            return ops.conv_update(state, slots, x[0], self.weight, self.bias, self.silu)[None]
+        rows = step.slots.long()
+        y, cached.conv[rows] = ops.causal_conv1d(
+            x, self.weight, self.bias, cached.conv[rows], step.cu_seqlens, self.silu
+        )
+        return y
+
+
+def ssd(x, log_decay, B, C, scale, D, this: Pass, cached: States | None) -> Tensor:
+    """The scalar-decay recurrence over whole sequences, or onward from cached states."""
+    if cached is None:
+        return ops.ssd_scan(x, log_decay, B, C, scale, D, cu_seqlens=this.cu_seqlens)[0]
+    step = this.step
+    if step.decode:
+        scale = None if scale is None else scale[0]
+        return ops.state_update(
+            cached.scan, step.slots, x[0], log_decay[0], B[0], C[0], scale, D
+        )[None]  # fmt: skip
+    rows = step.slots.long()
+    initial = cached.scan[rows].to(log_decay.dtype)
+    y, final = ops.ssd_scan(x, log_decay, B, C, scale, D, initial, step.cu_seqlens)
+    cached.scan[rows] = final.to(cached.scan.dtype)
+    return y
+
+
+class DiscreteMamba2(nn.Module):
+    """Llamba's mixer: S = sigmoid(-a) S + x B^T, y = S C + D x, gated by silu(z + z_bias).
+
+    One matrix gives x, B, C, z, a; a convolution without activation runs over [x, B, C].
+    Source: Bick et al. 2025 (Llamba).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_groups = config.num_heads, config.num_kv_heads
+        self.head_dim, self.state_dim = config.head_dim, config.state_dim
+        inner, group = config.inner_dim, config.num_kv_heads * config.state_dim
+        self.sizes = (inner + 2 * group, inner, config.num_heads)
+        self.conv_sizes = (inner, group, group)
+        self.in_proj = Linear(config.d_model, sum(self.sizes))
+        self.conv = CausalConv1d(sum(self.conv_sizes), config.conv_width, silu=False)
+        self.z_bias = nn.Parameter(torch.zeros(inner))
+        self.D = nn.Parameter(torch.ones(config.num_heads))
+        self.out_proj = Linear(inner, config.d_model)
+
+    def cache_shapes(self):
+        """What a Cache keeps for this layer."""
+        return {
+            "conv": (self.conv.weight.shape[1] - 1, self.conv.weight.shape[0]),
+            "scan": (self.num_heads, self.head_dim, self.state_dim),
+        }
+
+    def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
+        """(batch, length, d_model) -> the same"""
+        xBC, z, a = self.in_proj(u).split(self.sizes, -1)
+        x, B, C = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B = B.unflatten(-1, (self.num_groups, self.state_dim))
+        C = C.unflatten(-1, (self.num_groups, self.state_dim))
+        log_decay = F.logsigmoid(-_wide(a))
+        y = ssd(x, log_decay, B, C, None, _wide(self.D), this, cached)
+        return self.out_proj(y.flatten(-2) * F.silu(z + self.z_bias))
+
+    def reset(self):
+        """The student's start: no gate (silu(z_bias) = 1), identity convolution, D = 1."""
+        inner, group = self.conv_sizes[:2]
+        nn.init.zeros_(self.in_proj.weight[inner + 2 * group :][:inner])
+        nn.init.constant_(self.z_bias, 1.278464542761)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.ones_(self.conv.weight[:, -1])
+        nn.init.zeros_(self.conv.bias)
+        nn.init.ones_(self.D)
+
+
+def inverse_softplus_steps(count: int) -> Tensor:
+    """(count) dt biases whose softplus is log-uniform in [1e-3, 0.1]."""
+    low, high = math.log(1e-3), math.log(0.1)
+    dt = torch.exp(torch.rand(count) * (high - low) + low).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class Mamba2(nn.Module):
+    """MambaInLlama's Mamba-2 mixer; x and B are shared by the query heads of their kv head.
+
+    One matrix gives z, x, B, C, dt; convolution and SiLU run over [x, B, C]; the output is gated by
+    silu(z), then normalised per head. Source: Wang et al. 2024 (MambaInLlama).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        inner, kv = config.inner_dim, config.kv_dim
+        self.sizes = (inner, inner + 2 * kv, config.num_heads)
+        self.conv_sizes = (kv, kv, inner)
+        self.in_proj = Linear(config.d_model, sum(self.sizes))
+        self.conv = CausalConv1d(sum(self.conv_sizes), config.conv_width, silu=True)
+        self.dt_bias = nn.Parameter(torch.zeros(config.num_heads))
+        self.A_log = nn.Parameter(torch.zeros(config.num_heads))
+        self.D = nn.Parameter(torch.ones(config.num_heads))
+        self.norm = HeadNorm(inner, config.norm_eps)
+        self.out_proj = Linear(inner, config.d_model)
+
+    def cache_shapes(self):
+        """What a Cache keeps for this layer."""
+        return {
+            "conv": (self.conv.weight.shape[1] - 1, self.conv.weight.shape[0]),
+            "scan": (self.num_heads, self.head_dim, self.head_dim),
+        }
+
+    def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
+        """(batch, length, d_model) -> the same"""
+        z, xBC, dt = self.in_proj(u).split(self.sizes, -1)
+        parts = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
+        x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
+        delta = F.softplus(_wide(dt) + _wide(self.dt_bias))
+        log_decay = -delta * _wide(self.A_log).exp()
+        y = ssd(x, log_decay, B, C, delta, _wide(self.D), this, cached)
+        return self.out_proj(self.norm(y * F.silu(z.unflatten(-1, (-1, self.head_dim)))))
+
+    def reset(self):
+        """Fresh decay and step size, as Mamba-2 starts."""
+        with torch.no_grad():
+            self.A_log.copy_(torch.empty(self.num_heads).uniform_(1, 16).log())
+            self.dt_bias.copy_(inverse_softplus_steps(self.num_heads))
+        nn.init.kaiming_uniform_(self.conv.weight[:, None], a=math.sqrt(5))
+        nn.init.zeros_(self.conv.bias)
+        nn.init.ones_(self.D)
+        nn.init.ones_(self.norm.weight)
+
+
+class Mamba1(nn.Module):
+    """MambaInLlama's Mamba-1 mixer: a decay per channel and state entry.
+
+    One matrix gives z, x, B, C, dt. x and B have the kv heads' channels and are repeated in chunks of
+    state_dim channels, the order the published checkpoints are trained with; so is the dt bias that
+    enters twice. Only x passes the convolution and SiLU. Source: Wang et al. 2024 (MambaInLlama).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.state_dim, self.inner_dim = config.state_dim, config.inner_dim
+        self.repeats = config.num_heads // config.num_kv_heads
+        inner, kv, rank = config.inner_dim, config.kv_dim, -(-config.d_model // 16)
+        self.sizes = (inner, kv, kv, inner, rank)
+        self.in_proj = Linear(config.d_model, sum(self.sizes))
+        self.conv = CausalConv1d(inner, config.conv_width, silu=True)
+        self.dt_proj = Linear(rank, inner, bias=True)
+        self.A_log = nn.Parameter(torch.zeros(inner, config.state_dim))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = Linear(inner, config.d_model)
+
+    def cache_shapes(self):
+        """What a Cache keeps for this layer."""
+        return {
+            "conv": (self.conv.weight.shape[1] - 1, self.inner_dim),
+            "scan": (self.inner_dim, self.state_dim),
+        }
+
+    def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
+        """(batch, length, d_model) -> the same"""
+        z, x, B, C, dt = self.in_proj(u).split(self.sizes, -1)
+        x = x.unflatten(-1, (-1, self.state_dim)).repeat_interleave(self.repeats, -2).flatten(-2)
+        x = self.conv(x, this, cached)
+        B, C = (t.unflatten(-1, (-1, self.state_dim)) for t in (B, C))
+        delta = F.softplus(_wide(self.dt_proj(dt)) + _wide(self.dt_proj.bias))
+        A, D = -_wide(self.A_log).exp(), _wide(self.D)
+        y = self._scan(x, delta, A, B, C, D, this, cached)
+        return self.out_proj(y * F.silu(z))
+
+    @staticmethod
+    def _scan(x, delta, A, B, C, D, this: Pass, cached: States | None) -> Tensor:
+        if cached is None:
+            return ops.selective_scan(x, delta, A, B, C, D, cu_seqlens=this.cu_seqlens)[0]
+        step = this.step
+        if step.decode:
+            return ops.selective_update(
+                cached.scan, step.slots, x[0], delta[0], A, B[0], C[0], D
+            )[None]  # fmt: skip
+        rows = step.slots.long()
+        initial = cached.scan[rows].to(delta.dtype)
+        y, final = ops.selective_scan(x, delta, A, B, C, D, initial, step.cu_seqlens)
+        cached.scan[rows] = final.to(cached.scan.dtype)
+        return y
+
+    def reset(self):
+        """Fresh decay, step size and convolution, as Mamba starts."""
+        rank = self.dt_proj.in_features
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, self.state_dim + 1).log().expand_as(self.A_log))
+            self.dt_proj.bias.copy_(inverse_softplus_steps(self.inner_dim))
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        nn.init.kaiming_uniform_(self.conv.weight[:, None], a=math.sqrt(5))
+        nn.init.zeros_(self.conv.bias)
+        nn.init.ones_(self.D)
+
+
+MIXERS = {
+    "attention": Attention,
+    "discrete_mamba2": DiscreteMamba2,
+    "mamba1": Mamba1,
+    "mamba2": Mamba2,
+}
+
+
+class Layer(nn.Module):
+    """A mixer and an MLP, each behind its norm and beside the residual stream."""
+
+    def __init__(self, config: ModelConfig, kind: MixerKind):
+        super().__init__()
+        self.norm1 = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MIXERS[kind](config)
+        self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, this: Pass, cached: KVPages | States | None = None) -> Tensor:
+        """(batch, length, d_model) -> the same"""
+        h = h + self.mixer(self.norm1(h), this, cached)
+        return h + self.mlp(self.norm2(h))
+
+
+class HybridLM(nn.Module):
+    """A causal language model whose layers mix by attention or by a recurrence.
+
+    Fresh weights are random; `reasoners.checkpoint.load_model` reads real ones.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.mixers)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = Linear(config.d_model, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.rotary = Rotary(config)
+        if self.embedding.weight.device.type != "meta":
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self):
+        """Random weights: matrices normal with deviation 0.02, mixers by their own rule."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for layer in self.layers:
+            if hasattr(layer.mixer, "reset"):
+                layer.mixer.reset()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and activations."""
+        return self.embedding.weight.dtype
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits (batch, length, vocab) of whole sequences, with gradients.
+
+        tokens: (batch, length) integers. cu_seqlens: (sequences + 1) int32 offsets of documents packed
+        into a batch of one; neither attention nor states cross them.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"HybridLM: tokens expected shape (batch, length), got {tuple(tokens.shape)}"
+            )
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff()
+            positions = positions - cu_seqlens[:-1].repeat_interleave(lengths)
+        h = self._layers(tokens, Pass(cu_seqlens, *self._rotary(positions)))
+        return self.head(h)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, cache: Cache, step: Step) -> Tensor:
+        """Feed packed tokens to cached sequences; logits (rows, vocab) after each row's last token.
+
+        tokens: (tokens) integers in the order of step.cu_seqlens, from `cache.step(slots, counts)`.
+        Mutates the cache's pages and states at the step's slots.
+        """
+        this = Pass(step.cu_seqlens, *self._rotary(step.positions), step)
+        h = self._layers(tokens[None], this, cache)[0]
+        if not step.decode:
+            h = h[step.cu_seqlens[1:].long() - 1]
+        return self.head(h)
+
+    def _rotary(self, positions: Tensor):
+        if "attention" in self.config.mixers:
+            return self.rotary(positions)
+        return None, None
+
+    def _layers(self, tokens: Tensor, this: Pass, cache: Cache | None = None) -> Tensor:
+        h = self.embedding(tokens)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, this, None if cache is None else cache.layers[i])
+        return self.norm(h)

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from reasoners.cache import Cache, CacheFull
+from reasoners.model import CONFIGS, HybridLM
+
+
+@pytest.fixture
+def hybrid():
+    return HybridLM(CONFIGS["tiny-mamba2"]).eval()
+
+
+def fill(model, cache, slot, count):
+    step = cache.step([slot], [count])
+    model.extend(torch.arange(count) % 256, cache, step)
+
+
+def pages_of(cache, slot):
+    return [p for p in cache.page_table[slot].tolist() if p >= 0]
+
+
+def test_fork_shares_full_pages_and_copies_the_partial_one(hybrid):
+    cache = Cache(hybrid, num_slots=3, max_length=32, page_size=4)
+    parent = cache.allocate(10)
+    fill(hybrid, cache, parent, 10)
+    child = cache.fork(parent, 20)
+    assert pages_of(cache, child)[:2] == pages_of(cache, parent)[:2]
+    assert pages_of(cache, child)[2] != pages_of(cache, parent)[2]
+    layer = next(layer for layer in cache.layers if hasattr(layer, "k"))
+    own, source = pages_of(cache, child)[2], pages_of(cache, parent)[2]
+    assert torch.equal(layer.k[own][:, :2], layer.k[source][:, :2])
+    before = layer.k[source].clone()
+    fill(hybrid, cache, child, 3)
+    assert torch.equal(layer.k[source], before)
+    states = cache.layers[0]
+    assert not torch.equal(states.scan[child], states.scan[parent])
+
+
+def test_everything_comes_back_in_any_order_of_free(hybrid):
+    cache = Cache(hybrid, num_slots=4, max_length=32, page_size=4)
+    total = cache.num_free_pages
+    parent = cache.allocate(9)
+    fill(hybrid, cache, parent, 9)
+    forks = [cache.fork(parent, 16) for _ in range(3)]
+    assert total - cache.num_free_pages == 3 + 3 * 2  # 2 of 4 pages are shared
+    for slot in (forks[1], parent, forks[0]):
+        cache.free(slot)
+    assert total - cache.num_free_pages == 4
+    cache.free(forks[2])
+    assert (cache.num_free_pages, cache.num_free_slots) == (total, 4)
+
+
+def test_a_new_sequence_sees_nothing_of_the_last_one(hybrid):
+    cache = Cache(hybrid, num_slots=1, max_length=16)
+    slot = cache.allocate(16)
+    for layer in cache.layers:
+        for tensor in vars(layer).values():
+            tensor.fill_(float("nan"))
+    cache.free(slot)
+    slot = cache.allocate(16)
+    logits = hybrid.extend(torch.arange(5), cache, cache.step([slot], [5]))
+    assert logits.isfinite().all()
+
+
+def test_full_raises_now_and_works_later(hybrid):
+    cache = Cache(hybrid, num_slots=2, num_pages=4, max_length=16, page_size=4)
+    first = cache.allocate(12)
+    with pytest.raises(CacheFull, match="2 pages wanted, 1 free"):
+        cache.allocate(8)
+    second = cache.allocate(4)
+    with pytest.raises(CacheFull, match="all 2 slots are in use"):
+        cache.allocate(4)
+    cache.free(first)
+    cache.free(second)
+    cache.allocate(16)
+
+
+def test_never_fitting_is_an_error_with_the_numbers(hybrid):
+    cache = Cache(hybrid, num_slots=2, num_pages=3, max_length=16, page_size=4)
+    with pytest.raises(ValueError, match="at most max_length = 16 tokens, got 17"):
+        cache.allocate(17)
+    with pytest.raises(ValueError, match="14 tokens needs 4 pages of 4, the cache has 3"):
+        cache.allocate(14)
+
+
+def test_growing_past_the_capacity_is_refused_and_changes_nothing(hybrid):
+    cache = Cache(hybrid, num_slots=2, max_length=16, page_size=4)
+    slot, other = cache.allocate(5), cache.allocate(5)
+    fill(hybrid, cache, slot, 5)
+    with pytest.raises(ValueError, match=f"slot {slot} has room for 8 tokens, got 5 \\+ 4"):
+        cache.step([other, slot], [1, 4])
+    assert (cache.lengths[slot], cache.lengths[other]) == (5, 0)
+
+
+def test_pure_recurrent_models_need_no_pages():
+    cache = Cache(HybridLM(CONFIGS["tiny-llamba"]), num_slots=2, max_length=1000)
+    slots = [cache.allocate(1000), cache.allocate(900)]
+    assert cache.num_pages == 0
+    assert cache.page_table.shape == (2, 0)
+    cache.free(slots[0])
+
+
+def test_max_bytes_bounds_the_memory(hybrid):
+    free = Cache(hybrid, num_slots=4, max_length=64)
+    tight = Cache(hybrid, num_slots=4, max_length=64, max_bytes=free.num_bytes() - 1)
+    assert tight.num_bytes() < free.num_bytes()
+    assert tight.num_pages == free.num_pages - 1
+    with pytest.raises(ValueError, match="max_bytes expected at least"):
+        Cache(hybrid, num_slots=4, max_length=64, max_bytes=1000)
