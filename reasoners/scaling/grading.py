@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,9 @@ class Grader:
         self._waiting: dict[tuple[str, str], list[Hashable]] = {}
         self._judged: dict[tuple[str, str], dict] = {}
         self._verdicts: list[Verdict] = []
-        self._workers = [self._start() for _ in range(workers)]
+        self._workers: list[_Worker] = []
+        for _ in range(workers):
+            self._start()
 
     def submit(self, key: Hashable, text: str, gold: str) -> None:
         """Ask for the verdict on a text; returns at once.
@@ -171,14 +174,14 @@ class Grader:
         """Yield verdicts until every submitted text has its own."""
         yield from self.poll()
         while self._waiting:
-            self._advance(timeout_s=0.5)
+            next_s = min((worker.deadline for worker in self._workers), default=0.0)
+            self._advance(timeout_s=max(0.0, next_s - time.monotonic()))
             yield from self.poll()
 
     def close(self) -> None:
         """End the verifier processes; unjudged texts are forgotten."""
-        for worker in self._workers:
+        for worker in list(self._workers):
             self._stop(worker)
-        self._workers.clear()
         self._selector.close()
 
     def __enter__(self) -> "Grader":
@@ -200,6 +203,8 @@ class Grader:
 
     def _advance(self, timeout_s: float) -> None:
         """Read replies, end what is overdue, hand out what is queued."""
+        if not self._workers:
+            raise RuntimeError("Grader: expected a verifier to be left, got a closed grader")
         for selected, _ in self._selector.select(timeout_s):
             self._read(selected.data)
         now = time.monotonic()
@@ -214,10 +219,8 @@ class Grader:
         worker.deadline = time.monotonic() + self._timeout_s
         # Twice the limit: the verifier's own alarm is for the case that no one is left to kill it.
         request = {"answer": pair[0], "gold": pair[1], "limit_s": 2 * self._timeout_s}
-        try:
+        with suppress(BrokenPipeError):  # its end is the next thing read from it
             os.write(worker.process.stdin.fileno(), json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
-            self._replace(worker, "died")
 
     def _read(self, worker: "_Worker") -> None:
         chunk = os.read(worker.process.stdout.fileno(), 1 << 16)
@@ -242,11 +245,11 @@ class Grader:
                 f"Grader: expected {' '.join(self._command)} to become ready, got {error} "
                 f"(exit status {worker.process.returncode})"
             )
-        self._workers[self._workers.index(worker)] = self._start()
+        self._start()
         if worker.pair is not None:
             self._settle(worker.pair, {"error": error})
 
-    def _start(self) -> "_Worker":
+    def _start(self) -> None:
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -255,10 +258,11 @@ class Grader:
             process_group=0,  # Ctrl-C is for the caller, who still wants its verdicts
         )
         worker = _Worker(process, deadline=time.monotonic() + START_LIMIT_S)
+        self._workers.append(worker)
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
-        return worker
 
     def _stop(self, worker: "_Worker") -> None:
+        self._workers.remove(worker)
         self._selector.unregister(worker.process.stdout)
         worker.process.kill()
         worker.process.wait()

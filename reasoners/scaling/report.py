@@ -98,7 +98,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
                 for curve in curves
                 for measure in MEASURES
             ]
-            table.add_row(f"{place:.3g}" if axis == "seconds" else str(place), *cells)
+            table.add_row(f"{place:,.2f}" if axis == "seconds" else str(place), *cells)
         console.print(table)
 
 
@@ -113,34 +113,51 @@ def save_plot(report: dict[str, Any], path: str | Path) -> None:
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    runs = report["runs"]
     for row, (measure, label) in zip(panels, MEASURES.items()):
-        for panel, axis, key in zip(row, ("k", "seconds"), ("by_k", "by_seconds")):
-            for number, run in enumerate(report["runs"]):
-                points = run[key]
+        for number, run in enumerate(runs):
+            for panel, axis, points in zip(row, ("k", "seconds"), (run["by_k"], run["by_seconds"])):
                 places = [point[axis] for point in points]
                 mean, low, high = (
                     [100 * point[measure][name] for point in points]
                     for name in ("mean", "low", "high")
                 )
-                marker = "o" if axis == "k" else None
-                (line,) = panel.plot(
-                    places, mean, color=f"C{number}", marker=marker, ms=4, label=run["name"]
+                stepped = axis == "seconds"  # nothing changes between two samples' ends
+                panel.plot(
+                    places,
+                    mean,
+                    color=f"C{number}",
+                    drawstyle="steps-post" if stepped else "default",
+                    marker=None if stepped else "o",
+                    markersize=4,
+                    label=run["name"],
                 )
-                panel.fill_between(places, low, high, color=line.get_color(), alpha=0.15, lw=0)
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.3)
-            panel.spines[["top", "right"]].set_visible(False)
+                panel.fill_between(
+                    places,
+                    low,
+                    high,
+                    step="post" if stepped else None,
+                    color=f"C{number}",
+                    alpha=0.15,
+                    linewidth=0,
+                )
+                panel.grid(alpha=0.3)
+                panel.spines[["top", "right"]].set_visible(False)
+        points = [point for run in runs for point in run["by_k"] + run["by_seconds"]]
+        highest = max(point[measure]["high"] for point in points)
+        row[0].set_ylim(0, 105 * max(highest, 0.05))
         row[0].set_ylabel(f"{label}, %")
-    every_k = sorted({point["k"] for run in report["runs"] for point in run["by_k"]})
+    every_k = sorted({point["k"] for run in runs for point in run["by_k"]})
     panels[1, 0].set_xscale("log", base=2)
     panels[1, 0].set_xticks(every_k, labels=map(str, every_k))
     panels[1, 0].minorticks_off()
     panels[1, 0].set_xlabel("samples per problem, k")
     panels[1, 1].set_xlim(left=0)
     panels[1, 1].set_xlabel("run time, s")
-    panels[0, 0].legend(frameon=False, loc="upper left")
-    tasks = sorted({run["manifest"]["task"] for run in report["runs"]})
-    figure.suptitle(f"{', '.join(tasks)}: what more samples buy (band: 95 % over problems)")
+    lines, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    tasks = ", ".join(sorted({run["manifest"]["task"] for run in runs}))
+    figure.suptitle(f"{tasks}: what more samples buy (bands: 95 % bootstrap over problems)")
     figure.savefig(path, dpi=150)
 
 
@@ -227,6 +244,11 @@ def _read_run(folder: Path) -> _Run:
     if not {"task", "model", "num_problems"} <= manifest.keys():
         raise ValueError(
             f"{folder}: expected task, model and num_problems in run.json, got {sorted(manifest)}"
+        )
+    if len(problems) > manifest["num_problems"]:
+        raise ValueError(
+            f"{folder}: expected samples of {manifest['num_problems']} problems as run.json says, "
+            f"got samples of {len(problems)}"
         )
     spans = read_spans(folder)
     elapsed_s = max(elapsed_s, *(span.end_s for span in spans), 0.0)

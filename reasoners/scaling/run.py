@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -169,58 +169,11 @@ def run(
     if wave < 1:
         raise ValueError(f"run: wave expected at least 1, got {wave}")
 
-    golds = {problem.id: problem.answer for problem in problems}
-    unfinished: set[tuple[str, int]] = set()
-    judging: dict[tuple[str, int], Completion] = {}
-    num_before = len(store)
-    num_asked = num_correct = num_errors = num_tokens = 0
-    failure: BaseException | None = None
     offset_s = store.elapsed_s
     started_s = time.perf_counter()
     deadline_s = math.inf if budget_s is None else started_s + budget_s - offset_s
-
-    def requests() -> Iterator[Request]:
-        nonlocal num_asked
-        for first in count(0, wave) if samples is None else range(0, samples, wave):
-            last = first + wave if samples is None else min(first + wave, samples)
-            for problem in problems:
-                wanted = [i for i in range(first, last) if (problem.id, i) not in store]
-                if wanted:
-                    num_asked += len(wanted)
-                    unfinished.update((problem.id, i) for i in wanted)
-                    yield Request(problem.id, messages(task, problem, shots), tuple(wanted))
-
-    def accept(completion: Completion) -> None:
-        nonlocal num_tokens
-        key = (completion.problem_id, completion.sample)
-        if key not in unfinished:
-            raise ValueError(f"run: expected a sample that is asked for and unfinished, got {key}")
-        unfinished.remove(key)
-        judging[key] = completion
-        num_tokens += completion.num_tokens
-        grader.submit(key, completion.text, golds[completion.problem_id])
-
-    def record(verdict: Verdict) -> None:
-        nonlocal num_correct, num_errors
-        completion = judging.pop(verdict.key)
-        store.append(
-            Sample(
-                problem_id=completion.problem_id,
-                sample=completion.sample,
-                text=completion.text,
-                num_tokens=completion.num_tokens,
-                start_s=round(completion.start_s - started_s + offset_s, 6),
-                end_s=round(completion.end_s - started_s + offset_s, 6),
-                finish_reason=completion.finish_reason,
-                answer=verdict.answer,
-                vote=verdict.vote,
-                correct=verdict.correct,
-                error=verdict.error,
-            )
-        )
-        num_correct += verdict.correct is True
-        num_errors += verdict.error is not None
-
+    ledger = _Ledger(task, problems, shots, store, grader, started_s, offset_s)
+    failure: BaseException | None = None
     total = None if samples is None else samples * len(problems)
     with _deferred_interrupt() as interrupted, _bar(progress, timed=budget_s is not None) as bar:
         shown = bar.add_task("sampling", total=total or budget_s, status="")
@@ -229,62 +182,135 @@ def run(
             return interrupted() or time.perf_counter() >= deadline_s
 
         def show() -> None:
-            run_s = time.perf_counter() - started_s
-            num_samples = len(store) - num_before
-            status = f"{num_samples} samples, {num_tokens / run_s:.0f} tokens/s"
-            if num_samples:
-                status += f", {num_correct / num_samples:.0%} right"
+            now_s = time.perf_counter()
+            status = ledger.status(now_s - started_s)
             if budget_s is not None:
-                status += f", {max(0.0, budget_s - offset_s - run_s):.0f} s left"
-            completed = offset_s + run_s if total is None else len(store)
+                status += f", {max(0.0, deadline_s - now_s):.0f} s left"
+            completed = now_s - started_s + offset_s if total is None else len(store)
             bar.update(shown, completed=completed, status=status)
 
-        pending = requests()
-        with closing(generate(pending, should_stop)) as completions:
+        requests = ledger.requests(samples, wave, should_stop)
+        with closing(generate(requests, should_stop)) as completions:
             while True:
                 try:
                     completion = next(completions)
+                    in_time = completion is not None and completion.end_s <= deadline_s
+                    if in_time:
+                        ledger.accept(completion)
                 except StopIteration:
                     break
                 except BaseException as error:  # whatever it is, finished samples come first
                     failure = error
                     break
-                if completion is not None and completion.end_s <= deadline_s:
-                    accept(completion)
-                elif should_stop():
+                if not in_time and should_stop():
                     break
-                for verdict in grader.poll():
-                    record(verdict)
+                ledger.record(grader.poll())
                 show()
         ended_s = min(time.perf_counter(), deadline_s)
-        if failure is None and interrupted():
-            failure = KeyboardInterrupt()
-        if failure is None and not should_stop() and (unfinished or next(pending, None)):
+        num_dropped = len(ledger.unfinished)
+        if failure is None and not should_stop() and (num_dropped or next(requests, None)):
             failure = RuntimeError(
                 "run: expected generate to go on until nothing is left to do, got its end with "
-                f"{len(unfinished)} samples unfinished"
+                f"{num_dropped} samples unfinished"
             )
         for verdict in grader.drain():
-            record(verdict)
+            ledger.record([verdict])
             show()
+        if failure is None and interrupted():
+            failure = KeyboardInterrupt()
 
-    if num_asked:
+    if ledger.num_asked:
         ended_by = "samples" if ended_s < deadline_s else "budget"
         if failure is not None:
             ended_by = type(failure).__name__
-        end_s = round(offset_s + ended_s - started_s, 6)
-        store.append_span(Span(offset_s, end_s, len(unfinished), ended_by))
+        end_s = round(ended_s - started_s + offset_s, 6)
+        store.append_span(Span(offset_s, end_s, num_dropped, ended_by))
     if failure is not None:
         raise failure
     return RunSummary(
-        num_samples=len(store) - num_before,
-        num_correct=num_correct,
-        num_errors=num_errors,
-        num_dropped=len(unfinished),
-        num_tokens=num_tokens,
+        num_samples=ledger.num_stored,
+        num_correct=ledger.num_correct,
+        num_errors=ledger.num_errors,
+        num_dropped=num_dropped,
+        num_tokens=ledger.num_tokens,
         run_s=store.elapsed_s - offset_s,
         elapsed_s=store.elapsed_s,
     )
+
+
+class _Ledger:
+    """The way of each sample: asked for, finished and being judged, stored."""
+
+    def __init__(
+        self,
+        task: Task,
+        problems: Sequence[Problem],
+        shots: int,
+        store: SampleStore,
+        grader: Grader,
+        started_s: float,
+        offset_s: float,
+    ) -> None:
+        self._prompts = {problem.id: messages(task, problem, shots) for problem in problems}
+        self._golds = {problem.id: problem.answer for problem in problems}
+        self._store = store
+        self._grader = grader
+        self._to_run_time_s = offset_s - started_s
+        self._judging: dict[tuple[str, int], Completion] = {}
+        self.unfinished: set[tuple[str, int]] = set()
+        self.num_asked = self.num_stored = self.num_correct = self.num_errors = 0
+        self.num_tokens = 0
+
+    def requests(
+        self, samples: int | None, wave: int, should_stop: Callable[[], bool]
+    ) -> Iterator[Request]:
+        for first in count(0, wave) if samples is None else range(0, samples, wave):
+            last = first + wave if samples is None else min(first + wave, samples)
+            for problem_id, prompt in self._prompts.items():
+                if should_stop():
+                    return
+                wanted = [i for i in range(first, last) if (problem_id, i) not in self._store]
+                if wanted:
+                    self.num_asked += len(wanted)
+                    self.unfinished.update((problem_id, i) for i in wanted)
+                    yield Request(problem_id, prompt, tuple(wanted))
+
+    def accept(self, completion: Completion) -> None:
+        key = (completion.problem_id, completion.sample)
+        if key not in self.unfinished:
+            raise ValueError(f"run: expected a sample that is asked for and unfinished, got {key}")
+        self.unfinished.remove(key)
+        self._judging[key] = completion
+        self.num_tokens += completion.num_tokens
+        self._grader.submit(key, completion.text, self._golds[completion.problem_id])
+
+    def record(self, verdicts: Iterable[Verdict]) -> None:
+        for verdict in verdicts:
+            completion = self._judging.pop(verdict.key)
+            self._store.append(
+                Sample(
+                    problem_id=completion.problem_id,
+                    sample=completion.sample,
+                    text=completion.text,
+                    num_tokens=completion.num_tokens,
+                    start_s=round(completion.start_s + self._to_run_time_s, 6),
+                    end_s=round(completion.end_s + self._to_run_time_s, 6),
+                    finish_reason=completion.finish_reason,
+                    answer=verdict.answer,
+                    vote=verdict.vote,
+                    correct=verdict.correct,
+                    error=verdict.error,
+                )
+            )
+            self.num_stored += 1
+            self.num_correct += verdict.correct is True
+            self.num_errors += verdict.error is not None
+
+    def status(self, run_s: float) -> str:
+        status = f"{self.num_stored} samples, {self.num_tokens / run_s:.0f} tokens/s"
+        if self.num_stored:
+            status += f", {self.num_correct / self.num_stored:.0%} right"
+        return status
 
 
 @contextmanager

@@ -96,11 +96,12 @@ def serve(judge: Callable[[str, str], dict] = judge) -> None:
     with open(os.devnull, "w") as nowhere:  # parsers print; neither replies nor terminal want it
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
         os.dup2(nowhere.fileno(), sys.stderr.fileno())
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     print(json.dumps({"ready": True}), file=replies)
     for line in sys.stdin:
         request = json.loads(line)
-        # The default action of SIGALRM is death by the kernel's hand: should the grader be gone,
-        # and so not kill this process at its deadline, a hang still does not outlive it by much.
+        # An alarm that nobody handles is death by the kernel's hand: should the grader be gone, and
+        # so not kill this process at its deadline, a hang still does not outlive it by much.
         signal.setitimer(signal.ITIMER_REAL, request["limit_s"])
         try:
             reply = judge(request["answer"], request["gold"])
