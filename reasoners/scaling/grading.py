@@ -29,14 +29,19 @@ MAX_ANSWER_CHARS = 400
 START_LIMIT_S = 120.0
 
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
-_PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,60}?(?:\bis\b|:|=)[\s:*]*(?=(\S[^\n]*))", re.IGNORECASE)
-_MATH_SPAN = re.compile(r"\$([^$\n]+)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-_SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|,\s+(?=[A-Za-z]{2,})")
+_PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,60}?(?:\bis\b|:|=)[\s:*]*", re.IGNORECASE)
+_PHRASE_END = re.compile(
+    r"\n|[.!?;](?=\s|$)|,\s+(?=[A-Za-z]{2,})|\s+(?=(?:because|since|so|which|for)\b)"
+)
+_MATH_SPAN = re.compile(r"\$([^$\n]+)\$(?!\d)|\\\((.+?)\\\)|\\\[((?s:.+?))\\\]")
 _ARITHMETIC = re.compile(r"[\d\s.,()+*/×÷$-]+=\s*(?=\S)")
 _QUANTITY = re.compile(
     r"(?P<sign>[-−+]?)\s*\\?[$€£]?\s*(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-    # Units are words of two letters or more, as "5 x" is a product; and not words for a factor.
-    r"\s*(?:\\?%|\\?\$|(?<=\s)(?!pi\b|dozen|hundred|thousand|[mb]illion)[A-Za-z]{2}[A-Za-z ./-]*)?"
+    # A unit is words, the first of two letters or more, as "5 x" is a product; and it is neither
+    # a factor nor a function nor the middle of a list.
+    r"\s*(?:\\?%|\\?\$|(?<=\s)"
+    r"(?!(?:pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|mod|and|or|to|plus|minus|times|over)\b)"
+    r"(?!dozen|hundred|thousand|(?:m|b|tr)illion)[A-Za-z]{2}[A-Za-z ./-]*)?"
 )
 
 
@@ -58,11 +63,10 @@ def extract_answer(text: str) -> str | None:
         return _cleaned(boxed)
     if stated := _HASHES.findall(text):
         return _cleaned(stated[-1])
-    if stated := _PHRASE.findall(text):
-        phrase = stated[-1]
-        if span := _MATH_SPAN.match(phrase):
-            return _cleaned(span[0])
-        return _cleaned(_SENTENCE_END.split(phrase, maxsplit=1)[0])
+    if stated := list(_PHRASE.finditer(text)):
+        phrase = text[stated[-1].end() :]
+        span = _MATH_SPAN.match(phrase)
+        return _cleaned(span[0] if span else _PHRASE_END.split(phrase, maxsplit=1)[0])
     return None
 
 
@@ -78,13 +82,17 @@ def _last_boxed(text: str) -> str | None:
 
 def _cleaned(answer: str) -> str | None:
     answer = answer.strip().strip("*").strip()
+    if len(answer) > MAX_ANSWER_CHARS:
+        return None
     if span := _MATH_SPAN.fullmatch(answer.rstrip(".")):
         answer = next(filter(None, span.groups())).strip()
-    answer = _ARITHMETIC.sub("", answer.removesuffix(".").rstrip(), count=1)
+    answer = answer.removesuffix(".").rstrip()
+    if worked := _ARITHMETIC.match(answer):
+        answer = answer[worked.end() :]
     if quantity := _QUANTITY.fullmatch(answer):
         sign = "-" if quantity["sign"] in ("-", "−") else ""
         return sign + quantity["number"].replace(",", "")
-    return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
+    return answer or None
 
 
 @dataclass(frozen=True)
