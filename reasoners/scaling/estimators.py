@@ -95,13 +95,11 @@ def maj_at_k(
     # One column more than classes: -1 means the last, where samples without an answer gather.
     num_columns = int(votes.max()) + 2
     columns = votes[subsets] % num_columns
-    rows = np.arange(num_subsets)[:, None]
-    flat = (rows * num_columns + columns).ravel()
-    num_votes = np.bincount(flat, minlength=num_subsets * num_columns).reshape(num_subsets, -1)
-    # Written from the last position to the first, so that of each class the first one stays.
-    first = np.full((num_subsets, num_columns), k)
-    first[rows, columns[:, ::-1]] = np.arange(k)[::-1]
-    score = num_votes * (k + 1) - first
+    cells = (np.arange(num_subsets)[:, None] * num_columns + columns).ravel()
+    num_votes = np.bincount(cells, minlength=num_subsets * num_columns)
+    first = np.full(num_subsets * num_columns, k)
+    np.minimum.at(first, cells, np.tile(np.arange(k), num_subsets))
+    score = (num_votes * (k + 1) - first).reshape(num_subsets, num_columns)
     score[:, -1] = 0  # above classes without votes, below those with one
     class_correct = np.zeros(num_columns, dtype=bool)
     np.logical_or.at(class_correct, votes, correct & (votes >= 0))

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -304,8 +304,8 @@ def _read_lines(lines: Iterator[bytes], kind: type, name: str) -> Iterator[tuple
 
 
 def _read_record(value: Any, kind: type, where: str) -> Any:
-    expected = [field.name for field in fields(kind)]
-    if not isinstance(value, dict) or set(value) != set(expected):
+    expected = kind.__dataclass_fields__.keys()
+    if not isinstance(value, dict) or value.keys() != expected:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"{where}: expected the fields {sorted(expected)}, got {found}")
     return kind(**value)
