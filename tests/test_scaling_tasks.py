@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from reasoners.scaling.grading import extract_answer
 from reasoners.scaling.tasks import GSM8K, MATH500, TASKS, Problem, load_problems, messages
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -57,7 +58,7 @@ def test_malformed_jsonl(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[{", "expected a JSON list, got malformed JSON"),
+        ("[{", "expected a JSON list, got malformed text"),
         ('{"problem": "p"}', r"expected a JSON list, got '\{"),
         ("[]", "expected at least one problem, got none"),
         ("[3]", "item 1: expected a JSON object, got '3'"),
@@ -77,6 +78,13 @@ def test_malformed_json(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_problems(MATH500, path)
+
+
+def test_a_line_that_is_no_utf8(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(b'{"question": "q", "answer": "#### 1"}\n{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"jsonl, line 2: expected a JSON object, got .*utf-8"):
+        load_problems(GSM8K, path)
 
 
 def test_a_malformed_line_after_the_limit_is_not_read(tmp_path):
@@ -125,3 +133,14 @@ def test_real_files(name, file, num_problems, first):
     problems = load_problems(TASKS[name], DATA / file)
     assert len(problems) == num_problems
     assert (problems[0].id, problems[0].answer, problems[0].level) == first
+
+
+def test_examples_end_in_their_answers():
+    answers = {
+        name: [extract_answer(solution) for _, solution in task.examples]
+        for name, task in TASKS.items()
+    }
+    assert answers == {
+        "gsm8k": ["134", "4", "8", "48"],
+        "math500": ["2, 3", "4\\sqrt{3}", "\\frac{1}{9}", "4"],
+    }

@@ -215,27 +215,27 @@ def messages(task: Task, problem: Problem, shots: int = 0) -> list[dict[str, str
 
 
 def _records_of_jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # of JSON, or of UTF-8
+                text = line.decode(errors="replace")
                 raise ValueError(
-                    f"{where}: expected a JSON object, got {_excerpt(line)} ({error})"
+                    f"{where}: expected a JSON object, got {_excerpt(text)} ({error})"
                 ) from None
 
 
 def _records_of_json(path: Path) -> Iterator[tuple[str, object]]:
-    text = path.read_text(encoding="utf-8")
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected a JSON list, got malformed JSON ({error})") from None
+        records = json.loads(path.read_bytes())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path}: expected a JSON list, got malformed text ({error})") from None
     if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a JSON list, got {_excerpt(text)}")
+        raise ValueError(f"{path}: expected a JSON list, got {_excerpt(json.dumps(records))}")
     for number, record in enumerate(records, start=1):
         yield f"{path}, item {number}", record
 
