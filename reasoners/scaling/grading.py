@@ -28,6 +28,7 @@ MAX_ANSWER_CHARS = 400
 
 START_LIMIT_S = 120.0
 
+_BRACE = re.compile(r"\\[\\{}]|(?P<box>\\f?boxed\s*)?\{|\}")  # escaped ones are text
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 _PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,60}?(?:\bis\b|:|=)[\s:*]*", re.IGNORECASE)
 _PHRASE_END = re.compile(
@@ -71,13 +72,16 @@ def extract_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    for opening in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
-        depth = 1
-        for position in range(opening.end(), min(len(text), opening.end() + MAX_ANSWER_CHARS)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[opening.end() : position]
-    return None
+    open_braces: list[int | None] = []  # where the content of a box begins, None for other braces
+    last = slice(0, 0)
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None and start > last.start:
+                last = slice(start, brace.start())
+        elif brace[0].endswith("{") and brace[0] != "\\{":
+            open_braces.append(brace.end() if brace["box"] else None)
+    return text[last] if last.start else None
 
 
 def _cleaned(answer: str) -> str | None:
