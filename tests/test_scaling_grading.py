@@ -224,10 +224,9 @@ def test_printing_does_not_disturb_replies():
         assert [verdict.correct for verdict in g.drain()] == [True]
 
 
-@pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", "(x+1)^{10^{9}}"])
-def test_answers_that_sympy_cannot_take(answer):
+def test_an_answer_that_sympy_cannot_take():
     with Grader(timeout_s=1) as grader:
-        grader.submit("huge", f"\\boxed{{{answer}}}", "5")
+        grader.submit("huge", "\\boxed{9^{9^{9^{9}}}}", "5")
         grader.submit("plain", "\\boxed{5}", "5")
         verdicts = {verdict.key: verdict for verdict in grader.drain()}
     assert verdicts["huge"].correct is not True

@@ -241,24 +241,26 @@ def test_interrupted_and_resumed(tmp_path, grader, at_step, exception, finished)
 
 
 KILLED = """
-import os, signal, sys
+import sys
 sys.path.insert(0, "tests")
 from test_scaling_run import *
 
-def kill(step):
-    if step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-
 with SampleStore(sys.argv[1], MANIFEST) as store, Grader() as grader:
-    time.sleep(1)  # verdicts of what is finished by the seventh step are stored before it
-    run(GSM8K, PROBLEMS, Engine(step_s=0.1, at_step=kill), store, grader, samples=6, wave=2)
+    grader.submit("first", "#### 1", "1")
+    list(grader.drain())  # the verifier is ready
+
+    def kill(step):
+        if len(store) >= 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(GSM8K, PROBLEMS, Engine(step_s=0.05, at_step=kill), store, grader, samples=6, wave=2)
 """
 
 
 def test_killed_and_resumed(tmp_path, grader):
     result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cut")], cwd=ROOT)
     assert result.returncode == -signal.SIGKILL
-    assert 4 <= len(content(tmp_path / "cut")) <= 8
+    assert 4 <= len(content(tmp_path / "cut")) < 18
     for name in ("cut", "whole"):
         with SampleStore(tmp_path / name, MANIFEST) as store:
             run(GSM8K, PROBLEMS, Engine(), store, grader, samples=6, wave=2)
@@ -282,7 +284,7 @@ def test_generation_and_verification_overlap(store):
         stored_meanwhile.extend(sample.problem_id for sample in read_samples(store.folder))
 
     stored_meanwhile = []
-    with Grader(workers=2, timeout_s=1.5, command=[sys.executable, "-c", code]) as grader:
+    with Grader(workers=2, timeout_s=1.0, command=[sys.executable, "-c", code]) as grader:
         summary = run(GSM8K, PROBLEMS, generate, store, grader, samples=1)
     assert sorted(stored_meanwhile) == ["p/1", "p/2"]
     assert (summary.num_samples, summary.num_errors) == (3, 1)
