@@ -1,0 +1,235 @@
+// From logits to a token: temperature, top-k, top-p, min-p, and Gumbel-max over what is kept.
+//
+// A row is read once from memory, for the maximum of every block of 64 tokens; what follows works
+// from cache and skips blocks by their maximum.
+//   1. log-sum-exp of the raw logits, for the log-probability.
+//   2. top-k and top-p are thresholds on the logit. Each is found by bisection between two values,
+//      with one pass per step that counts, or weighs, the tokens above the middle: no sort, no copy
+//      and few blocks, since most lie below. It ends when one token is left between the two.
+//   3. The winner of z + Gumbel noise. Noise belongs to the token (philox.h), so that no order of
+//      evaluation can change the choice. Philox runs 16 lanes wide; logarithms are taken only of
+//      tokens that could still win, by -log(E) <= -log(v) and a bound of log(v) read off its
+//      exponent.
+// Tried: nth_element for top-k and a growing sorted prefix for top-p, each several times slower on
+// flat rows. One row is one task; within a row threads would cost more than they bring.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <limits>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/fast_exp.h"
+#include "philox.h"
+
+namespace reasoners {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kBlock = 64;  // tokens whose noise is drawn together
+
+struct Filters {
+  float temperature, top_p, min_p;
+  int64_t top_k;
+};
+
+struct Choice {
+  int64_t token;
+  float logprob;
+};
+
+class Row {
+ public:
+  Row(const float* logits, int64_t vocabulary, std::vector<float>& block_max)
+      : x_(logits), size_(vocabulary), block_max_(block_max) {
+    block_max_.resize((size_ + kBlock - 1) / kBlock);
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const float* x = block(b);
+      float top = -kInfinity;
+#pragma omp simd reduction(max : top)
+      for (int64_t i = 0; i < width(b); ++i) top = x[i] > top ? x[i] : top;
+      block_max_[b] = top;
+      max_ = std::max(max_, top);
+    }
+  }
+
+  Choice choose(const Filters& filters, const NoiseStream& noise) {
+    scale_ = 1.0f;
+    const double sum = above<true>(-kInfinity).weight;
+    if (!std::isfinite(max_) || std::isnan(sum)) return {-1, std::nanf("")};
+    const int64_t token = filters.temperature > 0 ? draw(filters, noise) : first_maximum();
+    return {token, static_cast<float>(x_[token] - max_ - std::log(sum))};
+  }
+
+ private:
+  struct Mass {
+    double weight;
+    int64_t count;
+  };
+
+  int64_t blocks() const { return block_max_.size(); }
+  const float* block(int64_t b) const { return x_ + b * kBlock; }
+  int64_t width(int64_t b) const { return std::min(kBlock, size_ - b * kBlock); }
+  float z(float x) const { return (x - max_) * scale_; }
+
+  // How many tokens are at or above `threshold`, and their weight: exp(z), or 1 each.
+  template <bool exponential>
+  Mass above(float threshold) const {
+    Mass mass{0, 0};
+    for (int64_t b = 0; b < blocks(); ++b) {
+      if (block_max_[b] < threshold) continue;
+      const float* x = block(b);
+      float weight = 0;
+      int32_t count = 0;
+#pragma omp simd reduction(+ : weight, count)
+      for (int64_t i = 0; i < width(b); ++i) {
+        // Not x >= threshold: NaN must count, so that choose() sees it.
+        const bool below = x[i] < threshold;
+        if constexpr (exponential) weight += below ? 0.0f : fast_exp(z(x[i]));
+        count += below ? 0 : 1;
+      }
+      mass.weight += weight;
+      mass.count += count;
+    }
+    if constexpr (!exponential) mass.weight = static_cast<double>(mass.count);
+    return mass;
+  }
+
+  // A logit such that the tokens at or above it are the fewest whose weight reaches `target`.
+  template <bool exponential>
+  float threshold(double target, float lowest) const {
+    float high = max_, low = max_;
+    Mass at_low = above<exponential>(low), at_high{0, 0};
+    for (float step = 1 / scale_; at_low.weight < target; step *= 2) {
+      if (low == lowest) return lowest;
+      high = low, at_high = at_low;
+      low = std::max(max_ - step, lowest);
+      at_low = above<exponential>(low);
+    }
+    while (at_low.weight > target && at_low.count - at_high.count > 1) {
+      const float middle = 0.5f * low + 0.5f * high;
+      if (middle <= low || middle >= high) break;  // equal logits
+      const Mass at_middle = above<exponential>(middle);
+      if (at_middle.weight >= target) {
+        low = middle, at_low = at_middle;
+      } else {
+        high = middle, at_high = at_middle;
+      }
+    }
+    return low;
+  }
+
+  int64_t first_maximum() const {
+    int64_t b = 0;
+    while (block_max_[b] < max_) ++b;
+    return std::find(block(b), x_ + size_, max_) - x_;
+  }
+
+  int64_t draw(const Filters& filters, const NoiseStream& noise) {
+    // Clamped so that neither 0 * infinity nor infinity * 0 can arise.
+    constexpr float kSmallest = std::numeric_limits<float>::min(), kLargest = 1 / kSmallest;
+    scale_ = std::clamp(1 / filters.temperature, kSmallest, kLargest);
+    float kept = -kInfinity;
+    if (filters.top_k > 0 && filters.top_k < size_)
+      kept = threshold<false>(static_cast<double>(filters.top_k), kept);
+    if (filters.top_p < 1)
+      kept = threshold<true>(filters.top_p * above<true>(kept).weight, kept);
+    const float kept_z = filters.min_p > 0 ? std::min(std::log(filters.min_p), 0.0f) : -kInfinity;
+
+    // Whoever wins scores no less than the most probable token, so that one sets the bar.
+    const int64_t likeliest = first_maximum();
+    Best best{-1, -kInfinity, noise_gumbel(noise.word(likeliest))};
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const float top = z(block_max_[b]);
+      if (block_max_[b] < kept || top < kept_z || top + kMaxGumbel < best.bar) continue;
+      visit(b, kept, kept_z, noise, best);
+    }
+    return best.token;
+  }
+
+  struct Best {
+    int64_t token;
+    float score, bar;
+  };
+
+  void visit(int64_t b, float kept, float kept_z, const NoiseStream& noise, Best& best) const {
+    constexpr float kSlack = 1e-3f;  // over the rounding of the bound
+    const float* x = block(b);
+    uint32_t words[kBlock];
+    const auto first = static_cast<uint32_t>(b * (kBlock / 4));
+#pragma omp simd
+    for (int lane = 0; lane < kBlock / 4; ++lane) {
+      const PhiloxBlock block = noise.block(first + lane);
+      words[4 * lane] = block.a;
+      words[4 * lane + 1] = block.b;
+      words[4 * lane + 2] = block.c;
+      words[4 * lane + 3] = block.d;
+    }
+    float bound[kBlock];
+    const int64_t n = width(b);
+    int32_t hopeful = 0;
+#pragma omp simd reduction(+ : hopeful)
+    for (int64_t i = 0; i < n; ++i) {
+      // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its logarithm.
+      const auto bits = std::bit_cast<int32_t>(noise_uniform(words[i])) - 0x3f800000;
+      const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
+      const float zi = z(x[i]);
+      bound[i] = (x[i] >= kept) & (zi >= kept_z) ? zi - log_v + kSlack : -kInfinity;
+      hopeful += bound[i] >= best.bar;
+    }
+    if (hopeful == 0) return;
+    for (int64_t i = 0; i < n; ++i) {
+      if (bound[i] < best.bar) continue;
+      const float score = z(x[i]) + noise_gumbel(words[i]);
+      if (score > best.score) best = {b * kBlock + i, score, std::max(best.bar, score)};
+    }
+  }
+
+  const float* x_;
+  int64_t size_;
+  std::vector<float>& block_max_;
+  float max_ = -kInfinity, scale_ = 1.0f;
+};
+
+std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& temperature,
+                                  const Tensor& top_k, const Tensor& top_p, const Tensor& min_p,
+                                  const Tensor& rng_key) {
+  check_sample(logits_in, temperature, top_k, top_p, min_p, rng_key);
+  const Tensor logits = logits_in.contiguous(), keys = rng_key.contiguous();
+  const int64_t batch = logits.size(0), vocabulary = logits.size(1);
+  auto token = at::empty({batch}, logits.options().dtype(at::kLong));
+  auto logprob = at::empty({batch}, logits.options().dtype(at::kFloat));
+  const auto t = temperature.accessor<float, 1>(), p = top_p.accessor<float, 1>(),
+             m = min_p.accessor<float, 1>();
+  const auto k = top_k.accessor<int32_t, 1>();
+  auto* tokens = token.mutable_data_ptr<int64_t>();
+  auto* logprobs = logprob.mutable_data_ptr<float>();
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> block_max, wide;
+    for (int64_t row = begin; row < end; ++row) {
+      const float* x;
+      if (logits.scalar_type() == at::kFloat) {
+        x = logits.const_data_ptr<float>() + row * vocabulary;
+      } else {
+        const auto* narrow = logits.const_data_ptr<at::BFloat16>() + row * vocabulary;
+        wide.assign(narrow, narrow + vocabulary);
+        x = wide.data();
+      }
+      const NoiseStream noise(keys.const_data_ptr<int64_t>() + row * 4);
+      const Choice choice =
+          Row(x, vocabulary, block_max).choose({t[row], p[row], m[row], k[row]}, noise);
+      tokens[row] = choice.token;
+      logprobs[row] = choice.logprob;
+    }
+  });
+  return {token, logprob};
+}
+
+TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("sample", &sample); }
+
+}  // namespace
+}  // namespace reasoners

@@ -1,0 +1,89 @@
+// Random numbers that depend on nothing but their name: Philox4x32-10 (Salmon, Moraes, Dror, Shaw,
+// "Parallel random numbers: as easy as 1, 2, 3", SC 2011), free of torch and of state.
+//
+// The noise of token i, for a row named (seed, prompt, sample, position), is word i % 4 of the
+// block at
+//   key     = first two words of name,  name = philox(counter = (prompt, sample), key = seed)
+//   counter = (i / 4, position, last two words of name)
+// With the seed as its key Philox is a permutation of 128 bits, so two different (prompt, sample)
+// never share a name, and two different (prompt, sample, position, i) never share key and counter:
+// within a seed no two draws meet. Seed, prompt and sample count in full (64 bits each), position
+// modulo 2^32.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define REASONERS_HOST_DEVICE __host__ __device__
+#else
+#define REASONERS_HOST_DEVICE
+#endif
+
+namespace reasoners {
+
+struct PhiloxBlock {
+  uint32_t a, b, c, d;
+  constexpr bool operator==(const PhiloxBlock&) const = default;
+};
+
+REASONERS_HOST_DEVICE constexpr PhiloxBlock philox(PhiloxBlock counter, uint32_t key0,
+                                                   uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p = uint64_t{0xD2511F53} * counter.a, q = uint64_t{0xCD9E8D57} * counter.c;
+    counter = {static_cast<uint32_t>(q >> 32) ^ counter.b ^ key0, static_cast<uint32_t>(q),
+               static_cast<uint32_t>(p >> 32) ^ counter.d ^ key1, static_cast<uint32_t>(p)};
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  return counter;
+}
+
+// Known answers, from the authors' Random123 distribution (kat_vectors).
+static_assert(philox({0, 0, 0, 0}, 0, 0) ==
+              PhiloxBlock{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
+static_assert(philox({~0u, ~0u, ~0u, ~0u}, ~0u, ~0u) ==
+              PhiloxBlock{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+static_assert(philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0xa4093822, 0x299f31d0) ==
+              PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+
+// The noise of one row: blocks of four words, one word a token.
+class NoiseStream {
+ public:
+  // rng_key: seed, prompt, sample, position.
+  REASONERS_HOST_DEVICE constexpr explicit NoiseStream(const int64_t* rng_key)
+      : name_(philox({low(rng_key[1]), high(rng_key[1]), low(rng_key[2]), high(rng_key[2])},
+                     low(rng_key[0]), high(rng_key[0]))),
+        position_(low(rng_key[3])) {}
+
+  REASONERS_HOST_DEVICE constexpr PhiloxBlock block(uint32_t index) const {
+    return philox({index, position_, name_.c, name_.d}, name_.a, name_.b);
+  }
+  REASONERS_HOST_DEVICE constexpr uint32_t word(uint32_t token) const {
+    const PhiloxBlock words = block(token / 4);
+    const uint32_t each[] = {words.a, words.b, words.c, words.d};
+    return each[token % 4];
+  }
+
+ private:
+  REASONERS_HOST_DEVICE static constexpr uint32_t low(int64_t x) {
+    return static_cast<uint32_t>(x);
+  }
+  REASONERS_HOST_DEVICE static constexpr uint32_t high(int64_t x) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(x) >> 32);
+  }
+  PhiloxBlock name_;
+  uint32_t position_;
+};
+
+// Uniform on (0, 1], finest near 0, where the winning draws are.
+REASONERS_HOST_DEVICE inline float noise_uniform(uint32_t word) {
+  return (static_cast<float>(word) + 0.5f) * 0x1p-32f;
+}
+// A Gumbel variable, as minus the log of an exponential one; 25 stands for the -log of 1 - 1.
+REASONERS_HOST_DEVICE inline float noise_gumbel(uint32_t word) {
+  return -logf(fminf(-log1pf(-noise_uniform(word)), 25.0f));
+}
+constexpr float kMaxGumbel = 22.9f;  // noise_gumbel(0) = 33 log 2 = 22.87
+
+}  // namespace reasoners
