@@ -10,6 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+# Verifier processes share the cores with the model: its waiting threads must sleep, not spin. This
+# counts only before torch is imported, which every verb does lazily.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     help="Draw many chains of thought from Llama teachers and their Mamba-2 students, and see what "
     "they buy. Start with `reasoners demo`, or `reasoners sample --help`.",

@@ -133,7 +133,7 @@ _LLAMA_8B = ModelConfig(
 _SMOLLM2_135M = ModelConfig(
     49152, 576, 1536, ("attention",) * 30, 9, 3, 64, rope_theta=100000.0, max_length=8192
 )
-_TINY = ModelConfig(256, 64, 96, ("attention",) * 4, 6, 2, 16, max_length=512)
+_TINY = ModelConfig(256, 96, 128, ("attention",) * 4, 6, 2, 16, max_length=512)
 _KEEP_1B, _KEEP_3B = (3, 7, 11, 15), (3, 8, 13, 18, 23, 27)
 
 CONFIGS: dict[str, ModelConfig] = {

@@ -1,9 +1,12 @@
 import os
 
+# Set before torch starts its threads: waiting threads sleep instead of spinning, or tests crawl
+# wherever another process wants the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may depend on a network
+
 import pytest
 import torch
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may depend on a network
 
 # With deterministic algorithms on, at::empty is filled with NaN: an element that a kernel forgets to
 # write cannot pass for a lucky zero.

@@ -40,11 +40,11 @@ def convolved(inputs, weight, bias):
 
 
 def llamba_mixer(u, w):
-    """models.md section 3, u (l, 64)."""
-    heads, dim, state = 4, 16, 16
-    x, B, C, z, a = (u @ w["in_proj.weight"].T).split((64, 64, 64, 64, 4), -1)
+    """models.md section 3: 6 heads, P = N = 16."""
+    heads, dim, state = 6, 16, 16
+    x, B, C, z, a = (u @ w["in_proj.weight"].T).split((96, 96, 96, 96, 6), -1)
     conv = convolved(torch.cat((x, B, C), -1), w["conv1d.weight"], w["conv1d.bias"])
-    x, B, C = conv.split(64, -1)
+    x, B, C = conv.split(96, -1)
     S, rows = torch.zeros(heads, dim, state, dtype=u.dtype), []
     for t in range(len(u)):
         y = []
@@ -110,7 +110,7 @@ def test_mixer_equations(name, prefix, mixer, tmp_path):
     save_model(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    u = torch.randn(37, 64, dtype=torch.float64)
+    u = torch.randn(37, 96, dtype=torch.float64)
     seen = []
     model.layers[0].mixer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     with torch.no_grad():
