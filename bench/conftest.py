@@ -33,3 +33,14 @@ def measure(benchmark):
         return median_s
 
     return run
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of SmolLM2-135M-Instruct, as `reasoners demo` leaves it in the user's cache."""
+    from reasoners.cli import smollm2_folder
+
+    try:
+        return smollm2_folder()
+    except ImportError as error:
+        pytest.skip(str(error))

@@ -199,7 +199,7 @@ def demo(
     with plain_errors():
         from reasoners.sampling import SamplingParams
 
-        folder = _smollm2() if model == "smollm2" else Path(model)
+        folder = smollm2_folder() if model == "smollm2" else Path(model)
         params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=256)
         _sample(
             folder, out, "gsm8k", data, problems, params, samples=samples, budget_s=budget_s, wave=samples,
@@ -322,7 +322,7 @@ def _student_config(teacher, kind, keep, state_dim):
     return replace(teacher, mixers=mixers, state_dim=state_dim or default)
 
 
-def _smollm2() -> Path:
+def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a model folder in the user's cache, converted once."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reasoners"
     folder = cache / "smollm2-135m-instruct"
