@@ -150,3 +150,68 @@ def sample(
 def _(logits, temperature, top_k, top_p, min_p, rng_key):
     batch = logits.shape[0]
     return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.float32)
+def ssd_scan(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    scale: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the SSD recurrence over whole sequences, in chunks; differentiable.
+
+    S_t = exp(log_decay_t) S_{t-1} + scale_t x_t B_t^T,   y_t = S_t C_t + D x_t
+
+    x: (batch, length, Hx, P); B: (batch, length, Gb, N); C: (batch, length, Gc, N).
+    log_decay: (batch, length, H) <= 0; -inf forgets everything before.
+    scale: (batch, length, H), None means 1. D: (H), None means 0.
+    initial_state: (sequences, H, P, N), the state before the first token, None means 0.
+    cu_seqlens: (sequences + 1) int32 offsets from 0 to length of sequences packed into batch 1; each
+        starts from its own initial state and gets bit for bit what it would alone. None means that
+        every batch row is a sequence.
+    Returns y (batch, length, H, P) in x's dtype and the states after the last tokens, (sequences, H,
+    P, N). Every gradient is summed in a fixed order: the same bits at any number of threads.
+    Source: Dao & Gu 2024 (Mamba-2), section 6.
+    """
+    return _ops.ssd_scan(x, log_decay, B, C, scale, D, initial_state, cu_seqlens)
+
+
+@torch.library.register_fake("reasoners::ssd_scan")
+def _(x, log_decay, B, C, scale, D, initial_state, cu_seqlens):
+    batch, length, heads = log_decay.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = x.new_empty(batch, length, heads, x.shape[3])
+    return y, log_decay.new_empty(sequences, heads, x.shape[3], B.shape[3])
+
+
+@torch.library.register_fake("reasoners::ssd_scan_backward")
+def _(dy, dfinal_state, x, log_decay, B, C, scale, D, initial_state, cu_seqlens):
+    def like(argument, model):
+        return model.new_empty(0 if argument is None else argument.shape)
+
+    wide = [like(argument, log_decay) for argument in (scale, D, initial_state)]
+    data = [like(argument, argument) for argument in (x, log_decay, B, C)]
+    return *data, *wide
+
+
+def _ssd_scan_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.state_shape = output[1].shape
+
+
+def _ssd_scan_derivative(ctx, dy, dfinal_state):
+    inputs = ctx.saved_tensors
+    x, log_decay, *_ = inputs
+    if dy is None:
+        dy = x.new_zeros(*log_decay.shape, x.shape[3])
+    if dfinal_state is None:
+        dfinal_state = log_decay.new_zeros(ctx.state_shape)
+    gradients = _ops.ssd_scan_backward(dy, dfinal_state, *inputs)
+    return *(g if n else None for g, n in zip(gradients, ctx.needs_input_grad)), None
+
+
+torch.library.register_autograd(
+    "reasoners::ssd_scan", _ssd_scan_derivative, setup_context=_ssd_scan_setup
+)

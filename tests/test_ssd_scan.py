@@ -1,0 +1,305 @@
+import pytest
+import reference
+import torch
+from reference import SSD_SCAN_CASES, assert_close, ssd_scan_inputs, widen
+
+from reasoners import ops
+
+NAMES = ("x", "log_decay", "B", "C", "scale", "D", "initial_state")
+DATA = ("x", "B", "C")
+
+
+def run(fn, inputs, weights, like=None):
+    """(y, final state) of fn, and the gradients of a random weighted sum of both, by name."""
+    leaves = {k: v if v is None else v.detach().clone() for k, v in inputs.items()}
+    for name in NAMES:
+        if leaves[name] is not None:
+            leaves[name].requires_grad_()
+    outputs = fn(**leaves)
+    loss = sum((w * o).sum() for w, o in zip(weights, outputs))
+    names = [n for n in NAMES if leaves[n] is not None]
+    # A batch or sequence without tokens may leave the reference's outputs unconnected to an input.
+    gradients = torch.autograd.grad(
+        loss + 0 * leaves["x"].sum(), [leaves[n] for n in names], allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    return outputs, dict(zip(names, gradients))
+
+
+def random_like(outputs, dtype):
+    g = torch.Generator().manual_seed(1)
+    y, state = (torch.randn(o.shape, generator=g, dtype=torch.float64) for o in outputs)
+    return y.to(dtype).double(), state.float().double()
+
+
+def error_ratio(actual, oracle):
+    return ((actual.double() - oracle).norm() / oracle.norm().clamp_min(1e-12)).item()
+
+
+def check(case, device="cpu"):
+    inputs = ssd_scan_inputs(**case)
+    dtype = inputs["x"].dtype
+    wide = {k: widen(v) for k, v in inputs.items()}
+    weights = random_like(reference.ssd_scan(**wide), dtype)
+    oracle, oracle_grads = run(reference.ssd_scan, wide, weights)
+    plain, plain_grads = run(reference.ssd_scan, inputs, weights)
+    moved = {k: v if v is None else v.to(device) for k, v in inputs.items()}
+    actual, grads = run(ops.ssd_scan, moved, weights)
+    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
+    for name, *results in zip(("y", "final_state"), actual, oracle, plain):
+        assert_close(*results, name)
+        if dtype == torch.bfloat16:
+            assert error_ratio(*results[:2]) <= 0.005, name
+    for name in oracle_grads:
+        results = [g[name] for g in (grads, oracle_grads, plain_grads)]
+        assert results[0].dtype == inputs[name].dtype
+        assert_close(*results, f"d{name}")
+        if dtype == torch.bfloat16:
+            assert error_ratio(*results[:2]) <= 0.01, f"d{name}"
+
+
+@pytest.mark.parametrize("case", SSD_SCAN_CASES.values(), ids=SSD_SCAN_CASES.keys())
+def test_against_reference(case):
+    check(case)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", SSD_SCAN_CASES.values(), ids=SSD_SCAN_CASES.keys())
+def test_against_reference_cuda(case):
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"scale": False, "D": False, "initial_state": False},
+        {"Hx": 1, "Gb": 2},
+        {"batch": 1, "length": 35},
+        {"lengths": [2, 0, 33], "Gc": 1},
+    ],
+    ids=["all options", "no option", "shared", "two chunks", "packed"],
+)
+def test_gradcheck(case):
+    sizes = {"batch": 2, "length": 3, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "P": 2, "N": 3}
+    inputs = ssd_scan_inputs(**sizes | case, dtype=torch.float64)
+    cu_seqlens = inputs.pop("cu_seqlens")
+    leaves = [v if v is None else v.requires_grad_() for v in inputs.values()]
+    assert torch.autograd.gradcheck(
+        lambda *a: ops.ssd_scan(*a, cu_seqlens), leaves, fast_mode=len(leaves[0][0]) > 3
+    )
+
+
+def test_float64_is_exact_to_rounding():
+    inputs = ssd_scan_inputs(dtype=torch.float64, length=70)
+    for actual, expected in zip(ops.ssd_scan(**inputs), reference.ssd_scan(**inputs)):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_scan_is_a_fold_of_updates():
+    inputs = ssd_scan_inputs(length=45, Hx=2, Gb=1)
+    y, final = ops.ssd_scan(**inputs)
+    state, slots = inputs["initial_state"].clone(), torch.arange(2, dtype=torch.int32)
+    steps = []
+    for t in range(45):
+        token = [inputs[k][:, t] for k in ("x", "log_decay", "B", "C", "scale")]
+        steps.append(ops.state_update(state, slots, *token, inputs["D"]))
+    torch.testing.assert_close(y, torch.stack(steps, 1), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(final, state, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("at", [1, 31, 32, 50, 99])
+def test_split_with_carried_state_equals_whole(at):
+    inputs = ssd_scan_inputs(length=100)
+    y, final = ops.ssd_scan(**inputs)
+    first, second = dict(inputs), dict(inputs)
+    for name in ("x", "log_decay", "B", "C", "scale"):
+        first[name], second[name] = inputs[name][:, :at], inputs[name][:, at:]
+    y1, second["initial_state"] = ops.ssd_scan(**first)
+    y2, final2 = ops.ssd_scan(**second)
+    torch.testing.assert_close(torch.cat([y1, y2], 1), y, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(final2, final, rtol=2e-5, atol=2e-5)
+
+
+def assert_equal(results, others):
+    for a, b in zip(results, others):
+        assert torch.equal(a, b)
+
+
+def forward_and_backward(inputs):
+    y, final = ops.ssd_scan(**inputs)
+    g = torch.Generator().manual_seed(2)
+    dy = torch.randn(y.shape, generator=g).to(y)
+    return [y, final, *torch.ops.reasoners.ssd_scan_backward(dy, final, *inputs.values())], dy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_equals_separate_bitwise(dtype):
+    lengths = [33, 0, 1, 64, 40]
+    packed = ssd_scan_inputs(lengths=lengths, dtype=dtype, Hx=2, Gb=1)
+    (y, final, *gradients), dy = forward_and_backward(packed)
+    dD, begin = torch.zeros(4), 0
+    for i, length in enumerate(lengths):
+        where = slice(begin, begin + length)
+        alone = {**packed, "cu_seqlens": None, "initial_state": packed["initial_state"][i : i + 1]}
+        for name in ("x", "log_decay", "B", "C", "scale"):
+            alone[name] = packed[name][:, where]
+        y1, final1 = ops.ssd_scan(**alone)
+        assert torch.equal(y1, y[:, where]) and torch.equal(final1, final[i : i + 1])
+        *tokens, dD1, dinitial = torch.ops.reasoners.ssd_scan_backward(
+            dy[:, where], final1, *alone.values()
+        )
+        assert_equal(tokens, [g[:, where] for g in gradients[:5]])
+        assert torch.equal(dinitial, gradients[6][i : i + 1])
+        dD, begin = dD + dD1, begin + length
+    torch.testing.assert_close(dD, gradients[5], rtol=1e-4, atol=1e-3)
+
+
+def test_same_bits_again_and_at_any_number_of_threads():
+    inputs = ssd_scan_inputs(lengths=[70, 3, 40], Hx=2, Gb=1, Gc=4, P=64, N=64)
+    results, _ = forward_and_backward(inputs)
+    assert_equal(forward_and_backward(inputs)[0], results)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert_equal(forward_and_backward(inputs)[0], results)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_batch_mates_change_nothing():
+    inputs = ssd_scan_inputs(batch=3, dtype=torch.bfloat16)
+    alone = {k: v if v is None or k == "D" else v[1:2] for k, v in inputs.items()}
+    results, dy = forward_and_backward(inputs)
+    y, final = ops.ssd_scan(**alone)
+    *gradients, _, dinitial = torch.ops.reasoners.ssd_scan_backward(dy[1:2], final, *alone.values())
+    rows = [r[1:2] for i, r in enumerate(results) if i != 7]
+    assert_equal([y, final, *gradients, dinitial], rows)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_stay_in_their_sequence_and_their_future(bad):
+    inputs = ssd_scan_inputs(lengths=[37, 40, 20])
+    clean, _ = forward_and_backward(inputs)
+    spoilt = {**inputs}
+    for name in ("x", "B", "C", "scale"):
+        spoilt[name] = inputs[name].clone()
+        spoilt[name][0, 57] = bad
+    spoilt["log_decay"] = inputs["log_decay"].clone()
+    spoilt["log_decay"][0, 58] = float("nan")
+    results, _ = forward_and_backward(spoilt)
+    assert torch.equal(results[0][:, :57], clean[0][:, :57])
+    assert not results[0][:, 57:77].isfinite().any()
+    assert torch.equal(results[0][:, 77:], clean[0][:, 77:])
+    assert_equal([results[1][i] for i in (0, 2)], [clean[1][i] for i in (0, 2)])
+    for result, expected in zip(results[2:7], clean[2:7]):
+        assert torch.equal(result[:, :37], expected[:, :37])
+        assert torch.equal(result[:, 77:], expected[:, 77:])
+
+
+def test_minus_infinity_resets():
+    inputs = ssd_scan_inputs(length=50)
+    inputs["log_decay"][:, 20] = float("-inf")
+    y, final = ops.ssd_scan(**inputs)
+    tail = {**inputs, "initial_state": None}
+    for name in ("x", "log_decay", "B", "C", "scale"):
+        tail[name] = inputs[name][:, 20:]
+    y_tail, final_tail = ops.ssd_scan(**tail)
+    torch.testing.assert_close(y[:, 20:], y_tail, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(final, final_tail, rtol=2e-5, atol=2e-5)
+    results, _ = forward_and_backward(inputs)
+    assert all(r.isfinite().all() for r in results)
+    assert (results[3][:, 20] == 0).all()
+
+
+def test_a_strong_step_beside_weak_ones_costs_no_accuracy():
+    inputs = ssd_scan_inputs(length=64, decay=0.01)
+    inputs["log_decay"][:, ::16] = -1000.0
+    oracle = reference.ssd_scan(**{k: widen(v) for k, v in inputs.items()})
+    for actual, expected in zip(ops.ssd_scan(**inputs), oracle):
+        assert error_ratio(actual, expected) <= 5e-7
+
+
+def test_strided_inputs_equal_contiguous():
+    inputs = ssd_scan_inputs()
+    strided = dict(inputs)
+    for name in ("x", "log_decay", "B", "C", "scale"):
+        wider = torch.randn(*inputs[name].shape[:-1], 40).transpose(0, 1).contiguous()
+        strided[name] = wider.transpose(0, 1)[..., 8 : 8 + inputs[name].shape[-1]]
+        strided[name].copy_(inputs[name])
+    strided["C"] = inputs["C"].mT.contiguous().mT
+    assert_equal(forward_and_backward(strided)[0], forward_and_backward(inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(2, 40, 3, 16)}, ValueError, "Hx expected to divide H = 4, got 3"),
+        ({"x": torch.zeros(2, 40, 16)}, ValueError, r"x expected shape \(batch, length, Hx, P\)"),
+        ({"B": torch.zeros(2, 40, 4, 8)}, ValueError, r"C expected shape .* \(2, 40, \*, 8\)"),
+        ({"C": torch.zeros(2, 40, 4, 16).half()}, TypeError, "C expected dtype Float, got Half"),
+        ({"log_decay": torch.zeros(2, 40, 4).double()}, TypeError, "log_decay expected dtype Float"),
+        ({"scale": torch.zeros(2, 40, 1)}, ValueError, r"scale expected shape .* = \(2, 40, 4\)"),
+        ({"D": torch.zeros(5)}, ValueError, r"D expected shape \(H\) = \(4\), got \(5\)"),
+        ({"initial_state": torch.zeros(1, 4, 16, 16)}, ValueError, "initial_state expected shape"),
+        ({"cu_seqlens": torch.tensor([0, 40]).int()}, ValueError, "x expected batch 1 with cu_seql"),
+    ],
+)  # fmt: skip
+def test_errors(change, error, words):
+    inputs = ssd_scan_inputs() | change
+    with pytest.raises(error, match=f"ssd_scan: .*{words}"):
+        ops.ssd_scan(**inputs)
+    y, state = torch.zeros(2, 40, 4, 16), torch.zeros(2, 4, 16, 16)
+    with pytest.raises(error, match=f"ssd_scan_backward: .*{words}"):
+        torch.ops.reasoners.ssd_scan_backward(y, state, *inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ([0, 10, 39], "run from 0 to 40, got 0 to 39"),
+        ([1, 40], "run from 0 to 40, got 1 to 40"),
+        ([0, 30, 20, 40], "non-decreasing, got 30 before 20"),
+        ([], "at least 1 entry"),
+    ],
+)
+def test_bad_offsets(offsets, words):
+    inputs = ssd_scan_inputs(batch=1, initial_state=False)
+    inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"ssd_scan: cu_seqlens expected .*{words}"):
+        ops.ssd_scan(**inputs)
+
+
+@pytest.mark.parametrize("case", [{}, {"lengths": [30, 10], "scale": False, "D": False}])
+def test_opcheck(case):
+    inputs = ssd_scan_inputs(**case)
+    y, final = ops.ssd_scan(**inputs)
+    plain = tuple(inputs.values())
+    torch.library.opcheck(torch.ops.reasoners.ssd_scan_backward.default, (y, final, *plain))
+    leaves = tuple(
+        v.requires_grad_() if n in NAMES and v is not None else v for n, v in inputs.items()
+    )
+    torch.library.opcheck(torch.ops.reasoners.ssd_scan.default, leaves)
+
+
+def test_only_wanted_gradients():
+    inputs = ssd_scan_inputs()
+    inputs["B"].requires_grad_()
+    y, final = ops.ssd_scan(**inputs)
+    (from_y,) = torch.autograd.grad(y.sum(), inputs["B"], retain_graph=True)
+    (from_final,) = torch.autograd.grad(final.sum(), inputs["B"], retain_graph=True)
+    (both,) = torch.autograd.grad(y.sum() + final.sum(), inputs["B"])
+    torch.testing.assert_close(from_y + from_final, both, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_whole_with_dynamic_shapes():
+    def loss(*arguments):
+        y, final = ops.ssd_scan(*arguments)
+        return (y * 2).square().sum() + final.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (40, 50):
+        inputs = ssd_scan_inputs(length=length)
+        leaves = [inputs[n].requires_grad_() for n in NAMES]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        assert_equal(torch.autograd.grad(compiled(*leaves), leaves), expected)
