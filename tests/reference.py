@@ -210,4 +210,106 @@ SSD_SCAN_CASES = {
         "lengths": [5, 64], "Hx": 1, "Gb": 2, "initial_state": False, "dtype": torch.bfloat16,
     },
     "only empty sequences": {"lengths": [0, 0]},
+# ---- append_kv, paged_attention
+
+
+def append_kv(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
+    """Returns the new (k_cache, v_cache); the arguments are left as they were."""
+    k_cache, v_cache, page_size = k_cache.clone(), v_cache.clone(), k_cache.shape[2]
+    starts = cu_seqlens_q.tolist()
+    for row, length in enumerate(kv_lengths.tolist()):
+        for token in range(starts[row], starts[row + 1] if length > 0 else 0):
+            position = length - starts[row + 1] + token
+            page, slot = page_table[row, position // page_size], position % page_size
+            k_cache[page, :, slot], v_cache[page, :, slot] = k[token], v[token]
+    return k_cache, v_cache
+
+
+def paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None):
+    """Gathers each row's pages, repeats heads, masks, softmax: one row after the other."""
+    tokens, heads, head_dim = q.shape
+    page_size, starts, y = k_cache.shape[2], cu_seqlens_q.tolist(), torch.zeros_like(q)
+    for row, length in enumerate(kv_lengths.tolist()):
+        if length <= 0:
+            continue
+        pages = page_table[row, : -(-length // page_size)].long()
+        k, v = (c[pages].transpose(1, 2).flatten(0, 1)[:length] for c in (k_cache, v_cache))
+        mine = slice(starts[row], starts[row + 1])
+        scores = torch.einsum("qhd,khd->hqk", q[mine], share(k, heads, 1))
+        scores = scores * (head_dim**-0.5 if scale is None else scale)
+        queries = scores.shape[1]
+        future = torch.ones(queries, length).triu(length - queries + 1).bool()
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        y[mine] = torch.einsum("hqk,khd->qhd", weights, share(v, heads, 1))
+    return y
+
+
+def paged_attention_inputs(
+    lengths=(37, 5, 64), queries=(1, 1, 1), heads=6, kv_heads=2, head_dim=64, page_size=16,
+    dtype=torch.float32, scale=None, magnitude=1.0, seed=0,
+):  # fmt: skip
+    """Everything that must not be read is poison: pages of nobody, the rest of a row's last page,
+    and table entries past a row's length."""
+    g = torch.Generator().manual_seed(seed)
+    rows = len(lengths)
+    needed = [max(0, -(-length // page_size)) for length in lengths]
+    num_pages = sum(needed) + 2
+    order = torch.randperm(num_pages, generator=g).int()
+    table = torch.randint(-(2**31), 2**31 - 1, (rows, max(needed, default=0) + 1), generator=g).int()
+    caches = torch.full((2, num_pages, kv_heads, page_size, head_dim), float("nan"))
+    for row, length in enumerate(lengths):
+        table[row, : needed[row]] = order[sum(needed[:row]) :][: needed[row]]
+        for i in range(needed[row]):
+            used = min(page_size, length - i * page_size)
+            values = torch.randn(2, kv_heads, used, head_dim, generator=g)
+            caches[:, table[row, i], :, :used] = values
+    caches[0] *= magnitude
+    return {
+        "q": torch.randn(sum(queries), heads, head_dim, generator=g).to(dtype),
+        "k_cache": caches[0].to(dtype),
+        "v_cache": caches[1].to(dtype),
+        "page_table": table,
+        "cu_seqlens_q": torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32),
+        "kv_lengths": torch.tensor(lengths, dtype=torch.int32),
+        "scale": scale,
+    }
+
+
+PAGED_ATTENTION_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+    "own scale": {"scale": 0.3},
+    "large scores": {"magnitude": 30.0},
+    "no rows": {"lengths": (), "queries": ()},
+    "padding rows": {"lengths": (0, 9, -5), "queries": (1, 1, 2)},
+    "a row without queries": {"queries": (1, 0, 1)},
+    "edges of a page": {"lengths": (1, 15, 16, 17, 33), "queries": (1,) * 5},
+    "several splits": {"lengths": (255, 256, 257, 2049), "queries": (1,) * 4},
+    "group 1": {"heads": 2},
+    "group 4, Llama-3.2-1B": {"heads": 8},
+    "group 5": {"heads": 10},
+    "group 8": {"heads": 16, "dtype": torch.bfloat16},
+    "group 2, D 128": {"heads": 4, "head_dim": 128},
+    "D 128, Llama-3.2-3B": {"head_dim": 128, "dtype": torch.bfloat16},
+    "D 96": {"head_dim": 96},
+    "D 80": {"head_dim": 80, "dtype": torch.bfloat16},
+    "odd D": {"head_dim": 7},
+    "pages of 1": {"page_size": 1},
+    "pages of 7": {"page_size": 7},
+    "pages of 64": {"page_size": 64},
+    "prefill": {"lengths": (100,), "queries": (100,)},
+    "prefill bf16": {"lengths": (100,), "queries": (100,), "dtype": torch.bfloat16},
+    "prefill float64": {"lengths": (30,), "queries": (30,), "dtype": torch.float64},
+    "prefill after a prefix": {"lengths": (211, 70), "queries": (100, 3)},
+    "prefill, group 1, D 80": {
+        "lengths": (140,), "queries": (139,), "heads": 2, "head_dim": 80,
+    },
+    "prefill, odd D, group 7": {
+        "lengths": (67,), "queries": (67,), "heads": 14, "head_dim": 19, "page_size": 5,
+    },
+    "prefill, large scores": {"lengths": (130,), "queries": (130,), "magnitude": 30.0},
+    "prefill and decode mixed": {
+        "lengths": (70, 33, 0, 129), "queries": (70, 1, 3, 2), "dtype": torch.bfloat16,
+    },
 }  # fmt: skip

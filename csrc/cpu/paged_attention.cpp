@@ -37,6 +37,7 @@ namespace reasoners {
 namespace {
 
 constexpr int64_t kSplit = 256;    // positions of a split unit
+constexpr int64_t kAhead = 64;     // positions between a prefetch and its use
 constexpr int64_t kBlock = 64;     // positions of a block of a tile
 constexpr int64_t kTileRows = 64;  // (query, head) pairs of a tile
 constexpr int64_t kGemmRows = 6;   // rows of the matrix kernel: 6 x 4 accumulators in 32 registers
@@ -57,7 +58,7 @@ at::vec::Vectorized<at::opmath_type<scalar_t>> load_wide(const scalar_t* from) {
 
 // out[i] = the sum of the lanes of v[i].
 template <typename acc_t>
-void sum_lanes(const at::vec::Vectorized<acc_t> (&v)[16], acc_t* out) {
+C10_ALWAYS_INLINE void sum_lanes(const at::vec::Vectorized<acc_t> (&v)[16], acc_t* out) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<acc_t, float>) {
     // Four rounds of pairwise halving: 45 instructions for sixteen sums.
@@ -112,6 +113,7 @@ class PagedAttention {
   using acc_t = at::opmath_type<scalar_t>;
   using Vec = at::vec::Vectorized<acc_t>;
   static constexpr int64_t kLanes = Vec::size();
+  static constexpr int64_t kLine = 64 / sizeof(scalar_t);
   static constexpr acc_t kMinusInfinity = -std::numeric_limits<acc_t>::infinity();
 
  public:
@@ -155,6 +157,7 @@ class PagedAttention {
   };
   struct Scratch {
     int64_t offsets[kSplit];
+    const scalar_t* vectors[2 * kSplit + kAhead];
     std::vector<acc_t> buffer;
     acc_t* reserve(int64_t size) {
       if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
@@ -186,9 +189,9 @@ class PagedAttention {
             units_.push_back({static_cast<int32_t>(row), head, t * tile_queries(), -1});
       }
     }
-    for (int32_t head = 0; head < kv_heads_; ++head)
-      for (int64_t s = 0; s < longest; ++s)
-        for (int64_t row = 0; row < rows_; ++row)
+    for (int64_t s = 0; s < longest; ++s)
+      for (int64_t row = 0; row < rows_; ++row)
+        for (int32_t head = 0; head < kv_heads_; ++head)
           if (s < splits[row])
             units_.push_back({static_cast<int32_t>(row), head, s * kSplit,
                               first_partial_[row] + head * splits[row] + s});
@@ -218,7 +221,12 @@ class PagedAttention {
     const int64_t row = unit.row, length = lengths_[row];
     const int64_t n = std::min(kSplit, length - unit.begin), padded = round_up(n, 16);
     locate(row, unit.kv_head, unit.begin, n, scratch.offsets);
-    std::fill(scratch.offsets + n, scratch.offsets + padded, scratch.offsets[n - 1]);
+    // All that will be read, in order: K (its last vector repeated to fill a group), then V.
+    const scalar_t** k = scratch.vectors;
+    const scalar_t** v = k + padded;
+    for (int64_t t = 0; t < n; ++t) k[t] = k_ + scratch.offsets[t], v[t] = v_ + scratch.offsets[t];
+    std::fill(k + n, v, k[n - 1]);
+    std::fill(v + n, v + n + kAhead, v[n - 1]);
 
     const int64_t first = (starts_[row] * heads_ + unit.kv_head * group_) * head_dim_;
     acc_t* q = scratch.reserve(group_ * (head_dim_ + kSplit));
@@ -229,7 +237,7 @@ class PagedAttention {
     acc_t* softmax = values + group_ * head_dim_;
     for (int64_t h = 0; h < group_; h += 4) {
       with_extent<4>(group_ - h, [&](auto heads) {
-        this->scores<heads>(q + h * head_dim_, scratch.offsets, padded, scores + h * kSplit);
+        this->scores<heads>(q + h * head_dim_, k, padded, scores + h * kSplit);
         for (int64_t i = h; i < h + heads; ++i) {
           acc_t* s = scores + i * kSplit;
           std::fill(s + n, s + padded, kMinusInfinity);
@@ -238,7 +246,7 @@ class PagedAttention {
         }
         for (int64_t d = 0; d < head_dim_; d += 4 * kLanes)
           with_extent<4>((head_dim_ - d) / kLanes, [&](auto vectors) {
-            this->template values<heads, vectors>(scores + h * kSplit, scratch.offsets, n, d,
+            this->template values<heads, vectors>(scores + h * kSplit, v, n, d,
                                                   values + h * head_dim_ + d);
           });
       });
@@ -256,16 +264,19 @@ class PagedAttention {
 
   // scores[h][t] = q[h] . k[t]
   template <int heads>
-  void scores(const acc_t* q, const int64_t* offsets, int64_t n, acc_t* scores) const {
+  void scores(const acc_t* q, const scalar_t* const* vectors, int64_t n, acc_t* scores) const {
     constexpr int kTokens = heads > 2 ? 4 : 16 / heads;
     for (int64_t t = 0; t < n; t += kTokens) {
+      for (int j = 0; j < kTokens; ++j)
+        for (int64_t d = 0; d < head_dim_; d += kLine)
+          __builtin_prefetch(vectors[t + j + kAhead] + d);
       Vec sums[16];
 #pragma GCC unroll 16
       for (auto& sum : sums) sum = Vec(0);
       for (int64_t d = 0; d < head_dim_; d += kLanes) {
         Vec k[kTokens];
 #pragma GCC unroll 16
-        for (int j = 0; j < kTokens; ++j) k[j] = load_wide(k_ + offsets[t + j] + d);
+        for (int j = 0; j < kTokens; ++j) k[j] = load_wide(vectors[t + j] + d);
 #pragma GCC unroll 4
         for (int h = 0; h < heads; ++h) {
           const Vec qh = Vec::loadu(q + h * head_dim_ + d);
@@ -283,16 +294,18 @@ class PagedAttention {
 
   // values[h] = sum_t p[h][t] v[t], for a few vectors of head_dim
   template <int heads, int vectors>
-  void values(const acc_t* p, const int64_t* offsets, int64_t n, int64_t d, acc_t* values) const {
+  void values(const acc_t* p, const scalar_t* const* vectors_, int64_t n, int64_t d, acc_t* values) const {
     Vec sums[heads][vectors];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h)
 #pragma GCC unroll 4
       for (int i = 0; i < vectors; ++i) sums[h][i] = Vec(0);
     for (int64_t t = 0; t < n; ++t) {
+      for (int64_t i = 0; i < vectors * kLanes; i += kLine)
+        __builtin_prefetch(vectors_[t + kAhead] + d + i);
       Vec v[vectors];
 #pragma GCC unroll 4
-      for (int i = 0; i < vectors; ++i) v[i] = load_wide(v_ + offsets[t] + d + i * kLanes);
+      for (int i = 0; i < vectors; ++i) v[i] = load_wide(vectors_[t] + d + i * kLanes);
 #pragma GCC unroll 4
       for (int h = 0; h < heads; ++h) {
         const Vec ph(p[h * kSplit + t]);

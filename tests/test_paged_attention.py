@@ -1,0 +1,285 @@
+"""append_kv and paged_attention."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from reference import PAGED_ATTENTION_CASES, assert_close, paged_attention_inputs, widen
+
+from reasoners import ops
+
+CASES = pytest.mark.parametrize(
+    "case", PAGED_ATTENTION_CASES.values(), ids=PAGED_ATTENTION_CASES.keys()
+)
+
+
+def check(case, device="cpu"):
+    inputs = paged_attention_inputs(**case)
+    oracle = reference.paged_attention(**{k: widen(v) for k, v in inputs.items()})
+    plain = reference.paged_attention(**inputs)
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    y = ops.paged_attention(**moved)
+    assert y.dtype == inputs["q"].dtype
+    assert_close(y, oracle, plain, "y")
+
+
+@CASES
+def test_against_reference(case):
+    check(case)
+
+
+@pytest.mark.cuda
+@CASES
+def test_against_reference_cuda(case):
+    check(case, "cuda")
+
+
+def test_float64_is_exact_to_rounding():
+    for queries in ((1, 1, 1), (20, 5, 64)):
+        inputs = paged_attention_inputs(dtype=torch.float64, queries=queries)
+        expected = reference.paged_attention(**inputs)
+        torch.testing.assert_close(ops.paged_attention(**inputs), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 509, 2049])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_page_per_row_is_plain_attention(length, dtype):
+    q, k, v = (torch.randn(2, h, n, 64).to(dtype) for h, n in ((9, 1), (3, length), (3, length)))
+    ones = torch.ones(2, dtype=torch.int32)
+    table, starts = torch.tensor([[0], [1]]).int(), torch.arange(3).int()
+    y = ops.paged_attention(q[:, :, 0], k, v, table, starts, ones * length)
+    wide = [t.double() for t in (q, k, v)]
+    oracle = F.scaled_dot_product_attention(*wide, enable_gqa=True)[:, :, 0]
+    plain = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, :, 0]
+    assert_close(y, oracle, plain, "y")
+
+
+LENGTHS, QUERIES = (700, 33, 0, 129, 17, 300), (1, 1, 1, 100, 2, 1)
+
+
+def mixed_inputs(**change):
+    return paged_attention_inputs(lengths=LENGTHS, queries=QUERIES, **change)
+
+
+def row_of(inputs, row):
+    """The inputs of one row alone."""
+    start, end = inputs["cu_seqlens_q"][row : row + 2].tolist()
+    return {
+        **inputs,
+        "q": inputs["q"][start:end],
+        "page_table": inputs["page_table"][row : row + 1],
+        "cu_seqlens_q": torch.tensor([0, end - start], dtype=torch.int32),
+        "kv_lengths": inputs["kv_lengths"][row : row + 1],
+    }, slice(start, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_mates_change_nothing(dtype):
+    inputs = mixed_inputs(dtype=dtype)
+    y = ops.paged_attention(**inputs)
+    for row in range(len(LENGTHS)):
+        alone, mine = row_of(inputs, row)
+        assert torch.equal(ops.paged_attention(**alone), y[mine])
+
+
+def test_threads_change_nothing():
+    inputs = mixed_inputs()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.paged_attention(**inputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_permuted_pages_change_nothing():
+    inputs = mixed_inputs()
+    num_pages = inputs["k_cache"].shape[0]
+    new_place = torch.randperm(num_pages)
+    moved = {k: torch.empty_like(inputs[k]) for k in ("k_cache", "v_cache")}
+    for k, cache in moved.items():
+        cache[new_place] = inputs[k]
+    table = inputs["page_table"].clone()
+    real = (table >= 0) & (table < num_pages)
+    table[real] = new_place[table[real].long()].int()
+    y = ops.paged_attention(**{**inputs, **moved, "page_table": table})
+    assert torch.equal(y, ops.paged_attention(**inputs))
+
+
+def test_fork_that_shares_pages_equals_separate_copies():
+    prompt = paged_attention_inputs(lengths=(32, 7), queries=(1, 1))
+    own = prompt["page_table"][0, :2].tolist()
+    caches = {k: torch.cat([prompt[k], prompt[k][own]]) for k in ("k_cache", "v_cache")}
+    num_pages = prompt["k_cache"].shape[0]
+    lengths = torch.tensor([32, 32], dtype=torch.int32)
+    results = []
+    for fork in (own, [num_pages, num_pages + 1]):
+        table = torch.tensor([own, fork], dtype=torch.int32)
+        rest = {**prompt, **caches, "page_table": table, "kv_lengths": lengths}
+        results.append(ops.paged_attention(**rest))
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_token_by_token_is_prefill(dtype):
+    """Through append_kv, on pages that grow out of order."""
+    length, heads, kv_heads, head_dim, page_size = 41, 6, 2, 64, 8
+    q, k, v = (torch.randn(length, h, head_dim).to(dtype) for h in (heads, kv_heads, kv_heads))
+    table = torch.tensor([[4, 0, 5, 1, 3, 2, -9]], dtype=torch.int32)
+
+    def run(chunks):
+        caches = torch.full((2, 6, kv_heads, page_size, head_dim), float("nan")).to(dtype)
+        y, begin = [], 0
+        for n in chunks:
+            where = table, torch.tensor([0, n]).int(), torch.tensor([begin + n]).int()
+            mine = slice(begin, begin + n)
+            ops.append_kv(caches[0], caches[1], k[mine], v[mine], *where)
+            y.append(ops.paged_attention(q[mine], caches[0], caches[1], *where))
+            begin += n
+        return torch.cat(y), caches
+
+    whole, caches = run([length])
+    for chunks in ([1] * length, [13, 1, 20, 7]):
+        y, same_caches = run(chunks)
+        assert torch.equal(same_caches.nan_to_num(), caches.nan_to_num())
+        oracle = F.scaled_dot_product_attention(
+            *(t.double().transpose(0, 1) for t in (q, k, v)), is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
+        assert_close(y, oracle, whole, "y")
+
+
+def test_strided_inputs_equal_contiguous():
+    inputs = mixed_inputs()
+    padded = torch.randn(inputs["q"].shape[0], 6, 80)
+    padded[..., 8:72] = inputs["q"]
+    wide_table = torch.stack([inputs["page_table"]] * 2, -1)
+    strided = {**inputs, "q": padded[..., 8:72], "page_table": wide_table[..., 0]}
+    assert torch.equal(ops.paged_attention(**strided), ops.paged_attention(**inputs))
+
+
+def test_nan_in_a_row_stays_in_the_row_and_is_seen():
+    for queries in ((1, 1, 1), (5, 1, 64)):
+        inputs = paged_attention_inputs(queries=queries)
+        inputs["k_cache"][inputs["page_table"][0, 0]] = float("nan")
+        y = ops.paged_attention(**inputs)
+        assert y[: queries[0]].isnan().all() and y[queries[0] :].isfinite().all()
+
+
+# ---- append_kv
+
+
+def append_inputs(queries=(1, 1, 1), **change):
+    inputs = paged_attention_inputs(queries=queries, **change)
+    k_cache, tokens = inputs["k_cache"], sum(queries)
+    k, v = torch.randn(2, tokens, k_cache.shape[1], k_cache.shape[3]).to(k_cache.dtype)
+    names = ("page_table", "cu_seqlens_q", "kv_lengths")
+    rest = {name: inputs[name] for name in names}
+    return {"k_cache": k_cache, "v_cache": inputs["v_cache"], "k": k, "v": v, **rest}
+
+
+@CASES
+def test_append_against_reference(case):
+    case = {k: v for k, v in case.items() if k not in ("scale", "magnitude", "heads")}
+    inputs = append_inputs(**{"queries": (1, 1, 1), **case})
+    expected = reference.append_kv(**inputs)
+    assert ops.append_kv(**inputs) is None
+    for name, cache in zip(("k_cache", "v_cache"), expected):
+        torch.testing.assert_close(inputs[name], cache, rtol=0, atol=0, equal_nan=True)
+
+
+def test_append_many_tokens_on_several_threads():
+    inputs = append_inputs(lengths=(3000, 900), queries=(2999, 900))
+    expected = reference.append_kv(**inputs)
+    ops.append_kv(**inputs)
+    assert torch.equal(inputs["k_cache"].nan_to_num(), expected[0].nan_to_num())
+    assert torch.equal(inputs["v_cache"].nan_to_num(), expected[1].nan_to_num())
+
+
+def test_append_strided_equals_contiguous():
+    inputs = append_inputs()
+    expected = reference.append_kv(**inputs)
+    k = torch.stack([inputs["k"]] * 2, -1)[..., 1]
+    ops.append_kv(**{**inputs, "k": k})
+    assert torch.equal(inputs["k_cache"].nan_to_num(), expected[0].nan_to_num())
+
+
+# ---- both: domain, registration
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"k_cache": torch.zeros(10, 2, 16, 64).half()}, TypeError, "k_cache expected dtype float32"),
+        ({"k_cache": torch.zeros(10, 2, 64)}, ValueError, r"k_cache expected shape .* got \(10, 2, 64\)"),
+        ({"v_cache": torch.zeros(10, 2, 8, 64)}, ValueError, r"v_cache expected shape .*, 16, 64\), got"),
+        ({"k_cache": torch.zeros(10, 2, 16, 128)[..., ::2]}, ValueError, "k_cache expected contiguous"),
+        ({"page_table": torch.zeros(3, 4).long()}, TypeError, "page_table expected dtype Int"),
+        ({"cu_seqlens_q": ints(0, 1, 2)}, ValueError, r"cu_seqlens_q expected shape .* = \(4\), got \(3\)"),
+        ({"cu_seqlens_q": ints(0, 1, 2, 4)}, ValueError, "cu_seqlens_q expected to run from 0 to 3"),
+        ({"cu_seqlens_q": ints(0, 2, 1, 3)}, ValueError, "non-decreasing, got 2 before 1"),
+        ({"kv_lengths": ints(37, 5)}, ValueError, r"kv_lengths expected shape \(rows\) = \(3\), got \(2\)"),
+        ({"kv_lengths": ints(37, 5, 81)}, ValueError, r"kv_lengths\[2\] expected at most 80 tokens"),
+        ({"cu_seqlens_q": ints(0, 0, 3, 3), "kv_lengths": ints(37, 2, 64)}, ValueError,
+         r"kv_lengths\[1\] expected at least the 3 queries"),
+        ({"page_table": torch.full((3, 5), 10).int()}, ValueError,
+         r"page_table\[0\]\[0\] expected a page below 10, got 10"),
+        ({"page_table": torch.full((3, 5), -1).int()}, ValueError, r"page_table\[0\]\[0\] .* got -1"),
+    ],
+)  # fmt: skip
+def test_errors(change, error, words):
+    inputs = paged_attention_inputs() | change
+    with pytest.raises(error, match=f"paged_attention: .*{words}"):
+        ops.paged_attention(**inputs)
+    k = torch.randn(3, 2, 64)
+    inputs = {name: value for name, value in inputs.items() if name not in ("q", "scale")}
+    before = inputs["k_cache"].clone(), inputs["v_cache"].clone()
+    with pytest.raises(error, match=f"append_kv: .*{words}"):
+        ops.append_kv(**inputs, k=k, v=k)
+    for name, cache in zip(("k_cache", "v_cache"), before):
+        torch.testing.assert_close(inputs[name], cache, rtol=0, atol=0, equal_nan=True)
+
+
+def test_errors_of_q_and_k():
+    inputs = paged_attention_inputs()
+    with pytest.raises(ValueError, match="paged_attention: kv_heads expected to divide heads = 5"):
+        ops.paged_attention(**{**inputs, "q": torch.zeros(3, 5, 64)})
+    with pytest.raises(TypeError, match="paged_attention: q expected dtype Float, got BFloat16"):
+        ops.paged_attention(**{**inputs, "q": inputs["q"].bfloat16()})
+    with pytest.raises(ValueError, match=r"append_kv: k expected shape .* \(\*, 2, 64\), got"):
+        ops.append_kv(**{**append_inputs(), "k": torch.zeros(3, 4, 64)})
+    with pytest.raises(ValueError, match=r"append_kv: v expected shape .* \(3, 2, 64\), got"):
+        ops.append_kv(**{**append_inputs(), "v": torch.zeros(4, 2, 64)})
+
+
+def test_opcheck():
+    op = torch.ops.reasoners
+    inputs = paged_attention_inputs(scale=0.125)
+    inputs["k_cache"], inputs["v_cache"] = (inputs[k].nan_to_num() for k in ("k_cache", "v_cache"))
+    torch.library.opcheck(op.paged_attention.default, tuple(inputs.values()))
+    inputs = append_inputs()
+    inputs["k_cache"], inputs["v_cache"] = (inputs[k].nan_to_num() for k in ("k_cache", "v_cache"))
+    torch.library.opcheck(op.append_kv.default, tuple(inputs.values()))
+
+
+def test_compiles_whole_with_dynamic_shapes():
+    def step(q, k, v, k_cache, v_cache, *where):
+        ops.append_kv(k_cache, v_cache, k, v, *where)
+        return ops.paged_attention(q, k_cache, v_cache, *where) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((37, 5, 64), (3, 70, 12, 9, 1)):
+        inputs = append_inputs(lengths=lengths, queries=(1,) * len(lengths))
+        q = torch.randn(len(lengths), 6, 64)
+        where = [inputs[k] for k in ("page_table", "cu_seqlens_q", "kv_lengths")]
+        caches = inputs["k_cache"], inputs["v_cache"]
+        mine, other = ([c.clone() for c in caches] for _ in range(2))
+        y = compiled(q, inputs["k"], inputs["v"], *mine, *where)
+        assert torch.equal(y, step(q, inputs["k"], inputs["v"], *other, *where))
+        assert torch.equal(mine[0].nan_to_num(), other[0].nan_to_num())
