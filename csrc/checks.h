@@ -244,6 +244,23 @@ inline void check_conv_update(const Tensor& state, const Tensor& slots, const Te
   check.contiguous("state", state);
 }
 
+inline void check_gate(const Tensor& x, const Tensor& z, const OptionalTensor& bias) {
+  const Check check{"gate"};
+  check.data_dtype("x", x);
+  check.device("z", z, x);
+  check.dtype("z", z, x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && z.sizes() == x.sizes(), "gate: z expected shape ",
+                    Check::tuple(x.sizes()), " as x, got ", Check::tuple(z.sizes()));
+  if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {x.size(-1)}, "(channels)");
+}
+
+inline void check_softplus(const Tensor& x, const OptionalTensor& bias) {
+  const Check check{"softplus"};
+  check.data_dtype("x", x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, "softplus: x expected at least 1 dimension, got 0");
+  if (bias) check.tensor("bias", *bias, x, wide_dtype(x.scalar_type()), {x.size(-1)}, "(channels)");
+}
+
 // The paged cache and the rows that address it, shared by append_kv and paged_attention.
 inline void check_pages(const char* op, const Tensor& k_cache, const Tensor& v_cache,
                         const Tensor& page_table, const Tensor& cu_seqlens_q,

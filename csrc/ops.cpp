@@ -42,6 +42,9 @@ TORCH_LIBRARY(reasoners, m) {
   m.def(
       "conv_update(Tensor(a!) state, Tensor slots, Tensor x, Tensor weight, Tensor? bias, "
       "bool silu) -> Tensor");
+  // Elementwise, with the same bits wherever in a tensor an element stands.
+  m.def("gate(Tensor x, Tensor z, Tensor? bias) -> Tensor");
+  m.def("softplus(Tensor x, Tensor? bias) -> Tensor");
   // Attention over a paged cache.
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor page_table, "

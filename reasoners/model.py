@@ -160,13 +160,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T, without bias, whose rows do not depend on how many rows there are.
+    """y = x W^T (+ b), whose rows do not depend on how many rows there are.
 
-    BLAS libraries switch to another summation order below a few rows, which would make a sample's
-    tokens depend on its batch. Without gradients, fewer rows than MIN_ROWS are padded up to it.
+    BLAS libraries sum in another order for a few rows, or a few left over, which would make a sample's
+    tokens depend on its batch. Without gradients, up to FEW_ROWS rows are padded to a multiple of 4:
+    with MKL and oneDNN those are the same bits as any larger number of rows.
     """
 
-    MIN_ROWS = 4
+    FEW_ROWS = 16
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=bias)
@@ -174,12 +175,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)"""
         rows = x.numel() // x.shape[-1]
-        if rows >= self.MIN_ROWS or torch.is_grad_enabled():
+        x = x.contiguous()
+        if rows > self.FEW_ROWS or rows % 4 == 0 or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        padded = x.new_zeros(self.MIN_ROWS, x.shape[-1])
-        padded[:rows] = x.reshape(rows, x.shape[-1])
-        y = F.linear(padded, self.weight, self.bias)[:rows]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        padded = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, -rows % 4))
+        return F.linear(padded, self.weight, self.bias)[:rows].unflatten(0, x.shape[:-1])
 
 
 class RMSNorm(nn.Module):
@@ -218,7 +218,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., d_model)"""
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(ops.gate(up, gate))
 
 
 @dataclass
@@ -259,8 +259,9 @@ class Rotary:
         if inv_freq is None:
             inv_freq = self.inv_freq[torch.device("cpu")].to(positions.device)
             self.inv_freq[positions.device] = inv_freq
-        angles = positions.float()[:, None] * inv_freq
-        return angles.cos(), angles.sin()
+        # Through float64, or the same position could round otherwise in another batch.
+        angles = (positions.float()[:, None] * inv_freq).double()
+        return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -389,9 +390,9 @@ class DiscreteMamba2(nn.Module):
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B = B.unflatten(-1, (self.num_groups, self.state_dim))
         C = C.unflatten(-1, (self.num_groups, self.state_dim))
-        log_decay = F.logsigmoid(-_wide(a))
+        log_decay = -ops.softplus(a)  # log(sigmoid(-a))
         y = ssd(x, log_decay, B, C, None, _wide(self.D), this, cached)
-        return self.out_proj(y.flatten(-2) * F.silu(z + self.z_bias))
+        return self.out_proj(ops.gate(y.flatten(-2), z, self.z_bias))
 
     def reset(self):
         """The student's start: no gate (silu(z_bias) = 1), identity convolution, D = 1."""
@@ -444,10 +445,10 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.in_proj(u).split(self.sizes, -1)
         parts = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
-        delta = F.softplus(_wide(dt) + _wide(self.dt_bias))
+        delta = ops.softplus(dt, _wide(self.dt_bias))
         log_decay = -delta * _wide(self.A_log).exp()
         y = ssd(x, log_decay, B, C, delta, _wide(self.D), this, cached)
-        return self.out_proj(self.norm(y * F.silu(z.unflatten(-1, (-1, self.head_dim)))))
+        return self.out_proj(self.norm(ops.gate(y, z.unflatten(-1, (-1, self.head_dim)))))
 
     def reset(self):
         """Fresh decay and step size, as Mamba-2 starts."""
@@ -494,10 +495,10 @@ class Mamba1(nn.Module):
         x = x.unflatten(-1, (-1, self.state_dim)).repeat_interleave(self.repeats, -2).flatten(-2)
         x = self.conv(x, this, cached)
         B, C = (t.unflatten(-1, (-1, self.state_dim)) for t in (B, C))
-        delta = F.softplus(_wide(self.dt_proj(dt)) + _wide(self.dt_proj.bias))
+        delta = ops.softplus(self.dt_proj(dt), _wide(self.dt_proj.bias))
         A, D = -_wide(self.A_log).exp(), _wide(self.D)
         y = self._scan(x, delta, A, B, C, D, this, cached)
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(ops.gate(y, z))
 
     @staticmethod
     def _scan(x, delta, A, B, C, D, this: Pass, cached: States | None) -> Tensor:

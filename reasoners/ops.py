@@ -215,3 +215,222 @@ def _ssd_scan_derivative(ctx, dy, dfinal_state):
 torch.library.register_autograd(
     "reasoners::ssd_scan", _ssd_scan_derivative, setup_context=_ssd_scan_setup
 )
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over time, optionally followed by SiLU.
+
+    y_t = act(bias + sum_w weight[:, w] u_{t - (width - 1) + w}), u = x after the initial state
+
+    x: (batch, length, channels). weight: (channels, width), width 2 to 4. bias: (channels), None
+    means 0. initial_state: (batch or sequences, width - 1, channels), the inputs before the first,
+    oldest first; None means 0. cu_seqlens: (sequences + 1) int32 offsets of sequences packed along
+    length in a batch of one. All in x's dtype.
+    Returns y (batch, length, channels) and the final state, the last width - 1 inputs of each
+    sequence. Differentiable in the tensors. Source: Gu & Dao 2023 (Mamba), section 3.4.
+    """
+    return _ops.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
+
+
+@torch.library.register_fake("reasoners::causal_conv1d")
+def _(x, weight, bias, initial_state, cu_seqlens, silu):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty(sequences, weight.shape[1] - 1, x.shape[2])
+
+
+@torch.library.register_fake("reasoners::causal_conv1d_backward")
+def _(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu):
+    optional = [x.new_empty(0 if t is None else t.shape) for t in (bias, initial_state)]
+    return x.new_empty(x.shape), x.new_empty(weight.shape), *optional
+
+
+def _causal_conv1d_setup(ctx, inputs, output):
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.state_shape = output[1].shape
+
+
+def _causal_conv1d_derivative(ctx, dy, dfinal_state):
+    inputs = ctx.saved_tensors
+    x = inputs[0]
+    dy = torch.zeros_like(x) if dy is None else dy
+    dfinal_state = x.new_zeros(ctx.state_shape) if dfinal_state is None else dfinal_state
+    gradients = _ops.causal_conv1d_backward(dy, dfinal_state, *inputs, ctx.silu)
+    return *(g if n else None for g, n in zip(gradients, ctx.needs_input_grad)), None, None
+
+
+torch.library.register_autograd(
+    "reasoners::causal_conv1d", _causal_conv1d_derivative, setup_context=_causal_conv1d_setup
+)
+
+
+def conv_update(
+    state: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """Advance `causal_conv1d` by one token per row, in place on the rows' slots.
+
+    state: (slots, width - 1, channels), mutated at the named slots only. slots: (batch) int32,
+    distinct; a negative slot is a padding row: zeros out, no state touched. x: (batch, channels).
+    weight: (channels, width), width 2 to 4. bias: (channels), None means 0. All in x's dtype.
+    Returns y (batch, channels).
+    """
+    return _ops.conv_update(state, slots, x, weight, bias, silu)
+
+
+@torch.library.register_fake("reasoners::conv_update")
+def _(state, slots, x, weight, bias, silu):
+    return x.new_empty(x.shape)
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The Mamba-1 recurrence: a decay for every channel and state entry.
+
+    S_t = exp(delta_t A) S_{t-1} + delta_t x_t B_t,   y_t = S_t . C_t + D x_t
+
+    x: (batch, length, channels). delta: (batch, length, channels) >= 0. A: (channels, N) < 0.
+    B: (batch, length, Gb, N), C: (batch, length, Gc, N); channel c reads group c // (channels / G).
+    D: (channels), None means 0. initial_state: (batch or sequences, channels, N), None means 0.
+    cu_seqlens: (sequences + 1) int32 offsets of sequences packed along length in a batch of one.
+    Returns y (batch, length, channels) in x's dtype and the final state (batch or sequences,
+    channels, N). Differentiable in the tensors. Source: Gu & Dao 2023 (Mamba), section 3.2.
+    """
+    return _ops.selective_scan(x, delta, A, B, C, D, initial_state, cu_seqlens)
+
+
+@torch.library.register_fake("reasoners::selective_scan")
+def _(x, delta, A, B, C, D, initial_state, cu_seqlens):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), A.new_empty(sequences, *A.shape)
+
+
+@torch.library.register_fake("reasoners::selective_scan_backward")
+def _(dy, dfinal_state, x, delta, A, B, C, D, initial_state, cu_seqlens):
+    optional = [A.new_empty(0 if t is None else t.shape) for t in (D, initial_state)]
+    return *(t.new_empty(t.shape) for t in (x, delta, A, B, C)), *optional
+
+
+def _selective_scan_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.state_shape = output[1].shape
+
+
+def _selective_scan_derivative(ctx, dy, dfinal_state):
+    inputs = ctx.saved_tensors
+    x, _, A, *_ = inputs
+    dy = torch.zeros_like(x) if dy is None else dy
+    dfinal_state = A.new_zeros(ctx.state_shape) if dfinal_state is None else dfinal_state
+    gradients = _ops.selective_scan_backward(dy, dfinal_state, *inputs)
+    return *(g if n else None for g, n in zip(gradients, ctx.needs_input_grad)), None
+
+
+torch.library.register_autograd(
+    "reasoners::selective_scan", _selective_scan_derivative, setup_context=_selective_scan_setup
+)
+
+
+def selective_update(
+    state: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+) -> Tensor:
+    """Advance `selective_scan` by one token per row, in place on the rows' slots.
+
+    state: (slots, channels, N) float32 or bfloat16, mutated at the named slots only. slots: (batch)
+    int32, distinct; a negative slot is a padding row: zeros out, no state touched. x: (batch,
+    channels); delta: (batch, channels) >= 0; A: (channels, N) < 0; B: (batch, Gb, N); C: (batch, Gc,
+    N); D: (channels), None means 0.
+    Returns y (batch, channels) in x's dtype.
+    """
+    return _ops.selective_update(state, slots, x, delta, A, B, C, D)
+
+
+@torch.library.register_fake("reasoners::selective_update")
+def _(state, slots, x, delta, A, B, C, D):
+    return x.new_empty(x.shape)
+
+
+def gate(x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x silu(z + bias), the gate of every mixer and MLP here.
+
+    x, z: the same shape (..., channels); bias: (channels), None means 0. All in one dtype.
+    An element's bits do not depend on where in the tensor it stands. Differentiable.
+    """
+    return _ops.gate(x, z, bias)
+
+
+@torch.library.register_fake("reasoners::gate")
+def _(x, z, bias):
+    return x.new_empty(x.shape)
+
+
+def _gate_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_derivative(ctx, dy):
+    x, z, bias = ctx.saved_tensors
+    v = z if bias is None else z + bias
+    s = torch.sigmoid(v)
+    dv = dy * x * (s + v * s * (1 - s))
+    dbias = None if bias is None else dv.flatten(0, -2).sum(0)
+    return dy * v * s, dv, dbias
+
+
+torch.library.register_autograd("reasoners::gate", _gate_derivative, setup_context=_gate_setup)
+
+
+def softplus(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """log(1 + exp(x + bias)) in float32 (float64 for float64): step sizes and decays.
+
+    x: (..., channels); bias: (channels) float32, None means 0.
+    An element's bits do not depend on where in the tensor it stands. Differentiable.
+    """
+    return _ops.softplus(x, bias)
+
+
+@torch.library.register_fake("reasoners::softplus")
+def _(x, bias):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape, dtype=wide)
+
+
+def _softplus_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _softplus_derivative(ctx, dy):
+    x, bias = ctx.saved_tensors
+    v = x.to(dy.dtype) if bias is None else x.to(dy.dtype) + bias
+    dv = dy * torch.sigmoid(v)
+    return dv.to(x.dtype), None if bias is None else dv.flatten(0, -2).sum(0)
+
+
+torch.library.register_autograd(
+    "reasoners::softplus", _softplus_derivative, setup_context=_softplus_setup
+)

@@ -222,7 +222,7 @@ def test_lower_precision_stays_near_float64(name, dtype):
         expected = random_model(name)(tokens)
         got = random_model(name, dtype)(tokens)
     ratio = (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert ratio < (1e-4 if dtype == torch.float32 else 8e-2), float(ratio)
+    assert ratio < (1e-4 if dtype == torch.float32 else 1e-1), float(ratio)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -249,6 +249,7 @@ def test_linear_pads_few_rows_only_without_gradients():
     x = torch.randn(2, 8)
     with torch.no_grad():
         torch.testing.assert_close(linear(x), x @ linear.weight.T)
+        torch.testing.assert_close(linear(x[None, :, None])[0, :, 0], x @ linear.weight.T)
         assert linear(x[:0]).shape == (0, 5)
     assert linear(x).requires_grad
 

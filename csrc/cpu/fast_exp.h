@@ -27,4 +27,10 @@ inline float fast_exp(float x) {
 }
 inline double fast_exp(double x) { return std::exp(x); }
 
+// 1 / (1 + exp(-x)), for any x.
+template <typename T>
+inline T fast_sigmoid(T x) {
+  return T(1) / (T(1) + fast_exp(x < T(-88) ? T(88) : -x));
+}
+
 }  // namespace reasoners

@@ -4,15 +4,16 @@
 //   the kv head share each K and V vector while it is in registers. Scores are dot products along
 //   head_dim, sixteen accumulators (tokens x heads) reduced together. A row's units are combined in
 //   order by whichever thread finishes the last one.
-// tile: rows with more queries, and any head_dim that is not whole vectors. A unit is (row, kv head,
+// tile: rows with more queries, and any head_dim that is not whole vectors. A unit is (row, kv
+// head,
 //   64 packed (query, head) pairs): blocks of 64 positions are widened once, K transposed, and both
 //   products are the same small matrix kernel around an online softmax.
 //
 // Both see the cache through a list of offsets, one per position, so that page boundaries cost
-// nothing. Cuts depend on the row's own queries and length only, and every unit is computed the same
-// way by any thread: the result of a row is the same bits in any batch on any number of threads.
-// Split units run kv head by kv head, then by position, then by row: rows forked from one prompt
-// find its pages in cache.
+// nothing. Cuts depend on the row's own queries and length only, and every unit is computed the
+// same way by any thread: the result of a row is the same bits in any batch on any number of
+// threads. Split units run kv head by kv head, then by position, then by row: rows forked from one
+// prompt find its pages in cache.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -75,8 +76,8 @@ C10_ALWAYS_INLINE void sum_lanes(const at::vec::Vectorized<acc_t> (&v)[16], acc_
       return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     };
     const __m512 low = halve(quarter[0], quarter[1]), high = halve(quarter[2], quarter[3]);
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44),
-                                        _mm512_shuffle_ps(low, high, 0xEE)));
+    _mm512_storeu_ps(
+        out, _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE)));
     return;
   }
 #endif
@@ -294,7 +295,8 @@ class PagedAttention {
 
   // values[h] = sum_t p[h][t] v[t], for a few vectors of head_dim
   template <int heads, int vectors>
-  void values(const acc_t* p, const scalar_t* const* vectors_, int64_t n, int64_t d, acc_t* values) const {
+  void values(const acc_t* p, const scalar_t* const* vectors_, int64_t n, int64_t d,
+              acc_t* values) const {
     Vec sums[heads][vectors];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h)

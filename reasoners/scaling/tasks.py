@@ -34,7 +34,9 @@ class Task:
         answer_field: The field that holds the gold answer, or a worked solution that ends in it.
         worked_answer: Whether `answer_field` is such a worked solution (last line `#### N`).
         id_field: The field that names the problem; None numbers the records instead.
-        level_fields: Fields that may hold the difficulty, first one present wins.
+        level_fields: Fields that may hold the difficulty, first one present wins. Where a worked
+            answer marks its calculations `<<...>>`, their number is the difficulty.
+        dataset: Its Hugging Face dataset id.
         config: Configuration to ask the Hugging Face hub for.
         split: Split to ask the Hugging Face hub for.
         instruction: Text that follows every question.
@@ -47,6 +49,7 @@ class Task:
     worked_answer: bool
     id_field: str | None
     level_fields: tuple[str, ...]
+    dataset: str
     config: str
     split: str
     instruction: str
@@ -60,6 +63,7 @@ GSM8K = Task(
     worked_answer=True,
     id_field=None,
     level_fields=(),
+    dataset="openai/gsm8k",
     config="main",
     split="test",
     instruction=(
@@ -264,14 +268,15 @@ def _read_problem(task: Task, record: object, where: str, index: int) -> Problem
         return value.strip()
 
     answer = text_of(task.answer_field)
+    level = next((record[field] for field in task.level_fields if field in record), None)
     if task.worked_answer:
+        level = answer.count("<<") or None
         last_line = answer.splitlines()[-1]
         if not last_line.startswith("####") or (answer := extract_answer(last_line)) is None:
             raise ValueError(
                 f"{where}: expected {task.answer_field!r} to end in a line '#### answer', "
                 f"got {_excerpt(last_line)}"
             )
-    level = next((record[field] for field in task.level_fields if field in record), None)
     if level is not None and not isinstance(level, int | float):
         raise ValueError(f"{where}: expected a number as level, got {level!r}")
     return Problem(
