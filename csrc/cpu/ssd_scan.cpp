@@ -117,9 +117,12 @@ struct Arguments {
 // Widened rows of `length` tokens, zero up to the padded extents.
 template <typename scalar_t, typename acc_t>
 void load_rows(const View<scalar_t>& from, int64_t batch, int64_t first, int64_t length,
-               int64_t head, int64_t width, const Matrix<acc_t>& to) {
+               int64_t head, int64_t width, int64_t ahead, const Matrix<acc_t>& to) {
   for (int64_t i = 0; i < length; ++i) {
-    at::vec::convert(from.at(batch, first + i, head), to[i], width);
+    const auto* row = from.at(batch, first + i, head);
+    for (int64_t k = 0; k < width; k += 64 / sizeof(scalar_t))
+      __builtin_prefetch(row + ahead * from.token + k, 0, 2);
+    at::vec::convert(row, to[i], width);
     std::fill(to[i] + width, to[i + 1], acc_t(0));
   }
   std::fill(to[length], to[padded(length)], acc_t(0));
@@ -139,10 +142,10 @@ struct Chunk {
         B(kChunk, padded(arguments.state_dim)),
         L(kChunk, kChunk) {}
 
-  void load(int64_t batch, int64_t first, int64_t size, int64_t head) {
+  void load(int64_t batch, int64_t first, int64_t size, int64_t head, int64_t ahead) {
     length = size;
-    load_rows(arguments.x, batch, first, length, head, arguments.head_dim, x);
-    load_rows(arguments.B, batch, first, length, head, arguments.state_dim, B);
+    load_rows(arguments.x, batch, first, length, head, arguments.head_dim, ahead, x);
+    load_rows(arguments.B, batch, first, length, head, arguments.state_dim, ahead, B);
 
     std::fill(decay, decay + kChunk, acc_t(0));
     for (int64_t i = 0; i < length; ++i) decay[i] = *arguments.log_decay.at(batch, first + i, head);
@@ -201,12 +204,12 @@ T inner_product(const Matrix<T>& a, const Matrix<T>& b, int64_t rows) {
 template <typename T>
 void advance(const Matrix<T>& from, T factor, const Matrix<T>& A, const Matrix<T>& B, int64_t depth,
              const Matrix<T>& to) {
-  Tile<T> tile;
-  for (int64_t i = 0; i < to.rows; i += tile.kRows)
-    for (int64_t j = 0; j < to.columns; j += tile.kLanes) {
-      tile.load(from[i] + j, from.columns, factor);
-      tile.add_product(A[0] + i, 1, A.columns, B[0] + j, B.columns, depth);
-      tile.store(to[i] + j, to.columns);
+  for (int64_t i = 0; i < to.rows; i += kRows)
+    for (int64_t j = 0; j < to.columns; j += kLanes<T>) {
+      Tile<T> sum;
+      sum.load(from[i] + j, from.columns, factor);
+      sum.add_product(A[0] + i, 1, A.columns, B[0] + j, B.columns, depth);
+      sum.store(to[i] + j, to.columns);
     }
 }
 
@@ -221,7 +224,6 @@ void forward(const Arguments<scalar_t>& a, scalar_t* y, at::opmath_type<scalar_t
     const Matrix<acc_t> C(kChunk, chunk.B.columns), B_columns(chunk.B.columns, kChunk);
     const Matrix<acc_t> scores(kChunk, kChunk), out(kChunk, chunk.x.columns);
     const Matrix<acc_t> state(chunk.B.columns, chunk.x.columns);  // (N, P)
-    Tile<acc_t> tile;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit / a.sequences, sequence = unit % a.sequences;
       const auto [batch, first, last] = a.sequence(sequence);
@@ -231,29 +233,33 @@ void forward(const Arguments<scalar_t>& a, scalar_t* y, at::opmath_type<scalar_t
         at::vec::transpose_mxn(a.initial_state + state_offset, N, state[0], state.columns, P, N);
       for (int64_t t = first; t < last; t += kChunk) {
         const int64_t length = std::min(kChunk, last - t);
-        chunk.load(batch, t, length, head);
-        load_rows(a.C, batch, t, length, head, N, C);
+        chunk.load(batch, t, length, head, kChunk);
+        load_rows(a.C, batch, t, length, head, N, kChunk, C);
         transpose(chunk.B, padded(length), B_columns);
-        for (int64_t i = 0; i < length; i += tile.kRows)
-          for (int64_t j = 0; j < i + tile.kRows; j += tile.kLanes) {
-            tile.zero();
-            tile.add_product(C[i], C.columns, 1, B_columns[0] + j, kChunk, N);
-            tile.multiply(chunk.L[i] + j, kChunk);
-            tile.store(scores[i] + j, kChunk);
+        for (int64_t i = 0; i < length; i += kRows)
+          for (int64_t j = 0; j < i + kRows; j += kLanes<acc_t>) {
+            Tile<acc_t> score;
+            score.add_product(C[i], C.columns, 1, B_columns[0] + j, kChunk, N);
+            score.multiply(chunk.L[i] + j, kChunk);
+            score.store(scores[i] + j, kChunk);
           }
-        for (int64_t i = 0; i < length; i += tile.kRows)
-          for (int64_t p = 0; p < P; p += tile.kLanes) {
-            tile.zero();
-            tile.add_product(C[i], C.columns, 1, state[0] + p, state.columns, N);
-            tile.scale_rows(chunk.since + i);
+        for (int64_t i = 0; i < length; i += kRows)
+          for (int64_t p = 0; p < P; p += kLanes<acc_t>) {
+            Tile<acc_t> rows;
+            rows.add_product(C[i], C.columns, 1, state[0] + p, state.columns, N);
+            rows.scale_rows(chunk.since + i);
             const auto& u = chunk.u();
-            tile.add_product(scores[i], kChunk, 1, u[0] + p, u.columns, i);
-            tile.add_lower(scores[i] + i, kChunk, 1, u[i] + p, u.columns);
-            if (a.D) tile.add(chunk.x[i] + p, chunk.x.columns, a.D[head]);
-            tile.store(out[i] + p, out.columns);
+            rows.add_product(scores[i], kChunk, 1, u[0] + p, u.columns, i);
+            rows.add_lower(scores[i] + i, kChunk, 1, u[i] + p, u.columns);
+            if (a.D) rows.add(chunk.x[i] + p, chunk.x.columns, a.D[head]);
+            rows.store(out[i] + p, out.columns);
           }
-        for (int64_t i = 0; i < length; ++i)
-          at::vec::convert(out[i], y + ((batch * a.length + t + i) * a.heads + head) * P, P);
+        for (int64_t i = 0; i < length; ++i) {
+          auto* yy = y + ((batch * a.length + t + i) * a.heads + head) * P;
+          for (int64_t k = 0; k < P; k += 64 / sizeof(scalar_t))
+            __builtin_prefetch(yy + kChunk * a.heads * P + k, 1, 2);
+          at::vec::convert(out[i], yy, P);
+        }
         advance(state, chunk.whole(), chunk.B, chunk.until_u, length, state);
       }
       at::vec::transpose_mxn(state[0], state.columns, final_state + state_offset, N, N, P);
@@ -324,7 +330,6 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
     const Matrix<acc_t> dstate(Pp, Np), dstate_columns(Np, Pp);
     std::vector<Matrix<acc_t>> states;  // before each chunk
     for (int64_t i = 0; i < std::max<int64_t>(max_chunks, 1); ++i) states.emplace_back(Pp, Np);
-    Tile<acc_t> tile, other;
 
     for (int64_t unit = begin * block; unit < end * block; ++unit) {
       const int64_t head = unit / (block * a.sequences) * block + unit % block;
@@ -338,7 +343,7 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
         for (int64_t p = 0; p < P; ++p)
           std::copy_n(a.initial_state + state_offset + p * N, N, states[0][p]);
       for (int64_t c = 0; c + 1 < num_chunks; ++c) {
-        chunk.load(batch, first + c * kChunk, kChunk, head);
+        chunk.load(batch, first + c * kChunk, kChunk, head, kChunk);
         advance(states[c], chunk.whole(), chunk.until_u, chunk.B, kChunk, states[c + 1]);
       }
 
@@ -349,57 +354,57 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
       for (int64_t c = num_chunks - 1; c >= 0; --c) {
         const int64_t t = first + c * kChunk, length = std::min(kChunk, last - t);
         const Matrix<acc_t>&state = states[c], &B = chunk.B, &L = chunk.L, &u = chunk.u();
-        chunk.load(batch, t, length, head);
-        load_rows(a.C, batch, t, length, head, N, C);
-        load_rows(dy_view, batch, t, length, head, P, dy);
+        chunk.load(batch, t, length, head, -kChunk);
+        load_rows(a.C, batch, t, length, head, N, -kChunk, C);
+        load_rows(dy_view, batch, t, length, head, P, -kChunk, dy);
         for (int64_t i = 0; i < padded(length); ++i)
           for (int64_t p = 0; p < Pp; ++p) since_dy[i][p] = chunk.since[i] * dy[i][p];
         transpose(B, padded(length), B_columns);
         transpose(u, padded(length), u_columns);
         transpose(dstate, Pp, dstate_columns);
 
-        for (int64_t i = 0; i < length; i += tile.kRows)
-          for (int64_t j = 0; j < i + tile.kRows; j += tile.kLanes) {
-            tile.zero();
-            tile.add_product(C[i], Np, 1, B_columns[0] + j, kChunk, N);
-            tile.multiply(L[i] + j, kChunk);
-            tile.store(scores[i] + j, kChunk);
-            other.zero();
-            other.add_product(dy[i], Pp, 1, u_columns[0] + j, kChunk, P);
-            other.store(dots[i] + j, kChunk);
-            other.multiply(L[i] + j, kChunk);
-            other.store(dscores[i] + j, kChunk);
+        for (int64_t i = 0; i < length; i += kRows)
+          for (int64_t j = 0; j < i + kRows; j += kLanes<acc_t>) {
+            Tile<acc_t> score;
+            score.add_product(C[i], Np, 1, B_columns[0] + j, kChunk, N);
+            score.multiply(L[i] + j, kChunk);
+            score.store(scores[i] + j, kChunk);
+            Tile<acc_t> dot;
+            dot.add_product(dy[i], Pp, 1, u_columns[0] + j, kChunk, P);
+            dot.store(dots[i] + j, kChunk);
+            dot.multiply(L[i] + j, kChunk);
+            dot.store(dscores[i] + j, kChunk);
           }
 
         // What the state before the chunk gives to token i, what token j gives to the state after.
         acc_t received[kChunk] = {}, given[kChunk] = {}, dscale[kChunk] = {};
-        for (int64_t i = 0; i < length; i += tile.kRows) {
-          const int64_t next = i + tile.kRows, rest = std::max<int64_t>(length - next, 0);
-          for (int64_t n = 0; n < N; n += tile.kLanes) {
-            tile.zero();
-            tile.add_product(since_dy[i], Pp, 1, state[0] + n, Np, P);
-            tile.add_row_dots(C[i] + n, Np, received + i);
-            tile.add_product(dscores[i], kChunk, 1, B[0] + n, Np, i);
-            tile.add_lower(dscores[i] + i, kChunk, 1, B[i] + n, Np);
-            tile.store(dC_rows[i] + n, Np);
+        for (int64_t i = 0; i < length; i += kRows) {
+          const int64_t next = i + kRows, rest = std::max<int64_t>(length - next, 0);
+          for (int64_t n = 0; n < N; n += kLanes<acc_t>) {
+            Tile<acc_t> dC;
+            dC.add_product(since_dy[i], Pp, 1, state[0] + n, Np, P);
+            dC.add_row_dots(C[i] + n, Np, received + i);
+            dC.add_product(dscores[i], kChunk, 1, B[0] + n, Np, i);
+            dC.add_lower(dscores[i] + i, kChunk, 1, B[i] + n, Np);
+            dC.store(dC_rows[i] + n, Np);
 
-            tile.zero();
-            tile.add_product(chunk.until_u[i], Pp, 1, dstate[0] + n, Np, P);
-            tile.add_row_dots(B[i] + n, Np, given + i);
-            tile.add_upper(dscores[i] + i, 1, kChunk, C[i] + n, Np);
-            if (rest) tile.add_product(dscores[next] + i, 1, kChunk, C[next] + n, Np, rest);
-            tile.store(dB_rows[i] + n, Np);
+            Tile<acc_t> dB;
+            dB.add_product(chunk.until_u[i], Pp, 1, dstate[0] + n, Np, P);
+            dB.add_row_dots(B[i] + n, Np, given + i);
+            dB.add_upper(dscores[i] + i, 1, kChunk, C[i] + n, Np);
+            if (rest) dB.add_product(dscores[next] + i, 1, kChunk, C[next] + n, Np, rest);
+            dB.store(dB_rows[i] + n, Np);
           }
-          for (int64_t p = 0; p < P; p += tile.kLanes) {
-            tile.zero();
-            tile.add_product(B[i], Np, 1, dstate_columns[0] + p, Pp, N);
-            tile.scale_rows(chunk.until() + i);
-            tile.add_upper(scores[i] + i, 1, kChunk, dy[i] + p, Pp);
-            if (rest) tile.add_product(scores[next] + i, 1, kChunk, dy[next] + p, Pp, rest);
-            if (wide.scale) tile.add_row_dots(chunk.x[i] + p, Pp, dscale + i);
-            tile.scale_rows(chunk.scale + i);
-            if (a.D) tile.add(dy[i] + p, Pp, a.D[head]);
-            tile.store(dx_rows[i] + p, Pp);
+          for (int64_t p = 0; p < P; p += kLanes<acc_t>) {
+            Tile<acc_t> dU;
+            dU.add_product(B[i], Np, 1, dstate_columns[0] + p, Pp, N);
+            dU.scale_rows(chunk.until() + i);
+            dU.add_upper(scores[i] + i, 1, kChunk, dy[i] + p, Pp);
+            if (rest) dU.add_product(scores[next] + i, 1, kChunk, dy[next] + p, Pp, rest);
+            if (wide.scale) dU.add_row_dots(chunk.x[i] + p, Pp, dscale + i);
+            dU.scale_rows(chunk.scale + i);
+            if (a.D) dU.add(dy[i] + p, Pp, a.D[head]);
+            dU.store(dx_rows[i] + p, Pp);
           }
         }
         for (int64_t i = 0; i < length; ++i) {
