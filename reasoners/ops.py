@@ -119,3 +119,65 @@ def _ssd_scan_derivative(ctx, dy, dfinal_state):
 torch.library.register_autograd(
     "reasoners::ssd_scan", _ssd_scan_derivative, setup_context=_ssd_scan_setup
 )
+
+
+def mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """ssd_scan under the names, order and defaults of mamba_ssm's mamba_chunk_scan_combined.
+
+    delta = clamp(softplus(dt + dt_bias), *dt_limit),   log_decay = delta A,   scale = delta
+    out = ssd_scan(...) * silu(z)
+
+    x, z: (batch, length, H, P); dt: (batch, length, H); A, dt_bias: (H); B, C: (batch, length, groups,
+    N); D: (H) or (H, P). chunk_size is accepted and changes nothing: the kernel has its own.
+    cu_seqlens: as in ssd_scan; unlike there it separates the sequences by itself, and initial_states
+        is (sequences, H, P, N) beside it. seq_idx must be None: pass cu_seqlens.
+    Returns out, then with return_final_states the state at the end of each row (batch, H, P, N), then
+    with return_varlen_states the state at the end of each sequence (sequences, H, P, N).
+    """
+    if seq_idx is not None:
+        raise NotImplementedError(
+            "mamba_chunk_scan: seq_idx expected None, got a tensor: cu_seqlens"
+        )
+    if return_varlen_states and cu_seqlens is None:
+        raise ValueError(
+            "mamba_chunk_scan: cu_seqlens expected with return_varlen_states, got None"
+        )
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    delta = dt.to(wide)
+    if dt_bias is not None:
+        delta = delta + dt_bias.to(wide)
+    if dt_softplus:
+        delta = torch.nn.functional.softplus(delta)
+    if tuple(dt_limit) != (0.0, float("inf")):
+        delta = delta.clamp(*dt_limit)
+    skip = None if D is None or D.dim() == 2 else D.to(wide)
+    if initial_states is not None:
+        initial_states = initial_states.to(wide)
+    y, states = ssd_scan(x, delta * A.to(wide), B, C, delta, skip, initial_states, cu_seqlens)
+    if D is not None and D.dim() == 2:
+        y = torch.addcmul(y, D.to(y.dtype), x)
+    if z is not None:
+        y = (y.to(wide) * torch.nn.functional.silu(z.to(wide))).to(y.dtype)
+    results = [y]
+    if return_final_states:
+        results.append(states if cu_seqlens is None else states[-1:])
+    if return_varlen_states:
+        results.append(states)
+    return y if len(results) == 1 else tuple(results)

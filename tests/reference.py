@@ -5,6 +5,8 @@ computes in the dtype of its inputs: in float64 it is the oracle, in the kernel'
 yardstick of how large a rounding error plain PyTorch makes on the same data.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -129,7 +131,7 @@ def ssd_scan(x, log_decay, B, C, scale=None, D=None, initial_state=None, cu_seql
         sequences, dim = [[t[i : i + 1] for t in tokens] for i in range(x.shape[0])], 0
     else:
         offsets, dim = cu_seqlens.tolist(), 1
-        sequences = [[t[:, i:j] for t in tokens] for i, j in zip(offsets[:-1], offsets[1:])]
+        sequences = [[t[:, i:j] for t in tokens] for i, j in pairwise(offsets)]
     y = [x.new_zeros(0, *x.shape[1:]) if dim == 0 else x.new_zeros(1, 0, *x.shape[2:])]
     final = [log_decay.new_zeros(0, heads, x.shape[3], B.shape[3])]
     for i, sequence in enumerate(sequences):

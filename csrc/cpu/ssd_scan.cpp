@@ -38,6 +38,7 @@ namespace reasoners {
 namespace {
 
 constexpr int64_t kChunk = 32;
+constexpr int64_t kHeads = 4;
 constexpr int64_t kPad = 16;  // a multiple of every Tile's rows and lanes
 
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -126,8 +127,8 @@ void prefetch(const T* row, int64_t width) {
 template <typename scalar_t, typename acc_t>
 void load_rows(const View<scalar_t>& from, int64_t batch, int64_t first, int64_t length,
                int64_t head, int64_t width, int64_t ahead, const Matrix<acc_t>& to) {
-  for (int64_t i = 0; i < length; ++i) {
-    const auto* row = from.at(batch, first + i, head);
+  const auto* row = from.at(batch, first, head);
+  for (int64_t i = 0; i < length; ++i, row += from.token) {
     prefetch<0>(row + ahead * from.token, width);
     at::vec::convert(row, to[i], width);
     std::fill(to[i] + width, to[i + 1], acc_t(0));
@@ -146,16 +147,17 @@ struct Chunk {
         x(kChunk, padded(arguments.head_dim)),
         scaled_x(arguments.scale ? kChunk : 0, x.columns),
         until_u(kChunk, x.columns),
-        B(kChunk, padded(arguments.state_dim)),
         L(kChunk, kChunk) {}
 
   void load(int64_t batch, int64_t first, int64_t size, int64_t head, int64_t ahead) {
     length = size;
     load_rows(arguments.x, batch, first, length, head, arguments.head_dim, ahead, x);
-    load_rows(arguments.B, batch, first, length, head, arguments.state_dim, ahead, B);
+    load_scalars(arguments.log_decay, batch, first, head, decay);
+    std::fill(scale, scale + length, acc_t(1));
+    if (arguments.scale) load_scalars(*arguments.scale, batch, first, head, scale);
+    std::fill(decay + length, decay + padded(length), acc_t(0));
+    std::fill(scale + length, scale + padded(length), acc_t(0));
 
-    std::fill(decay, decay + kChunk, acc_t(0));
-    for (int64_t i = 0; i < length; ++i) decay[i] = *arguments.log_decay.at(batch, first + i, head);
     for (int64_t i = 0; i < padded(length); i += Vec::size())
       Vec::loadu(decay + i).exp().store(decay + i);
     std::fill(L[0], L[1], acc_t(0));
@@ -167,18 +169,16 @@ struct Chunk {
       since[i] = decay[i] * since[i - 1];
     }
 
-    for (int64_t i = 0; i < length; ++i) {
-      scale[i] = arguments.scale ? *arguments.scale->at(batch, first + i, head) : acc_t(1);
+    for (int64_t i = 0; i < padded(length); ++i) {
       if (arguments.scale)
         for (int64_t p = 0; p < x.columns; ++p) scaled_x[i][p] = scale[i] * x[i][p];
-      const acc_t until = L[length - 1][i];
-      for (int64_t p = 0; p < x.columns; ++p) until_u[i][p] = until * u()[i][p];
+      for (int64_t p = 0; p < x.columns; ++p) until_u[i][p] = until()[i] * u()[i][p];
     }
-    for (int64_t i = length; i < padded(length); ++i) {
-      scale[i] = 0;
-      if (arguments.scale) std::fill(scaled_x[i], scaled_x[i + 1], acc_t(0));
-      std::fill(until_u[i], until_u[i + 1], acc_t(0));
-    }
+  }
+  void load_scalars(const View<acc_t>& from, int64_t batch, int64_t first, int64_t head,
+                    acc_t* to) const {
+    const acc_t* value = from.at(batch, first, head);
+    for (int64_t i = 0; i < length; ++i, value += from.token) to[i] = *value;
   }
 
   const Matrix<acc_t>& u() const { return arguments.scale ? scaled_x : x; }
@@ -187,7 +187,7 @@ struct Chunk {
 
   const Arguments<scalar_t>& arguments;
   int64_t length = 0;
-  Matrix<acc_t> x, scaled_x, until_u, B, L;
+  Matrix<acc_t> x, scaled_x, until_u, L;
   acc_t decay[kChunk], since[kChunk], scale[kChunk];
 };
 
@@ -220,55 +220,78 @@ void advance(const Matrix<T>& from, T factor, const Matrix<T>& A, const Matrix<T
     }
 }
 
+// Heads that one thread walks together, chunk by chunk. Rows of one token are pages apart and those
+// of neighbouring heads are not, so walking a few heads shares the cost of finding the page (a fifth
+// of the time). A multiple of `share`, and no more than leaves every thread some work.
+template <typename scalar_t>
+int64_t heads_together(const Arguments<scalar_t>& a, int64_t share) {
+  int64_t block = share;
+  while (2 * block <= kHeads && a.heads % (2 * block) == 0 &&
+         a.heads / (2 * block) * a.sequences >= at::get_num_threads())
+    block *= 2;
+  return block;
+}
+
 template <typename scalar_t>
 void forward(const Arguments<scalar_t>& a, scalar_t* y, at::opmath_type<scalar_t>* final_state) {
   using acc_t = at::opmath_type<scalar_t>;
   const int P = static_cast<int>(a.head_dim), N = static_cast<int>(a.state_dim);
-  // Heads are the slow index: each thread gets all sequences of some heads, so that sequences of
-  // unequal lengths do not leave a thread idle.
-  at::parallel_for(0, a.heads * a.sequences, 1, [&](int64_t begin, int64_t end) {
+  const int64_t block = heads_together(a, 1);
+  at::parallel_for(0, a.heads / block * a.sequences, 1, [&](int64_t begin, int64_t end) {
     Chunk<scalar_t> chunk(a);
-    const Matrix<acc_t> C(kChunk, chunk.B.columns), B_columns(chunk.B.columns, kChunk);
-    const Matrix<acc_t> scores(kChunk, kChunk), out(kChunk, chunk.x.columns);
-    const Matrix<acc_t> state(chunk.B.columns, chunk.x.columns);  // (N, P)
+    const int64_t Pp = padded(P), Np = padded(N);
+    const Matrix<acc_t> B(kChunk, Np), C(kChunk, Np), B_columns(Np, kChunk), out(kChunk, Pp);
+    const Matrix<acc_t> dots(kChunk, kChunk), scores(kChunk, kChunk);  // C B^T, C B^T * L
+    std::vector<Matrix<acc_t>> states;                                 // (N, P) of each head
+    for (int64_t h = 0; h < block; ++h) states.emplace_back(Np, Pp);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / a.sequences, sequence = unit % a.sequences;
+      const int64_t first_head = unit / a.sequences * block, sequence = unit % a.sequences;
       const auto [batch, first, last] = a.sequence(sequence);
-      const int64_t state_offset = (sequence * a.heads + head) * P * N;
-      state.zero();
-      if (a.initial_state)
-        at::vec::transpose_mxn(a.initial_state + state_offset, N, state[0], state.columns, P, N);
-      for (int64_t t = first; t < last; t += kChunk) {
-        const int64_t length = std::min(kChunk, last - t);
-        chunk.load(batch, t, length, head, kChunk);
-        load_rows(a.C, batch, t, length, head, N, kChunk, C);
-        transpose(chunk.B, padded(length), B_columns);
-        for (int64_t i = 0; i < length; i += kRows)
-          for (int64_t j = 0; j < i + kRows; j += kLanes<acc_t>) {
-            Tile<acc_t> score;
-            score.add_product(C[i], C.columns, 1, B_columns[0] + j, kChunk, N);
-            score.multiply(chunk.L[i] + j, kChunk);
-            score.store(scores[i] + j, kChunk);
-          }
-        for (int64_t i = 0; i < length; i += kRows)
-          for (int64_t p = 0; p < P; p += kLanes<acc_t>) {
-            Tile<acc_t> rows;
-            rows.add_product(C[i], C.columns, 1, state[0] + p, state.columns, N);
-            rows.scale_rows(chunk.since + i);
-            const auto& u = chunk.u();
-            rows.add_product(scores[i], kChunk, 1, u[0] + p, u.columns, i);
-            rows.add_lower(scores[i] + i, kChunk, 1, u[i] + p, u.columns);
-            if (a.D) rows.add(chunk.x[i] + p, chunk.x.columns, a.D[head]);
-            rows.store(out[i] + p, out.columns);
-          }
-        for (int64_t i = 0; i < length; ++i) {
-          auto* yy = y + ((batch * a.length + t + i) * a.heads + head) * P;
-          prefetch<1>(yy + kChunk * a.heads * P, P);
-          at::vec::convert(out[i], yy, P);
-        }
-        advance(state, chunk.whole(), chunk.B, chunk.until_u, length, state);
+      for (int64_t h = 0; h < block; ++h) {
+        const int64_t offset = (sequence * a.heads + first_head + h) * P * N;
+        states[h].zero();
+        if (a.initial_state)
+          at::vec::transpose_mxn(a.initial_state + offset, N, states[h][0], Pp, P, N);
       }
-      at::vec::transpose_mxn(state[0], state.columns, final_state + state_offset, N, N, P);
+      for (int64_t t = first; t < last; t += kChunk)
+        for (int64_t h = 0; h < block; ++h) {
+          const int64_t head = first_head + h, length = std::min(kChunk, last - t);
+          const Matrix<acc_t>&state = states[h], &u = chunk.u(), &L = chunk.L;
+          chunk.load(batch, t, length, head, kChunk);
+          if (h == 0 || head % a.B.share == 0 || head % a.C.share == 0) {
+            load_rows(a.B, batch, t, length, head, N, kChunk, B);
+            load_rows(a.C, batch, t, length, head, N, kChunk, C);
+            transpose(B, padded(length), B_columns);
+            for (int64_t i = 0; i < length; i += kRows)
+              for (int64_t j = 0; j < i + kRows; j += kLanes<acc_t>) {
+                Tile<acc_t> dot;
+                dot.add_product(C[i], Np, 1, B_columns[0] + j, kChunk, N);
+                dot.store(dots[i] + j, kChunk);
+              }
+          }
+          for (int64_t i = 0; i < length; ++i)
+            for (int64_t j = 0; j < kChunk; ++j) scores[i][j] = dots[i][j] * L[i][j];
+          for (int64_t i = 0; i < length; i += kRows)
+            for (int64_t p = 0; p < P; p += kLanes<acc_t>) {
+              Tile<acc_t> rows;
+              rows.add_product(C[i], Np, 1, state[0] + p, Pp, N);
+              rows.scale_rows(chunk.since + i);
+              rows.add_product(scores[i], kChunk, 1, u[0] + p, Pp, i);
+              rows.add_lower(scores[i] + i, kChunk, 1, u[i] + p, Pp);
+              if (a.D) rows.add(chunk.x[i] + p, Pp, a.D[head]);
+              rows.store(out[i] + p, Pp);
+            }
+          for (int64_t i = 0; i < length; ++i) {
+            auto* row = y + ((batch * a.length + t + i) * a.heads + head) * P;
+            prefetch<1>(row + kChunk * a.heads * P, P);
+            at::vec::convert(out[i], row, P);
+          }
+          advance(state, chunk.whole(), B, chunk.until_u, length, state);
+        }
+      for (int64_t h = 0; h < block; ++h)
+        at::vec::transpose_mxn(states[h][0], Pp,
+                               final_state + (sequence * a.heads + first_head + h) * P * N, N, N,
+                               P);
     }
   });
 }
@@ -328,8 +351,8 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
 
   at::parallel_for(0, a.heads / block * a.sequences, 1, [&](int64_t begin, int64_t end) {
     Chunk<scalar_t> chunk(a);
-    const int64_t Pp = chunk.x.columns, Np = chunk.B.columns;
-    const Matrix<acc_t> C(kChunk, Np), dy(kChunk, Pp), since_dy(kChunk, Pp);
+    const int64_t Pp = padded(P), Np = padded(N);
+    const Matrix<acc_t> B(kChunk, Np), C(kChunk, Np), dy(kChunk, Pp), since_dy(kChunk, Pp);
     const Matrix<acc_t> B_columns(Np, kChunk), u_columns(Pp, kChunk);
     const Matrix<acc_t> scores(kChunk, kChunk);   // C B^T * L
     const Matrix<acc_t> dscores(kChunk, kChunk);  // dY U^T * L
@@ -352,7 +375,8 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
           std::copy_n(a.initial_state + state_offset + p * N, N, states[0][p]);
       for (int64_t c = 0; c + 1 < num_chunks; ++c) {
         chunk.load(batch, first + c * kChunk, kChunk, head, kChunk);
-        advance(states[c], chunk.whole(), chunk.until_u, chunk.B, kChunk, states[c + 1]);
+        load_rows(a.B, batch, first + c * kChunk, kChunk, head, N, kChunk, B);
+        advance(states[c], chunk.whole(), chunk.until_u, B, kChunk, states[c + 1]);
       }
 
       dstate.zero();
@@ -361,8 +385,9 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
       acc_t dD = 0;
       for (int64_t c = num_chunks - 1; c >= 0; --c) {
         const int64_t t = first + c * kChunk, length = std::min(kChunk, last - t);
-        const Matrix<acc_t>&state = states[c], &B = chunk.B, &L = chunk.L, &u = chunk.u();
+        const Matrix<acc_t>&state = states[c], &L = chunk.L, &u = chunk.u();
         chunk.load(batch, t, length, head, -kChunk);
+        load_rows(a.B, batch, t, length, head, N, -kChunk, B);
         load_rows(a.C, batch, t, length, head, N, -kChunk, C);
         load_rows(dy_view, batch, t, length, head, P, -kChunk, dy);
         for (int64_t i = 0; i < padded(length); ++i)
