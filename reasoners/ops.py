@@ -54,102 +54,6 @@ def _(state, slots, x, log_decay, B, C, scale, D):
     return x.new_empty(x.shape[0], log_decay.shape[1], x.shape[2])
 
 
-def append_kv(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lengths: Tensor,
-) -> None:
-    """Write the keys and values of new tokens to their places in the paged cache.
-
-    Token i of a row with n new tokens goes to position kv_lengths[row] - n + i, that is slot
-    position % page_size of page page_table[row, position // page_size].
-
-    k_cache, v_cache: (pages, kv_heads, page_size, head_dim), mutated at those places only.
-    k, v: (tokens, kv_heads, head_dim) in the cache's dtype, the rows' new tokens one after the other.
-    page_table: (rows, max_pages) int32; entries past a row's length are never read.
-    cu_seqlens_q: (rows + 1) int32, where each row's new tokens begin in k.
-    kv_lengths: (rows) int32, the length of each row with its new tokens; 0 or less is a padding row,
-        whose tokens are skipped.
-    Rows may share pages (a forked prompt) as long as no row appends to a shared one. On CPU the
-    values of the three tables are checked before anything is written.
-    """
-    _ops.append_kv(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths)
-
-
-@torch.library.register_fake("reasoners::append_kv")
-def _(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
-    return None
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    kv_lengths: Tensor,
-    scale: float | None = None,
-) -> Tensor:
-    """Causal attention of each row's last tokens over the row's pages.
-
-    y_i = sum_j softmax_j(scale q_i . k_j) v_j   over positions j <= position of i
-
-    q: (tokens, heads, head_dim); the queries of a row are its last positions. heads is a multiple of
-        kv_heads, and query head h reads kv head h // (heads / kv_heads).
-    k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths: as in append_kv, which comes first: a
-        row's length includes its queries. The queries of a padding row give zeros.
-    scale: of the scores; None means head_dim ** -0.5.
-    Returns (tokens, heads, head_dim) in q's dtype. Sums and softmax are kept in float32. On CPU the
-    result of a row is the same bit for bit whatever the other rows, the numbering of its pages and
-    the number of threads. Source: Kwon et al. 2023 (PagedAttention); Dao 2023 (FlashAttention-2).
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _ops.paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale)
-
-
-@torch.library.register_fake("reasoners::paged_attention")
-def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale):
-    return q.new_empty(q.shape)
-
-
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    rng_key: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Choose one token per row: temperature, then top-k, top-p and min-p, then a draw.
-
-    token = argmax over kept i of  logits_i / temperature + Gumbel_i(rng_key)
-
-    logits: (batch, vocabulary) float32 or bfloat16. A logit of -inf is never chosen.
-    temperature: (batch) float32; 0 or less is greedy: the maximum, its lowest id among equals.
-    top_k: (batch) int32; the k largest logits stay, and all that equal the smallest of them. 0 or
-        less, or the vocabulary size and more: off.
-    top_p: (batch) float32; of what top-k kept, renormalised at this temperature, the fewest most
-        probable tokens whose mass reaches top_p stay, and all that equal the last. 1 and more: off.
-    min_p: (batch) float32; tokens of at least min_p times the largest probability stay. 0: off.
-        The most probable token survives every filter.
-    rng_key: (batch, 4) int64: seed, prompt, sample, position. It names the row's noise, one number
-        per token id, so that a choice depends on nothing but its own row: not on the batch, the
-        order or the threads. Distinct keys are independent; position counts modulo 2^32.
-    Returns (token (batch) int64, logprob (batch) float32): logprob is the log-softmax of the raw
-    logits at the token, before temperature and filters. A row with NaN or +inf, or with nothing but
-    -inf, gives token -1 and logprob NaN. Source: Gumbel-max trick; Salmon et al. 2011 (Philox).
-    """
-    return _ops.sample(logits, temperature, top_k, top_p, min_p, rng_key)
-
-
-@torch.library.register_fake("reasoners::sample")
-def _(logits, temperature, top_k, top_p, min_p, rng_key):
-    batch = logits.shape[0]
-    return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.float32)
 def ssd_scan(
     x: Tensor,
     log_decay: Tensor,
@@ -215,6 +119,68 @@ def _ssd_scan_derivative(ctx, dy, dfinal_state):
 torch.library.register_autograd(
     "reasoners::ssd_scan", _ssd_scan_derivative, setup_context=_ssd_scan_setup
 )
+
+
+def mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """ssd_scan under the names, order and defaults of mamba_ssm's mamba_chunk_scan_combined.
+
+    delta = clamp(softplus(dt + dt_bias), *dt_limit),   log_decay = delta A,   scale = delta
+    out = ssd_scan(...) * silu(z)
+
+    x, z: (batch, length, H, P); dt: (batch, length, H); A, dt_bias: (H); B, C: (batch, length, groups,
+    N); D: (H) or (H, P). chunk_size is accepted and changes nothing: the kernel has its own.
+    cu_seqlens: as in ssd_scan; unlike there it separates the sequences by itself, and initial_states
+        is (sequences, H, P, N) beside it. seq_idx must be None: pass cu_seqlens.
+    Returns out, then with return_final_states the state at the end of each row (batch, H, P, N), then
+    with return_varlen_states the state at the end of each sequence (sequences, H, P, N).
+    """
+    if seq_idx is not None:
+        raise NotImplementedError(
+            "mamba_chunk_scan: seq_idx expected None, got a tensor: cu_seqlens"
+        )
+    if return_varlen_states and cu_seqlens is None:
+        raise ValueError(
+            "mamba_chunk_scan: cu_seqlens expected with return_varlen_states, got None"
+        )
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    delta = dt.to(wide)
+    if dt_bias is not None:
+        delta = delta + dt_bias.to(wide)
+    if dt_softplus:
+        delta = torch.nn.functional.softplus(delta)
+    if tuple(dt_limit) != (0.0, float("inf")):
+        delta = delta.clamp(*dt_limit)
+    skip = None if D is None or D.dim() == 2 else D.to(wide)
+    if initial_states is not None:
+        initial_states = initial_states.to(wide)
+    y, states = ssd_scan(x, delta * A.to(wide), B, C, delta, skip, initial_states, cu_seqlens)
+    if D is not None and D.dim() == 2:
+        y = torch.addcmul(y, D.to(y.dtype), x)
+    if z is not None:
+        y = (y.to(wide) * torch.nn.functional.silu(z.to(wide))).to(y.dtype)
+    results = [y]
+    if return_final_states:
+        results.append(states if cu_seqlens is None else states[-1:])
+    if return_varlen_states:
+        results.append(states)
+    return y if len(results) == 1 else tuple(results)
 
 
 def causal_conv1d(
@@ -434,3 +400,101 @@ def _softplus_derivative(ctx, dy):
 torch.library.register_autograd(
     "reasoners::softplus", _softplus_derivative, setup_context=_softplus_setup
 )
+
+
+def append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lengths: Tensor,
+) -> None:
+    """Write the keys and values of new tokens to their places in the paged cache.
+
+    Token i of a row with n new tokens goes to position kv_lengths[row] - n + i, that is slot
+    position % page_size of page page_table[row, position // page_size].
+
+    k_cache, v_cache: (pages, kv_heads, page_size, head_dim), mutated at those places only.
+    k, v: (tokens, kv_heads, head_dim) in the cache's dtype, the rows' new tokens one after the other.
+    page_table: (rows, max_pages) int32; entries past a row's length are never read.
+    cu_seqlens_q: (rows + 1) int32, where each row's new tokens begin in k.
+    kv_lengths: (rows) int32, the length of each row with its new tokens; 0 or less is a padding row,
+        whose tokens are skipped.
+    Rows may share pages (a forked prompt) as long as no row appends to a shared one. On CPU the
+    values of the three tables are checked before anything is written.
+    """
+    _ops.append_kv(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths)
+
+
+@torch.library.register_fake("reasoners::append_kv")
+def _(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
+    return None
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lengths: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of each row's last tokens over the row's pages.
+
+    y_i = sum_j softmax_j(scale q_i . k_j) v_j   over positions j <= position of i
+
+    q: (tokens, heads, head_dim); the queries of a row are its last positions. heads is a multiple of
+        kv_heads, and query head h reads kv head h // (heads / kv_heads).
+    k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths: as in append_kv, which comes first: a
+        row's length includes its queries. The queries of a padding row give zeros.
+    scale: of the scores; None means head_dim ** -0.5.
+    Returns (tokens, heads, head_dim) in q's dtype. Sums and softmax are kept in float32. On CPU the
+    result of a row is the same bit for bit whatever the other rows, the numbering of its pages and
+    the number of threads. Source: Kwon et al. 2023 (PagedAttention); Dao 2023 (FlashAttention-2).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _ops.paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale)
+
+
+@torch.library.register_fake("reasoners::paged_attention")
+def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale):
+    return q.new_empty(q.shape)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    rng_key: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Choose one token per row: temperature, then top-k, top-p and min-p, then a draw.
+
+    token = argmax over kept i of  logits_i / temperature + Gumbel_i(rng_key)
+
+    logits: (batch, vocabulary) float32 or bfloat16. A logit of -inf is never chosen.
+    temperature: (batch) float32; 0 or less is greedy: the maximum, its lowest id among equals.
+    top_k: (batch) int32; the k largest logits stay, and all that equal the smallest of them. 0 or
+        less, or the vocabulary size and more: off.
+    top_p: (batch) float32; of what top-k kept, renormalised at this temperature, the fewest most
+        probable tokens whose mass reaches top_p stay, and all that equal the last. 1 and more: off.
+    min_p: (batch) float32; tokens of at least min_p times the largest probability stay. 0: off.
+        The most probable token survives every filter.
+    rng_key: (batch, 4) int64: seed, prompt, sample, position. It names the row's noise, one number
+        per token id, so that a choice depends on nothing but its own row: not on the batch, the
+        order or the threads. Distinct keys are independent; position counts modulo 2^32.
+    Returns (token (batch) int64, logprob (batch) float32): logprob is the log-softmax of the raw
+    logits at the token, before temperature and filters. A row with NaN or +inf, or with nothing but
+    -inf, gives token -1 and logprob NaN. Source: Gumbel-max trick; Salmon et al. 2011 (Philox).
+    """
+    return _ops.sample(logits, temperature, top_k, top_p, min_p, rng_key)
+
+
+@torch.library.register_fake("reasoners::sample")
+def _(logits, temperature, top_k, top_p, min_p, rng_key):
+    batch = logits.shape[0]
+    return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.float32)

@@ -292,6 +292,58 @@ def test_only_wanted_gradients():
     torch.testing.assert_close(from_y + from_final, both, rtol=1e-4, atol=1e-4)
 
 
+def mamba_inputs(**case):
+    inputs = ssd_scan_inputs(batch=1, length=50, Gb=2, Gc=2, **case)
+    g = torch.Generator().manual_seed(3)
+    names = ("x", "B", "C", "D", "cu_seqlens")
+    return {k: inputs[k] for k in names} | {
+        "dt": torch.randn(1, inputs["x"].shape[1], 4, generator=g).to(inputs["x"].dtype),
+        "A": -1 - torch.rand(4, generator=g),
+        "z": torch.randn(inputs["x"].shape, generator=g).to(inputs["x"].dtype),
+        "dt_bias": torch.randn(4, generator=g),
+        "initial_states": inputs["initial_state"],
+        "dt_softplus": True,
+        "chunk_size": 256,
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"z": None, "D": None}, {"D": torch.randn(4, 16)}, {"dt_limit": (0.1, 0.9)}]
+)
+def test_mamba_names(change):
+    inputs = mamba_inputs() | change
+    y, final = ops.mamba_chunk_scan(**inputs, return_final_states=True)
+    w = {k: widen(v) for k, v in inputs.items()}
+    delta = torch.nn.functional.softplus(w["dt"] + w["dt_bias"])
+    delta = delta.clamp(*change.get("dt_limit", (0, float("inf"))))
+    expected, state = reference.ssd_scan(
+        w["x"], delta * w["A"], w["B"], w["C"], delta, None, w["initial_states"]
+    )
+    if w["D"] is not None:
+        expected = expected + w["D"].reshape(4, -1) * w["x"]
+    if w["z"] is not None:
+        expected = expected * torch.nn.functional.silu(w["z"])
+    assert error_ratio(y, expected) <= 1e-6
+    assert error_ratio(final, state) <= 1e-6
+
+
+def test_mamba_states_of_packed_sequences():
+    inputs = mamba_inputs(lengths=[30, 40], dtype=torch.bfloat16)
+    y, final, states = ops.mamba_chunk_scan(
+        **inputs, return_final_states=True, return_varlen_states=True
+    )
+    assert y.dtype == torch.bfloat16 and states.shape == (2, 4, 16, 16)
+    assert torch.equal(final, states[1:])
+    assert torch.equal(ops.mamba_chunk_scan(**inputs), y)
+
+
+def test_mamba_options_that_cannot_be_honoured():
+    with pytest.raises(NotImplementedError, match="mamba_chunk_scan: seq_idx expected None"):
+        ops.mamba_chunk_scan(**mamba_inputs(), seq_idx=torch.zeros(1, 50, dtype=torch.int32))
+    with pytest.raises(ValueError, match="mamba_chunk_scan: cu_seqlens expected with return_varl"):
+        ops.mamba_chunk_scan(**mamba_inputs(), return_varlen_states=True)
+
+
 def test_compiles_whole_with_dynamic_shapes():
     def loss(*arguments):
         y, final = ops.ssd_scan(*arguments)

@@ -38,6 +38,7 @@ namespace reasoners {
 namespace {
 
 constexpr int64_t kChunk = 32;
+constexpr int64_t kHeads = 4;
 constexpr int64_t kPad = 16;  // a multiple of every Tile's rows and lanes
 
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -114,12 +115,22 @@ struct Arguments {
   const int32_t* offsets;
 };
 
+// Start moving a row of the next chunk into the second-level cache, to read (0) or to write (1). Rows
+// of a head lie far apart, so the processor's own prefetch does not follow them: without this half
+// the time went into waiting. It is a hint: the address may lie outside the tensor.
+template <int kWrite, typename T>
+void prefetch(const T* row, int64_t width) {
+  for (int64_t k = 0; k < width; k += 64 / sizeof(T)) __builtin_prefetch(row + k, kWrite, 2);
+}
+
 // Widened rows of `length` tokens, zero up to the padded extents.
 template <typename scalar_t, typename acc_t>
 void load_rows(const View<scalar_t>& from, int64_t batch, int64_t first, int64_t length,
-               int64_t head, int64_t width, const Matrix<acc_t>& to) {
-  for (int64_t i = 0; i < length; ++i) {
-    at::vec::convert(from.at(batch, first + i, head), to[i], width);
+               int64_t head, int64_t width, int64_t ahead, const Matrix<acc_t>& to) {
+  const auto* row = from.at(batch, first, head);
+  for (int64_t i = 0; i < length; ++i, row += from.token) {
+    prefetch<0>(row + ahead * from.token, width);
+    at::vec::convert(row, to[i], width);
     std::fill(to[i] + width, to[i + 1], acc_t(0));
   }
   std::fill(to[length], to[padded(length)], acc_t(0));
@@ -136,16 +147,17 @@ struct Chunk {
         x(kChunk, padded(arguments.head_dim)),
         scaled_x(arguments.scale ? kChunk : 0, x.columns),
         until_u(kChunk, x.columns),
-        B(kChunk, padded(arguments.state_dim)),
         L(kChunk, kChunk) {}
 
-  void load(int64_t batch, int64_t first, int64_t size, int64_t head) {
+  void load(int64_t batch, int64_t first, int64_t size, int64_t head, int64_t ahead) {
     length = size;
-    load_rows(arguments.x, batch, first, length, head, arguments.head_dim, x);
-    load_rows(arguments.B, batch, first, length, head, arguments.state_dim, B);
+    load_rows(arguments.x, batch, first, length, head, arguments.head_dim, ahead, x);
+    load_scalars(arguments.log_decay, batch, first, head, decay);
+    std::fill(scale, scale + length, acc_t(1));
+    if (arguments.scale) load_scalars(*arguments.scale, batch, first, head, scale);
+    std::fill(decay + length, decay + padded(length), acc_t(0));
+    std::fill(scale + length, scale + padded(length), acc_t(0));
 
-    std::fill(decay, decay + kChunk, acc_t(0));
-    for (int64_t i = 0; i < length; ++i) decay[i] = *arguments.log_decay.at(batch, first + i, head);
     for (int64_t i = 0; i < padded(length); i += Vec::size())
       Vec::loadu(decay + i).exp().store(decay + i);
     std::fill(L[0], L[1], acc_t(0));
@@ -157,18 +169,16 @@ struct Chunk {
       since[i] = decay[i] * since[i - 1];
     }
 
-    for (int64_t i = 0; i < length; ++i) {
-      scale[i] = arguments.scale ? *arguments.scale->at(batch, first + i, head) : acc_t(1);
+    for (int64_t i = 0; i < padded(length); ++i) {
       if (arguments.scale)
         for (int64_t p = 0; p < x.columns; ++p) scaled_x[i][p] = scale[i] * x[i][p];
-      const acc_t until = L[length - 1][i];
-      for (int64_t p = 0; p < x.columns; ++p) until_u[i][p] = until * u()[i][p];
+      for (int64_t p = 0; p < x.columns; ++p) until_u[i][p] = until()[i] * u()[i][p];
     }
-    for (int64_t i = length; i < padded(length); ++i) {
-      scale[i] = 0;
-      if (arguments.scale) std::fill(scaled_x[i], scaled_x[i + 1], acc_t(0));
-      std::fill(until_u[i], until_u[i + 1], acc_t(0));
-    }
+  }
+  void load_scalars(const View<acc_t>& from, int64_t batch, int64_t first, int64_t head,
+                    acc_t* to) const {
+    const acc_t* value = from.at(batch, first, head);
+    for (int64_t i = 0; i < length; ++i, value += from.token) to[i] = *value;
   }
 
   const Matrix<acc_t>& u() const { return arguments.scale ? scaled_x : x; }
@@ -177,7 +187,7 @@ struct Chunk {
 
   const Arguments<scalar_t>& arguments;
   int64_t length = 0;
-  Matrix<acc_t> x, scaled_x, until_u, B, L;
+  Matrix<acc_t> x, scaled_x, until_u, L;
   acc_t decay[kChunk], since[kChunk], scale[kChunk];
 };
 
@@ -201,62 +211,87 @@ T inner_product(const Matrix<T>& a, const Matrix<T>& b, int64_t rows) {
 template <typename T>
 void advance(const Matrix<T>& from, T factor, const Matrix<T>& A, const Matrix<T>& B, int64_t depth,
              const Matrix<T>& to) {
-  Tile<T> tile;
-  for (int64_t i = 0; i < to.rows; i += tile.kRows)
-    for (int64_t j = 0; j < to.columns; j += tile.kLanes) {
-      tile.load(from[i] + j, from.columns, factor);
-      tile.add_product(A[0] + i, 1, A.columns, B[0] + j, B.columns, depth);
-      tile.store(to[i] + j, to.columns);
+  for (int64_t i = 0; i < to.rows; i += kRows)
+    for (int64_t j = 0; j < to.columns; j += kLanes<T>) {
+      Tile<T> sum;
+      sum.load(from[i] + j, from.columns, factor);
+      sum.add_product(A[0] + i, 1, A.columns, B[0] + j, B.columns, depth);
+      sum.store(to[i] + j, to.columns);
     }
+}
+
+// Heads that one thread walks together, chunk by chunk. Rows of one token are pages apart and those
+// of neighbouring heads are not, so walking a few heads shares the cost of finding the page (a fifth
+// of the time). A multiple of `share`, and no more than leaves every thread some work.
+template <typename scalar_t>
+int64_t heads_together(const Arguments<scalar_t>& a, int64_t share) {
+  int64_t block = share;
+  while (2 * block <= kHeads && a.heads % (2 * block) == 0 &&
+         a.heads / (2 * block) * a.sequences >= at::get_num_threads())
+    block *= 2;
+  return block;
 }
 
 template <typename scalar_t>
 void forward(const Arguments<scalar_t>& a, scalar_t* y, at::opmath_type<scalar_t>* final_state) {
   using acc_t = at::opmath_type<scalar_t>;
   const int P = static_cast<int>(a.head_dim), N = static_cast<int>(a.state_dim);
-  // Heads are the slow index: each thread gets all sequences of some heads, so that sequences of
-  // unequal lengths do not leave a thread idle.
-  at::parallel_for(0, a.heads * a.sequences, 1, [&](int64_t begin, int64_t end) {
+  const int64_t block = heads_together(a, 1);
+  at::parallel_for(0, a.heads / block * a.sequences, 1, [&](int64_t begin, int64_t end) {
     Chunk<scalar_t> chunk(a);
-    const Matrix<acc_t> C(kChunk, chunk.B.columns), B_columns(chunk.B.columns, kChunk);
-    const Matrix<acc_t> scores(kChunk, kChunk), out(kChunk, chunk.x.columns);
-    const Matrix<acc_t> state(chunk.B.columns, chunk.x.columns);  // (N, P)
-    Tile<acc_t> tile;
+    const int64_t Pp = padded(P), Np = padded(N);
+    const Matrix<acc_t> B(kChunk, Np), C(kChunk, Np), B_columns(Np, kChunk), out(kChunk, Pp);
+    const Matrix<acc_t> dots(kChunk, kChunk), scores(kChunk, kChunk);  // C B^T, C B^T * L
+    std::vector<Matrix<acc_t>> states;                                 // (N, P) of each head
+    for (int64_t h = 0; h < block; ++h) states.emplace_back(Np, Pp);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / a.sequences, sequence = unit % a.sequences;
+      const int64_t first_head = unit / a.sequences * block, sequence = unit % a.sequences;
       const auto [batch, first, last] = a.sequence(sequence);
-      const int64_t state_offset = (sequence * a.heads + head) * P * N;
-      state.zero();
-      if (a.initial_state)
-        at::vec::transpose_mxn(a.initial_state + state_offset, N, state[0], state.columns, P, N);
-      for (int64_t t = first; t < last; t += kChunk) {
-        const int64_t length = std::min(kChunk, last - t);
-        chunk.load(batch, t, length, head);
-        load_rows(a.C, batch, t, length, head, N, C);
-        transpose(chunk.B, padded(length), B_columns);
-        for (int64_t i = 0; i < length; i += tile.kRows)
-          for (int64_t j = 0; j < i + tile.kRows; j += tile.kLanes) {
-            tile.zero();
-            tile.add_product(C[i], C.columns, 1, B_columns[0] + j, kChunk, N);
-            tile.multiply(chunk.L[i] + j, kChunk);
-            tile.store(scores[i] + j, kChunk);
-          }
-        for (int64_t i = 0; i < length; i += tile.kRows)
-          for (int64_t p = 0; p < P; p += tile.kLanes) {
-            tile.zero();
-            tile.add_product(C[i], C.columns, 1, state[0] + p, state.columns, N);
-            tile.scale_rows(chunk.since + i);
-            const auto& u = chunk.u();
-            tile.add_product(scores[i], kChunk, 1, u[0] + p, u.columns, i);
-            tile.add_lower(scores[i] + i, kChunk, 1, u[i] + p, u.columns);
-            if (a.D) tile.add(chunk.x[i] + p, chunk.x.columns, a.D[head]);
-            tile.store(out[i] + p, out.columns);
-          }
-        for (int64_t i = 0; i < length; ++i)
-          at::vec::convert(out[i], y + ((batch * a.length + t + i) * a.heads + head) * P, P);
-        advance(state, chunk.whole(), chunk.B, chunk.until_u, length, state);
+      for (int64_t h = 0; h < block; ++h) {
+        const int64_t offset = (sequence * a.heads + first_head + h) * P * N;
+        states[h].zero();
+        if (a.initial_state)
+          at::vec::transpose_mxn(a.initial_state + offset, N, states[h][0], Pp, P, N);
       }
-      at::vec::transpose_mxn(state[0], state.columns, final_state + state_offset, N, N, P);
+      for (int64_t t = first; t < last; t += kChunk)
+        for (int64_t h = 0; h < block; ++h) {
+          const int64_t head = first_head + h, length = std::min(kChunk, last - t);
+          const Matrix<acc_t>&state = states[h], &u = chunk.u(), &L = chunk.L;
+          chunk.load(batch, t, length, head, kChunk);
+          if (h == 0 || head % a.B.share == 0 || head % a.C.share == 0) {
+            load_rows(a.B, batch, t, length, head, N, kChunk, B);
+            load_rows(a.C, batch, t, length, head, N, kChunk, C);
+            transpose(B, padded(length), B_columns);
+            for (int64_t i = 0; i < length; i += kRows)
+              for (int64_t j = 0; j < i + kRows; j += kLanes<acc_t>) {
+                Tile<acc_t> dot;
+                dot.add_product(C[i], Np, 1, B_columns[0] + j, kChunk, N);
+                dot.store(dots[i] + j, kChunk);
+              }
+          }
+          for (int64_t i = 0; i < length; ++i)
+            for (int64_t j = 0; j < kChunk; ++j) scores[i][j] = dots[i][j] * L[i][j];
+          for (int64_t i = 0; i < length; i += kRows)
+            for (int64_t p = 0; p < P; p += kLanes<acc_t>) {
+              Tile<acc_t> rows;
+              rows.add_product(C[i], Np, 1, state[0] + p, Pp, N);
+              rows.scale_rows(chunk.since + i);
+              rows.add_product(scores[i], kChunk, 1, u[0] + p, Pp, i);
+              rows.add_lower(scores[i] + i, kChunk, 1, u[i] + p, Pp);
+              if (a.D) rows.add(chunk.x[i] + p, Pp, a.D[head]);
+              rows.store(out[i] + p, Pp);
+            }
+          for (int64_t i = 0; i < length; ++i) {
+            auto* row = y + ((batch * a.length + t + i) * a.heads + head) * P;
+            prefetch<1>(row + kChunk * a.heads * P, P);
+            at::vec::convert(out[i], row, P);
+          }
+          advance(state, chunk.whole(), B, chunk.until_u, length, state);
+        }
+      for (int64_t h = 0; h < block; ++h)
+        at::vec::transpose_mxn(states[h][0], Pp,
+                               final_state + (sequence * a.heads + first_head + h) * P * N, N, N,
+                               P);
     }
   });
 }
@@ -277,7 +312,9 @@ struct GroupSum {
   void add(int64_t token, int64_t head, const acc_t* row) const {
     const int64_t width = sum.size(3), offset = (token * sum.size(2) + head / share) * width;
     if (share == 1) {
-      at::vec::convert(row, static_cast<scalar_t*>(data) + offset, width);
+      auto* to = static_cast<scalar_t*>(data) + offset;
+      prefetch<1>(to - kChunk * sum.size(2) * width, width);
+      at::vec::convert(row, to, width);
       return;
     }
     auto* to = static_cast<acc_t*>(data) + offset;
@@ -314,8 +351,8 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
 
   at::parallel_for(0, a.heads / block * a.sequences, 1, [&](int64_t begin, int64_t end) {
     Chunk<scalar_t> chunk(a);
-    const int64_t Pp = chunk.x.columns, Np = chunk.B.columns;
-    const Matrix<acc_t> C(kChunk, Np), dy(kChunk, Pp), since_dy(kChunk, Pp);
+    const int64_t Pp = padded(P), Np = padded(N);
+    const Matrix<acc_t> B(kChunk, Np), C(kChunk, Np), dy(kChunk, Pp), since_dy(kChunk, Pp);
     const Matrix<acc_t> B_columns(Np, kChunk), u_columns(Pp, kChunk);
     const Matrix<acc_t> scores(kChunk, kChunk);   // C B^T * L
     const Matrix<acc_t> dscores(kChunk, kChunk);  // dY U^T * L
@@ -324,7 +361,6 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
     const Matrix<acc_t> dstate(Pp, Np), dstate_columns(Np, Pp);
     std::vector<Matrix<acc_t>> states;  // before each chunk
     for (int64_t i = 0; i < std::max<int64_t>(max_chunks, 1); ++i) states.emplace_back(Pp, Np);
-    Tile<acc_t> tile, other;
 
     for (int64_t unit = begin * block; unit < end * block; ++unit) {
       const int64_t head = unit / (block * a.sequences) * block + unit % block;
@@ -338,8 +374,9 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
         for (int64_t p = 0; p < P; ++p)
           std::copy_n(a.initial_state + state_offset + p * N, N, states[0][p]);
       for (int64_t c = 0; c + 1 < num_chunks; ++c) {
-        chunk.load(batch, first + c * kChunk, kChunk, head);
-        advance(states[c], chunk.whole(), chunk.until_u, chunk.B, kChunk, states[c + 1]);
+        chunk.load(batch, first + c * kChunk, kChunk, head, kChunk);
+        load_rows(a.B, batch, first + c * kChunk, kChunk, head, N, kChunk, B);
+        advance(states[c], chunk.whole(), chunk.until_u, B, kChunk, states[c + 1]);
       }
 
       dstate.zero();
@@ -348,58 +385,59 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
       acc_t dD = 0;
       for (int64_t c = num_chunks - 1; c >= 0; --c) {
         const int64_t t = first + c * kChunk, length = std::min(kChunk, last - t);
-        const Matrix<acc_t>&state = states[c], &B = chunk.B, &L = chunk.L, &u = chunk.u();
-        chunk.load(batch, t, length, head);
-        load_rows(a.C, batch, t, length, head, N, C);
-        load_rows(dy_view, batch, t, length, head, P, dy);
+        const Matrix<acc_t>&state = states[c], &L = chunk.L, &u = chunk.u();
+        chunk.load(batch, t, length, head, -kChunk);
+        load_rows(a.B, batch, t, length, head, N, -kChunk, B);
+        load_rows(a.C, batch, t, length, head, N, -kChunk, C);
+        load_rows(dy_view, batch, t, length, head, P, -kChunk, dy);
         for (int64_t i = 0; i < padded(length); ++i)
           for (int64_t p = 0; p < Pp; ++p) since_dy[i][p] = chunk.since[i] * dy[i][p];
         transpose(B, padded(length), B_columns);
         transpose(u, padded(length), u_columns);
         transpose(dstate, Pp, dstate_columns);
 
-        for (int64_t i = 0; i < length; i += tile.kRows)
-          for (int64_t j = 0; j < i + tile.kRows; j += tile.kLanes) {
-            tile.zero();
-            tile.add_product(C[i], Np, 1, B_columns[0] + j, kChunk, N);
-            tile.multiply(L[i] + j, kChunk);
-            tile.store(scores[i] + j, kChunk);
-            other.zero();
-            other.add_product(dy[i], Pp, 1, u_columns[0] + j, kChunk, P);
-            other.store(dots[i] + j, kChunk);
-            other.multiply(L[i] + j, kChunk);
-            other.store(dscores[i] + j, kChunk);
+        for (int64_t i = 0; i < length; i += kRows)
+          for (int64_t j = 0; j < i + kRows; j += kLanes<acc_t>) {
+            Tile<acc_t> score;
+            score.add_product(C[i], Np, 1, B_columns[0] + j, kChunk, N);
+            score.multiply(L[i] + j, kChunk);
+            score.store(scores[i] + j, kChunk);
+            Tile<acc_t> dot;
+            dot.add_product(dy[i], Pp, 1, u_columns[0] + j, kChunk, P);
+            dot.store(dots[i] + j, kChunk);
+            dot.multiply(L[i] + j, kChunk);
+            dot.store(dscores[i] + j, kChunk);
           }
 
         // What the state before the chunk gives to token i, what token j gives to the state after.
         acc_t received[kChunk] = {}, given[kChunk] = {}, dscale[kChunk] = {};
-        for (int64_t i = 0; i < length; i += tile.kRows) {
-          const int64_t next = i + tile.kRows, rest = std::max<int64_t>(length - next, 0);
-          for (int64_t n = 0; n < N; n += tile.kLanes) {
-            tile.zero();
-            tile.add_product(since_dy[i], Pp, 1, state[0] + n, Np, P);
-            tile.add_row_dots(C[i] + n, Np, received + i);
-            tile.add_product(dscores[i], kChunk, 1, B[0] + n, Np, i);
-            tile.add_lower(dscores[i] + i, kChunk, 1, B[i] + n, Np);
-            tile.store(dC_rows[i] + n, Np);
+        for (int64_t i = 0; i < length; i += kRows) {
+          const int64_t next = i + kRows, rest = std::max<int64_t>(length - next, 0);
+          for (int64_t n = 0; n < N; n += kLanes<acc_t>) {
+            Tile<acc_t> dC;
+            dC.add_product(since_dy[i], Pp, 1, state[0] + n, Np, P);
+            dC.add_row_dots(C[i] + n, Np, received + i);
+            dC.add_product(dscores[i], kChunk, 1, B[0] + n, Np, i);
+            dC.add_lower(dscores[i] + i, kChunk, 1, B[i] + n, Np);
+            dC.store(dC_rows[i] + n, Np);
 
-            tile.zero();
-            tile.add_product(chunk.until_u[i], Pp, 1, dstate[0] + n, Np, P);
-            tile.add_row_dots(B[i] + n, Np, given + i);
-            tile.add_upper(dscores[i] + i, 1, kChunk, C[i] + n, Np);
-            if (rest) tile.add_product(dscores[next] + i, 1, kChunk, C[next] + n, Np, rest);
-            tile.store(dB_rows[i] + n, Np);
+            Tile<acc_t> dB;
+            dB.add_product(chunk.until_u[i], Pp, 1, dstate[0] + n, Np, P);
+            dB.add_row_dots(B[i] + n, Np, given + i);
+            dB.add_upper(dscores[i] + i, 1, kChunk, C[i] + n, Np);
+            if (rest) dB.add_product(dscores[next] + i, 1, kChunk, C[next] + n, Np, rest);
+            dB.store(dB_rows[i] + n, Np);
           }
-          for (int64_t p = 0; p < P; p += tile.kLanes) {
-            tile.zero();
-            tile.add_product(B[i], Np, 1, dstate_columns[0] + p, Pp, N);
-            tile.scale_rows(chunk.until() + i);
-            tile.add_upper(scores[i] + i, 1, kChunk, dy[i] + p, Pp);
-            if (rest) tile.add_product(scores[next] + i, 1, kChunk, dy[next] + p, Pp, rest);
-            if (wide.scale) tile.add_row_dots(chunk.x[i] + p, Pp, dscale + i);
-            tile.scale_rows(chunk.scale + i);
-            if (a.D) tile.add(dy[i] + p, Pp, a.D[head]);
-            tile.store(dx_rows[i] + p, Pp);
+          for (int64_t p = 0; p < P; p += kLanes<acc_t>) {
+            Tile<acc_t> dU;
+            dU.add_product(B[i], Np, 1, dstate_columns[0] + p, Pp, N);
+            dU.scale_rows(chunk.until() + i);
+            dU.add_upper(scores[i] + i, 1, kChunk, dy[i] + p, Pp);
+            if (rest) dU.add_product(scores[next] + i, 1, kChunk, dy[next] + p, Pp, rest);
+            if (wide.scale) dU.add_row_dots(chunk.x[i] + p, Pp, dscale + i);
+            dU.scale_rows(chunk.scale + i);
+            if (a.D) dU.add(dy[i] + p, Pp, a.D[head]);
+            dU.store(dx_rows[i] + p, Pp);
           }
         }
         for (int64_t i = 0; i < length; ++i) {

@@ -1,0 +1,101 @@
+"""The chunked scan and its derivative: our kernel beside chunked PyTorch at its best chunk size.
+
+Two sweeps at Llamba-1B's shapes: batch at fixed length, length at fixed tokens.
+"""
+
+import cost
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reasoners import ops
+
+HEADS, HEAD_DIM, STATE_DIM = 32, 64, 64  # Llamba-1B
+# (batch, length): batch at length 512, then length at 2048 tokens (4 x 512 belongs to both).
+SHAPES = [(1, 512), (2, 512), (8, 512), (4, 512), (1, 2048), (16, 128), (64, 32)]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def make(batch, length, dtype, requires_grad=False):
+    def normal(*shape):
+        return torch.randn(*shape).to(dtype)
+
+    inputs = {
+        "x": normal(batch, length, HEADS, HEAD_DIM),
+        "log_decay": F.logsigmoid(torch.randn(batch, length, HEADS)),
+        "B": normal(batch, length, HEADS, STATE_DIM),
+        "C": normal(batch, length, HEADS, STATE_DIM),
+        "D": torch.randn(HEADS),
+    }
+    return {k: v.requires_grad_(requires_grad) for k, v in inputs.items()}
+
+
+def chunked(x, log_decay, B, C, D, chunk):
+    """The usual PyTorch formulation: matrix products batched over chunks and heads, one head a group."""
+    batch, length, heads, head_dim = x.shape
+    pad = -length % chunk
+
+    def split(t):  # (batch, heads, chunks, chunk, width)
+        t = F.pad(t, (0, 0, 0, 0, 0, pad)) if pad else t
+        return t.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+
+    u, b, c = split(x), split(B), split(C)
+    total = split(log_decay[..., None]).squeeze(-1).cumsum(-1)
+    difference = total[..., :, None] - total[..., None, :]
+    upper = torch.ones(chunk, chunk, dtype=torch.bool).triu(1)
+    L = difference.masked_fill(upper, float("-inf")).exp().to(x.dtype)
+    y = (c @ b.mT * L) @ u
+    until = (total[..., -1:] - total).exp().to(x.dtype)
+    added = (u * until[..., None]).mT @ b
+    whole = total[..., -1].exp()[..., None, None]
+    state = torch.zeros(batch, heads, head_dim, B.shape[3])
+    before = []
+    for decay, step in zip(whole.unbind(2), added.unbind(2)):
+        before.append(state)
+        state = torch.addcmul(step, decay, state)
+    before = torch.stack(before, 2).to(x.dtype)
+    y = y + (c * total.exp().to(x.dtype)[..., None]) @ before.mT
+    y = y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
+    return torch.addcmul(y, D[:, None].to(x.dtype), x), state
+
+
+def reasoners(x, log_decay, B, C, D, chunk):
+    return ops.ssd_scan(x, log_decay, B, C, None, D)
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize("impl", [reasoners, chunked], ids=["reasoners", "torch"])
+FORWARD_CHUNK, BACKWARD_CHUNK = 32, 64  # PyTorch's best of 16, 32, 64, 128, 256 at 1 x 2048
+
+
+@IMPLEMENTATIONS
+@DTYPES
+@pytest.mark.parametrize(("batch", "length"), SHAPES)
+def bench_ssd_scan(measure, batch, length, dtype, impl):
+    inputs = make(batch, length, dtype)
+    shape = batch * length, HEADS, HEAD_DIM, STATE_DIM
+    measure(
+        lambda: impl(**inputs, chunk=FORWARD_CHUNK),
+        num_bytes=cost.ssd_scan_bytes(*shape, data_bytes=dtype.itemsize),
+        flops=cost.ssd_scan_flops(*shape),
+        tokens=batch * length,
+        rounds=9,
+    )
+
+
+@IMPLEMENTATIONS
+@DTYPES
+@pytest.mark.parametrize(("batch", "length"), SHAPES)
+def bench_ssd_scan_backward(measure, batch, length, dtype, impl):
+    inputs = make(batch, length, dtype, requires_grad=True)
+    y, state = impl(**inputs, chunk=BACKWARD_CHUNK)
+    gradients = torch.randn_like(y), torch.zeros_like(state)
+    shape = batch * length, HEADS, HEAD_DIM, STATE_DIM
+    measure(
+        lambda: torch.autograd.grad(
+            (y, state), list(inputs.values()), gradients, retain_graph=True
+        ),
+        num_bytes=cost.ssd_scan_backward_bytes(*shape, data_bytes=dtype.itemsize),
+        flops=cost.ssd_scan_backward_flops(*shape),
+        tokens=batch * length,
+        rounds=7,
+    )
