@@ -5,6 +5,9 @@ computes in the dtype of its inputs: in float64 it is the oracle, in the kernel'
 yardstick of how large a rounding error plain PyTorch makes on the same data.
 """
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,7 +164,9 @@ def paged_attention_inputs(
     needed = [max(0, -(-length // page_size)) for length in lengths]
     num_pages = sum(needed) + 2
     order = torch.randperm(num_pages, generator=g).int()
-    table = torch.randint(-(2**31), 2**31 - 1, (rows, max(needed, default=0) + 1), generator=g).int()
+    table = torch.randint(
+        -(2**31), 2**31 - 1, (rows, max(needed, default=0) + 1), generator=g
+    ).int()
     caches = torch.full((2, num_pages, kv_heads, page_size, head_dim), float("nan"))
     for row, length in enumerate(lengths):
         table[row, : needed[row]] = order[sum(needed[:row]) :][: needed[row]]
@@ -217,5 +222,115 @@ PAGED_ATTENTION_CASES = {
     "prefill, large scores": {"lengths": (130,), "queries": (130,), "magnitude": 30.0},
     "prefill and decode mixed": {
         "lengths": (70, 33, 0, 129), "queries": (70, 1, 3, 2), "dtype": torch.bfloat16,
+    },
+}  # fmt: skip
+
+
+# ---- sample
+
+
+def philox(counter, key):
+    """Philox4x32-10 on uint64 arrays that hold 32-bit words: counter of 4, key of 2."""
+    low = np.uint64(0xFFFFFFFF)
+    c, k = [np.uint64(w) for w in counter], [np.uint64(w) for w in key]
+    for _ in range(10):
+        p, q = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        half = np.uint64(32)
+        c = [(q >> half) ^ c[1] ^ k[0], q & low, (p >> half) ^ c[3] ^ k[1], p & low]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    return c
+
+
+def gumbel_noise(rng_key, vocabulary):
+    """The noise of one row, (vocabulary) float64."""
+    words = [(value >> shift) & 0xFFFFFFFF for value in rng_key.tolist() for shift in (0, 32)]
+    name = philox(words[2:6], words[:2])
+    block = np.arange(-(-vocabulary // 4), dtype=np.uint64)
+    noise = philox([block, words[6], name[2], name[3]], name[:2])
+    r = torch.from_numpy(np.stack(noise, -1).astype(np.int64)).flatten()[:vocabulary]
+    v = ((r.float() + 0.5) * 2**-32).double()
+    return -(-torch.log1p(-v)).clamp(max=25).log()
+
+
+def sample_allowed(logits, temperature, top_k, top_p, min_p):
+    """(vocabulary) bool: what the filters keep of one row."""
+    z = logits.double() / temperature
+    kept = torch.ones_like(z, dtype=torch.bool)
+    if 0 < top_k < len(z):
+        kept &= z >= z.sort(descending=True).values[top_k - 1]
+    if top_p < 1:
+        p, order = z.masked_fill(~kept, float("-inf")).softmax(-1).sort(descending=True)
+        last = int((p.cumsum(0) < top_p).sum())
+        kept &= z >= z[order[min(last, len(z) - 1)]]
+    return kept & (z >= z.max() + math.log(min_p) if min_p > 0 else kept)
+
+
+def sample(logits, temperature, top_k, top_p, min_p, rng_key):
+    """One row after the other; returns (token, logprob float64)."""
+    token, logprob = [], []
+    for row, x in enumerate(logits.double()):
+        if x.isnan().any() or x.max().isinf():
+            token.append(-1), logprob.append(float("nan"))
+            continue
+        score = x
+        if temperature[row] > 0:
+            filters = (t[row].item() for t in (temperature, top_k, top_p, min_p))
+            score = x / temperature[row].double() + gumbel_noise(rng_key[row], len(x))
+            score = score.masked_fill(~sample_allowed(x, *filters), float("-inf"))
+        token.append(int(score.argmax()))
+        logprob.append(float(x.log_softmax(-1)[token[-1]]))
+    return torch.tensor(token, dtype=torch.int64), torch.tensor(logprob, dtype=torch.float64)
+
+
+def sample_inputs(
+    batch=12, vocabulary=1000, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, spread=3.0,
+    dtype=torch.float32, seed=0,
+):  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def per_row(value, dtype):
+        return torch.tensor(value, dtype=dtype).expand(batch).contiguous()
+
+    return {
+        "logits": (spread * torch.randn(batch, vocabulary, generator=g)).to(dtype),
+        "temperature": per_row(temperature, torch.float32),
+        "top_k": per_row(top_k, torch.int32),
+        "top_p": per_row(top_p, torch.float32),
+        "min_p": per_row(min_p, torch.float32),
+        "rng_key": torch.randint(-(2**63), 2**63 - 1, (batch, 4), generator=g),
+    }
+
+
+SAMPLE_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "empty batch": {"batch": 0},
+    "one token": {"vocabulary": 1},
+    "less than a block": {"vocabulary": 37},
+    "a block": {"vocabulary": 64},
+    "SmolLM2": {"batch": 2, "vocabulary": 49152},
+    "Llama-3 and top-p": {"batch": 2, "vocabulary": 128256, "top_p": 0.9},
+    "greedy": {"temperature": 0.0},
+    "negative temperature is greedy": {"temperature": -1.0},
+    "cold": {"temperature": 0.01},
+    "colder than floats": {"temperature": 1e-42},
+    "hot": {"temperature": 50.0},
+    "flat": {"spread": 0.01},
+    "peaked": {"spread": 30.0},
+    "top-k 1": {"top_k": 1},
+    "top-k 50": {"top_k": 50},
+    "top-k of everything": {"top_k": 1000},
+    "top-k past everything": {"top_k": 5000},
+    "top-k with bf16 ties": {"top_k": 20, "dtype": torch.bfloat16, "vocabulary": 5000},
+    "top-p 0": {"top_p": 0.0},
+    "top-p 0.5": {"top_p": 0.5},
+    "top-p 0.99, flat": {"top_p": 0.99, "spread": 0.3},
+    "top-p, bf16 ties": {"top_p": 0.7, "dtype": torch.bfloat16, "vocabulary": 5000},
+    "min-p": {"min_p": 0.1},
+    "min-p 1": {"min_p": 1.0},
+    "everything": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "a different mix per row": {
+        "temperature": (0.0, 0.5, 1.0, 1.5) * 3, "top_k": (0, 0, 3, 0, 9, 9) * 2,
+        "top_p": (1.0, 0.8, 0.9) * 4, "min_p": (0.0, 0.05) * 6,
     },
 }  # fmt: skip
