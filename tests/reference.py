@@ -136,7 +136,7 @@ def append_kv(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
 
 def paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None):
     """Gathers each row's pages, repeats heads, masks, softmax: one row after the other."""
-    tokens, heads, head_dim = q.shape
+    heads, head_dim = q.shape[1:]
     page_size, starts, y = k_cache.shape[2], cu_seqlens_q.tolist(), torch.zeros_like(q)
     for row, length in enumerate(kv_lengths.tolist()):
         if length <= 0:
