@@ -16,7 +16,7 @@
 //
 // Split units run by position, then row, then kv head: rows forked from one prompt read its pages
 // while they are in cache. Tried: kv head outermost, 10 to 25 % slower with and without sharing, as
-// neighbouring heads of a page share lines of the TLB; positions of a unit 512, no faster.
+// neighbouring heads share the memory pages of a cache page; positions of a unit 512, no faster.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -91,11 +91,12 @@ C10_ALWAYS_INLINE void sum_lanes(const at::vec::Vectorized<acc_t> (&v)[16], acc_
   }
 }
 
-// The softmax of one row of scores, in place and not yet divided; returns {maximum, sum}.
 template <typename acc_t>
 struct Softmax {
   acc_t max, sum;
 };
+// Scores to weights exp(scale * score - max), in place and not yet divided by their sum; the
+// maximum takes in that of what came before.
 template <typename acc_t>
 Softmax<acc_t> exponentiate(acc_t* scores, int64_t n, acc_t scale, acc_t max) {
 #pragma omp simd reduction(max : max)
