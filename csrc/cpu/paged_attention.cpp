@@ -6,13 +6,11 @@
 //   prefetched: on scattered pages the hardware starts anew with every one. A row's units are
 //   combined in order by whichever thread finishes the last one.
 // tile: rows with more queries, and any head_dim that is not whole vectors. A unit is (row, kv
-// head,
-//   64 packed (query, head) pairs): blocks of 64 positions are widened once, K transposed, and both
-//   products are the same small matrix kernel around an online softmax.
+//   head, 64 packed (query, head) pairs): blocks of 64 positions are widened once, K transposed,
+//   and both products are the same small matrix kernel around an online softmax.
 //
 // Cuts depend on the row's own queries and length only, and a unit is computed the same way by any
-// thread: the result of a row is the same bits in any batch, on any pages, on any number of
-// threads.
+// thread: a row's result is the same bits in any batch, on any pages, on any number of threads.
 //
 // Split units run by position, then row, then kv head: rows forked from one prompt read its pages
 // while they are in cache. Tried: kv head outermost, 10 to 25 % slower with and without sharing, as
