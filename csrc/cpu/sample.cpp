@@ -4,9 +4,8 @@
 // from cache and skips blocks by their maximum.
 //   1. log-sum-exp of the raw logits, for the log-probability.
 //   2. top-k and top-p are thresholds on the logit, found by bisection on its value: steps down
-//   from
-//      the maximum until enough is above, then halving between the last two, over the tokens that
-//      are still between. Above means how many for top-k, what mass for top-p.
+//      from the maximum until enough is above, then halving between the last two, over the tokens
+//      that are still between. Enough is a count for top-k, a mass for top-p.
 //   3. The winner of z + Gumbel noise. Noise belongs to the token (philox.h), so that no order of
 //      evaluation can change the choice. Philox runs 16 lanes wide; logarithms are taken only of
 //      tokens that could still win, by -log(E) <= -log(v) and a bound of log(v) read off its
