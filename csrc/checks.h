@@ -269,6 +269,7 @@ inline void check_pages(const char* op, const Tensor& k_cache, const Tensor& v_c
   check.data_dtype("k_cache", k_cache);
   check.shape("k_cache", k_cache, {kAny, kAny, kAny, kAny},
               "(pages, kv_heads, page_size, head_dim)");
+  TORCH_CHECK_VALUE(k_cache.size(2) > 0, op, ": page_size expected at least 1, got 0");
   check.tensor("v_cache", v_cache, k_cache, k_cache.scalar_type(),
                {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)},
                "(pages, kv_heads, page_size, head_dim)");

@@ -218,6 +218,7 @@ def ints(*values):
     [
         ({"k_cache": torch.zeros(10, 2, 16, 64).half()}, TypeError, "k_cache expected dtype float32"),
         ({"k_cache": torch.zeros(10, 2, 64)}, ValueError, r"k_cache expected shape .* got \(10, 2, 64\)"),
+        ({"k_cache": torch.zeros(10, 2, 0, 64)}, ValueError, "page_size expected at least 1, got 0"),
         ({"v_cache": torch.zeros(10, 2, 8, 64)}, ValueError, r"v_cache expected shape .*, 16, 64\), got"),
         ({"k_cache": torch.zeros(10, 2, 16, 128)[..., ::2]}, ValueError, "k_cache expected contiguous"),
         ({"page_table": torch.zeros(3, 4).long()}, TypeError, "page_table expected dtype Int"),

@@ -2,6 +2,7 @@
 //
 // split: rows with one query (decode). A unit is (row, kv head, 256 positions): the query heads of
 //   the kv head share each K and V vector while it is in registers. Scores are dot products along
+<<<<<<< HEAD
 //   head_dim, sixteen accumulators (tokens x heads) reduced together. A row's units are combined in
 //   order by whichever thread finishes the last one.
 // tile: rows with more queries, and any head_dim that is not whole vectors. A unit is (row, kv
@@ -14,6 +15,21 @@
 // same way by any thread: the result of a row is the same bits in any batch on any number of
 // threads. Split units run kv head by kv head, then by position, then by row: rows forked from one
 // prompt find its pages in cache.
+=======
+//   head_dim, sixteen accumulators (tokens x heads) reduced together. What comes next is
+//   prefetched: on scattered pages the hardware starts anew with every one. A row's units are
+//   combined in order by whichever thread finishes the last one.
+// tile: rows with more queries, and any head_dim that is not whole vectors. A unit is (row, kv
+//   head, 64 packed (query, head) pairs): blocks of 64 positions are widened once, K transposed,
+//   and both products are the same small matrix kernel around an online softmax.
+//
+// Cuts depend on the row's own queries and length only, and a unit is computed the same way by any
+// thread: a row's result is the same bits in any batch, on any pages, on any number of threads.
+//
+// Split units run by position, then row, then kv head: rows forked from one prompt read its pages
+// while they are in cache. Tried: kv head outermost, 10 to 25 % slower with and without sharing, as
+// neighbouring heads share the memory pages of a cache page; positions of a unit 512, no faster.
+>>>>>>> attention
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -88,11 +104,12 @@ C10_ALWAYS_INLINE void sum_lanes(const at::vec::Vectorized<acc_t> (&v)[16], acc_
   }
 }
 
-// The softmax of one row of scores, in place and not yet divided; returns {maximum, sum}.
 template <typename acc_t>
 struct Softmax {
   acc_t max, sum;
 };
+// Scores to weights exp(scale * score - max), in place and not yet divided by their sum; the
+// maximum takes in that of what came before.
 template <typename acc_t>
 Softmax<acc_t> exponentiate(acc_t* scores, int64_t n, acc_t scale, acc_t max) {
 #pragma omp simd reduction(max : max)
@@ -219,10 +236,11 @@ class PagedAttention {
   // ---- split
 
   void split(const Unit& unit, Scratch& scratch) {
-    const int64_t row = unit.row, length = lengths_[row];
-    const int64_t n = std::min(kSplit, length - unit.begin), padded = round_up(n, 16);
+    const int64_t row = unit.row, n = std::min(kSplit, lengths_[row] - unit.begin);
+    const int64_t padded = round_up(n, 16);
     locate(row, unit.kv_head, unit.begin, n, scratch.offsets);
-    // All that will be read, in order: K (its last vector repeated to fill a group), then V.
+    // All that is read, in order: K, its last vector repeated to fill a group of tokens; V; and
+    // again its last vector, as far as prefetches reach.
     const scalar_t** k = scratch.vectors;
     const scalar_t** v = k + padded;
     for (int64_t t = 0; t < n; ++t) k[t] = k_ + scratch.offsets[t], v[t] = v_ + scratch.offsets[t];
@@ -231,24 +249,23 @@ class PagedAttention {
 
     const int64_t first = (starts_[row] * heads_ + unit.kv_head * group_) * head_dim_;
     acc_t* q = scratch.reserve(group_ * (head_dim_ + kSplit));
-    acc_t* scores = q + group_ * head_dim_;
+    acc_t* p = q + group_ * head_dim_;
     for (int64_t i = 0; i < group_ * head_dim_; i += kLanes) load_wide(q_ + first + i).store(q + i);
 
-    acc_t* values = partials_.get() + unit.partial * partial_size();
-    acc_t* softmax = values + group_ * head_dim_;
+    acc_t* y = partials_.get() + unit.partial * partial_size();
+    acc_t* softmax = y + group_ * head_dim_;
     for (int64_t h = 0; h < group_; h += 4) {
       with_extent<4>(group_ - h, [&](auto heads) {
-        this->scores<heads>(q + h * head_dim_, k, padded, scores + h * kSplit);
+        scores<heads>(q + h * head_dim_, k, padded, p + h * kSplit);
         for (int64_t i = h; i < h + heads; ++i) {
-          acc_t* s = scores + i * kSplit;
-          std::fill(s + n, s + padded, kMinusInfinity);
-          const auto [max, sum] = exponentiate(s, padded, scale_, kMinusInfinity);
+          acc_t* scores = p + i * kSplit;
+          std::fill(scores + n, scores + padded, kMinusInfinity);
+          const auto [max, sum] = exponentiate(scores, padded, scale_, kMinusInfinity);
           softmax[2 * i] = max, softmax[2 * i + 1] = sum;
         }
         for (int64_t d = 0; d < head_dim_; d += 4 * kLanes)
-          with_extent<4>((head_dim_ - d) / kLanes, [&](auto vectors) {
-            this->template values<heads, vectors>(scores + h * kSplit, v, n, d,
-                                                  values + h * head_dim_ + d);
+          with_extent<4>((head_dim_ - d) / kLanes, [&](auto width) {
+            values<heads, width>(p + h * kSplit, v, n, d, y + h * head_dim_ + d);
           });
       });
     }
@@ -265,25 +282,24 @@ class PagedAttention {
 
   // scores[h][t] = q[h] . k[t]
   template <int heads>
-  void scores(const acc_t* q, const scalar_t* const* vectors, int64_t n, acc_t* scores) const {
+  void scores(const acc_t* q, const scalar_t* const* k, int64_t n, acc_t* scores) const {
     constexpr int kTokens = heads > 2 ? 4 : 16 / heads;
     for (int64_t t = 0; t < n; t += kTokens) {
       for (int j = 0; j < kTokens; ++j)
-        for (int64_t d = 0; d < head_dim_; d += kLine)
-          __builtin_prefetch(vectors[t + j + kAhead] + d);
+        for (int64_t d = 0; d < head_dim_; d += kLine) __builtin_prefetch(k[t + j + kAhead] + d);
       Vec sums[16];
 #pragma GCC unroll 16
       for (auto& sum : sums) sum = Vec(0);
       for (int64_t d = 0; d < head_dim_; d += kLanes) {
-        Vec k[kTokens];
+        Vec kt[kTokens];
 #pragma GCC unroll 16
-        for (int j = 0; j < kTokens; ++j) k[j] = load_wide(vectors[t + j] + d);
+        for (int j = 0; j < kTokens; ++j) kt[j] = load_wide(k[t + j] + d);
 #pragma GCC unroll 4
         for (int h = 0; h < heads; ++h) {
           const Vec qh = Vec::loadu(q + h * head_dim_ + d);
 #pragma GCC unroll 16
           for (int j = 0; j < kTokens; ++j)
-            sums[h * kTokens + j] = at::vec::fmadd(qh, k[j], sums[h * kTokens + j]);
+            sums[h * kTokens + j] = at::vec::fmadd(qh, kt[j], sums[h * kTokens + j]);
         }
       }
       acc_t dots[16];
@@ -293,32 +309,38 @@ class PagedAttention {
     }
   }
 
+<<<<<<< HEAD
   // values[h] = sum_t p[h][t] v[t], for a few vectors of head_dim
   template <int heads, int vectors>
   void values(const acc_t* p, const scalar_t* const* vectors_, int64_t n, int64_t d,
               acc_t* values) const {
     Vec sums[heads][vectors];
+=======
+  // y[h] = sum_t p[h][t] v[t], for `width` vectors of head_dim from d on
+  template <int heads, int width>
+  void values(const acc_t* p, const scalar_t* const* v, int64_t n, int64_t d, acc_t* y) const {
+    Vec sums[heads][width];
+>>>>>>> attention
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h)
 #pragma GCC unroll 4
-      for (int i = 0; i < vectors; ++i) sums[h][i] = Vec(0);
+      for (int i = 0; i < width; ++i) sums[h][i] = Vec(0);
     for (int64_t t = 0; t < n; ++t) {
-      for (int64_t i = 0; i < vectors * kLanes; i += kLine)
-        __builtin_prefetch(vectors_[t + kAhead] + d + i);
-      Vec v[vectors];
+      for (int64_t i = 0; i < width * kLanes; i += kLine) __builtin_prefetch(v[t + kAhead] + d + i);
+      Vec vt[width];
 #pragma GCC unroll 4
-      for (int i = 0; i < vectors; ++i) v[i] = load_wide(vectors_[t] + d + i * kLanes);
+      for (int i = 0; i < width; ++i) vt[i] = load_wide(v[t] + d + i * kLanes);
 #pragma GCC unroll 4
       for (int h = 0; h < heads; ++h) {
-        const Vec ph(p[h * kSplit + t]);
+        const Vec pt(p[h * kSplit + t]);
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; ++i) sums[h][i] = at::vec::fmadd(ph, v[i], sums[h][i]);
+        for (int i = 0; i < width; ++i) sums[h][i] = at::vec::fmadd(pt, vt[i], sums[h][i]);
       }
     }
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h)
 #pragma GCC unroll 4
-      for (int i = 0; i < vectors; ++i) sums[h][i].store(values + h * head_dim_ + i * kLanes);
+      for (int i = 0; i < width; ++i) sums[h][i].store(y + h * head_dim_ + i * kLanes);
   }
 
   void combine(int64_t row, int64_t kv_head, int64_t first) const {

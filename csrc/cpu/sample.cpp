@@ -3,19 +3,23 @@
 // A row is read once from memory, for the maximum of every block of 64 tokens; what follows works
 // from cache and skips blocks by their maximum.
 //   1. log-sum-exp of the raw logits, for the log-probability.
-//   2. top-k and top-p are thresholds on the logit. Each is found by bisection between two values,
-//      with one pass per step that counts, or weighs, the tokens above the middle: no sort, no copy
-//      and few blocks, since most lie below. It ends when one token is left between the two.
+//   2. top-k and top-p are thresholds on the logit, found by bisection on its value: steps down
+//      from the maximum until enough is above, then halving between the last two, over the tokens
+//      that are still between. Enough is a count for top-k, a mass for top-p.
 //   3. The winner of z + Gumbel noise. Noise belongs to the token (philox.h), so that no order of
 //      evaluation can change the choice. Philox runs 16 lanes wide; logarithms are taken only of
 //      tokens that could still win, by -log(E) <= -log(v) and a bound of log(v) read off its
 //      exponent.
-// Tried: nth_element for top-k and a growing sorted prefix for top-p, each several times slower on
-// flat rows. One row is one task; within a row threads would cost more than they bring.
+// Nothing is sorted. Tried: bisection over the whole row, 4 times slower for top-p on flat rows.
+// One row is one task: the threads of a row would cost more than they bring.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+
+#if defined(CPU_CAPABILITY_AVX512)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <bit>
@@ -30,7 +34,8 @@ namespace reasoners {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 64;  // tokens whose noise is drawn together
+constexpr int64_t kBlock = 64;    // tokens whose noise is drawn together
+constexpr int64_t kChunk = 1024;  // numbers summed in float32 before float64 takes over
 
 struct Filters {
   float temperature, top_p, min_p;
@@ -42,10 +47,15 @@ struct Choice {
   float logprob;
 };
 
+// Buffers that the rows of one thread take turns to use.
+struct Scratch {
+  std::vector<float> wide, block_max, between;
+};
+
 class Row {
  public:
-  Row(const float* logits, int64_t vocabulary, std::vector<float>& block_max)
-      : x_(logits), size_(vocabulary), block_max_(block_max) {
+  Row(const float* logits, int64_t vocabulary, Scratch& scratch)
+      : x_(logits), size_(vocabulary), block_max_(scratch.block_max), between_(scratch.between) {
     block_max_.resize((size_ + kBlock - 1) / kBlock);
     for (int64_t b = 0; b < blocks(); ++b) {
       const float* x = block(b);
@@ -58,67 +68,87 @@ class Row {
   }
 
   Choice choose(const Filters& filters, const NoiseStream& noise) {
-    scale_ = 1.0f;
-    const double sum = above<true>(-kInfinity).weight;
+    const double sum = mass<true>(-kInfinity);
     if (!std::isfinite(max_) || std::isnan(sum)) return {-1, std::nanf("")};
     const int64_t token = filters.temperature > 0 ? draw(filters, noise) : first_maximum();
     return {token, static_cast<float>(x_[token] - max_ - std::log(sum))};
   }
 
  private:
-  struct Mass {
-    double weight;
-    int64_t count;
-  };
-
   int64_t blocks() const { return block_max_.size(); }
   const float* block(int64_t b) const { return x_ + b * kBlock; }
   int64_t width(int64_t b) const { return std::min(kBlock, size_ - b * kBlock); }
   float z(float x) const { return (x - max_) * scale_; }
 
-  // How many tokens are at or above `threshold`, and their weight: exp(z), or 1 each.
+  // What the tokens at or above `threshold` weigh: exp(z), or 1 each.
   template <bool exponential>
-  Mass above(float threshold) const {
-    Mass mass{0, 0};
-    for (int64_t b = 0; b < blocks(); ++b) {
-      if (block_max_[b] < threshold) continue;
-      const float* x = block(b);
-      float weight = 0;
-      int32_t count = 0;
-#pragma omp simd reduction(+ : weight, count)
-      for (int64_t i = 0; i < width(b); ++i) {
-        // Not x >= threshold: NaN must count, so that choose() sees it.
-        const bool below = x[i] < threshold;
-        if constexpr (exponential) weight += below ? 0.0f : fast_exp(z(x[i]));
-        count += below ? 0 : 1;
-      }
-      mass.weight += weight;
-      mass.count += count;
-    }
-    if constexpr (!exponential) mass.weight = static_cast<double>(mass.count);
-    return mass;
+  float weigh(const float* x, int64_t n, float threshold) const {
+    float weight = 0;
+#pragma omp simd reduction(+ : weight)
+    for (int64_t i = 0; i < n; ++i)  // not x >= threshold: NaN must count, so that choose() sees it
+      weight += x[i] < threshold ? 0.0f : exponential ? fast_exp(z(x[i])) : 1.0f;
+    return weight;
+  }
+  template <bool exponential>
+  double mass(float threshold) const {
+    double total = 0;
+    for (int64_t b = 0; b < blocks(); ++b)
+      if (!(block_max_[b] < threshold)) total += weigh<exponential>(block(b), width(b), threshold);
+    return total;
   }
 
-  // A logit such that the tokens at or above it are the fewest whose weight reaches `target`.
-  template <bool exponential>
-  float threshold(double target, float lowest) const {
-    float high = max_, low = max_;
-    Mass at_low = above<exponential>(low), at_high{0, 0};
-    for (float step = 1 / scale_; at_low.weight < target; step *= 2) {
-      if (low == lowest) return lowest;
-      high = low, at_high = at_low;
-      low = std::max(max_ - step, lowest);
-      at_low = above<exponential>(low);
+  // Copies what lies in [low, high) to `out`, which may be `x`; returns how much that is.
+  static int64_t select(const float* x, int64_t n, float low, float high, float* out) {
+    int64_t selected = 0, i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+    for (; i + 16 <= n; i += 16) {
+      const __m512 values = _mm512_loadu_ps(x + i);
+      const __mmask16 mask = _mm512_cmp_ps_mask(values, _mm512_set1_ps(low), _CMP_GE_OQ) &
+                             _mm512_cmp_ps_mask(values, _mm512_set1_ps(high), _CMP_LT_OQ);
+      _mm512_storeu_ps(out + selected, _mm512_maskz_compress_ps(mask, values));
+      selected += std::popcount(mask);
     }
-    while (at_low.weight > target && at_low.count - at_high.count > 1) {
+#endif
+    for (; i < n; ++i) {
+      const float value = x[i];
+      out[selected] = value;
+      selected += (value >= low) & (value < high);  // no branch to mispredict
+    }
+    return selected;
+  }
+
+  // A logit such that the tokens at or above it are the fewest whose weight reaches `target`;
+  // `lowest` if these are not enough.
+  template <bool exponential>
+  float threshold(double target, float lowest) {
+    float high = max_, low = max_;
+    double above_low = mass<exponential>(low), above_high = 0;
+    if (above_low >= target) return max_;
+    for (float step = exponential ? 4 / scale_ : 1; above_low < target; step *= 2) {
+      if (low == lowest) return lowest;
+      high = low, above_high = above_low;
+      low = std::max(max_ - step, lowest);
+      above_low = mass<exponential>(low);
+    }
+    between_.resize(size_ + kBlock);
+    int64_t n = 0;
+    for (int64_t b = 0; b < blocks(); ++b) {
+      if (block_max_[b] < low) continue;
+      n += select(block(b), width(b), low, high, between_.data() + n);
+    }
+    while (n > 1) {
       const float middle = 0.5f * low + 0.5f * high;
       if (middle <= low || middle >= high) break;  // equal logits
-      const Mass at_middle = above<exponential>(middle);
-      if (at_middle.weight >= target) {
-        low = middle, at_low = at_middle;
+      double above = above_high;
+      for (int64_t i = 0; i < n; i += kChunk)
+        above += weigh<exponential>(between_.data() + i, std::min(kChunk, n - i), middle);
+      const bool enough = above >= target;
+      if (enough) {
+        low = middle;
       } else {
-        high = middle, at_high = at_middle;
+        high = middle, above_high = above;
       }
+      n = select(between_.data(), n, low, high, between_.data());
     }
     return low;
   }
@@ -136,7 +166,11 @@ class Row {
     float kept = -kInfinity;
     if (filters.top_k > 0 && filters.top_k < size_)
       kept = threshold<false>(static_cast<double>(filters.top_k), kept);
+<<<<<<< HEAD
     if (filters.top_p < 1) kept = threshold<true>(filters.top_p * above<true>(kept).weight, kept);
+=======
+    if (filters.top_p < 1) kept = threshold<true>(filters.top_p * mass<true>(kept), kept);
+>>>>>>> attention
     const float kept_z = filters.min_p > 0 ? std::min(std::log(filters.min_p), 0.0f) : -kInfinity;
 
     // Whoever wins scores no less than the most probable token, so that one sets the bar.
@@ -190,7 +224,7 @@ class Row {
 
   const float* x_;
   int64_t size_;
-  std::vector<float>& block_max_;
+  std::vector<float>&block_max_, &between_;
   float max_ = -kInfinity, scale_ = 1.0f;
 };
 
@@ -208,19 +242,19 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& tempera
   auto* tokens = token.mutable_data_ptr<int64_t>();
   auto* logprobs = logprob.mutable_data_ptr<float>();
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> block_max, wide;
+    Scratch scratch;
     for (int64_t row = begin; row < end; ++row) {
       const float* x;
       if (logits.scalar_type() == at::kFloat) {
         x = logits.const_data_ptr<float>() + row * vocabulary;
       } else {
         const auto* narrow = logits.const_data_ptr<at::BFloat16>() + row * vocabulary;
-        wide.assign(narrow, narrow + vocabulary);
-        x = wide.data();
+        scratch.wide.assign(narrow, narrow + vocabulary);
+        x = scratch.wide.data();
       }
       const NoiseStream noise(keys.const_data_ptr<int64_t>() + row * 4);
       const Choice choice =
-          Row(x, vocabulary, block_max).choose({t[row], p[row], m[row], k[row]}, noise);
+          Row(x, vocabulary, scratch).choose({t[row], p[row], m[row], k[row]}, noise);
       tokens[row] = choice.token;
       logprobs[row] = choice.logprob;
     }

@@ -1,0 +1,78 @@
+"""One token per row beside plain PyTorch: filters on sorted logits, softmax, multinomial, and the
+log-softmax at the token, as generation loops write them."""
+
+import cost
+import pytest
+import torch
+
+from reasoners import ops
+
+MIXES = {
+    "greedy": {"temperature": 0.0},
+    "plain": {},
+    "top-k 50": {"top_k": 50},
+    "top-p 0.95": {"top_p": 0.95},
+    "min-p 0.05": {"min_p": 0.05},
+    "all": {"temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.05},
+}
+
+
+def make(batch, vocabulary, dtype, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    rng_key = torch.zeros(batch, 4, dtype=torch.int64)
+    rng_key[:, 2] = torch.arange(batch)
+    return {
+        "logits": (3 * torch.randn(batch, vocabulary)).to(dtype),
+        "temperature": torch.full((batch,), temperature),
+        "top_k": torch.full((batch,), top_k, dtype=torch.int32),
+        "top_p": torch.full((batch,), top_p),
+        "min_p": torch.full((batch,), min_p),
+        "rng_key": rng_key,
+    }
+
+
+def warp_and_multinomial(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """One mix for the whole batch."""
+    logprobs = logits.float().log_softmax(-1)
+    if temperature == 0:
+        token = logits.argmax(-1, keepdim=True)
+        return token, logprobs.gather(-1, token)
+    scores = logits.float() / temperature
+    never = float("-inf")
+    if top_k > 0:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], never)
+    if top_p < 1:
+        ordered, order = scores.sort(descending=False)
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        scores = scores.masked_fill(drop.scatter(-1, order, drop), never)
+    p = scores.softmax(-1)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
+    token = p.multinomial(1)
+    return token, logprobs.gather(-1, token)
+
+
+def run(measure, impl, batch, vocabulary, dtype, mix):
+    inputs = make(batch, vocabulary, dtype, **MIXES[mix])
+    logits = inputs["logits"]
+    roof = {
+        "num_bytes": cost.sample_bytes(batch, vocabulary, logits.element_size()),
+        "tokens": batch,
+    }
+    if impl == "torch":
+        measure(lambda: warp_and_multinomial(logits, **MIXES[mix]), rounds=7, **roof)
+    else:
+        measure(lambda: ops.sample(**inputs), **roof)
+
+
+@pytest.mark.parametrize("impl", ["reasoners", "torch"])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("vocabulary", [49152, 128256])
+def bench_sample_by_mix(measure, vocabulary, mix, impl):
+    run(measure, impl, 64, vocabulary, torch.float32, mix)
+
+
+@pytest.mark.parametrize("impl", ["reasoners", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 16])
+def bench_sample_by_batch(measure, batch, dtype, impl):
+    run(measure, impl, batch, 128256, dtype, "all")
