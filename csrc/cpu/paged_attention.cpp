@@ -2,20 +2,6 @@
 //
 // split: rows with one query (decode). A unit is (row, kv head, 256 positions): the query heads of
 //   the kv head share each K and V vector while it is in registers. Scores are dot products along
-<<<<<<< HEAD
-//   head_dim, sixteen accumulators (tokens x heads) reduced together. A row's units are combined in
-//   order by whichever thread finishes the last one.
-// tile: rows with more queries, and any head_dim that is not whole vectors. A unit is (row, kv
-// head,
-//   64 packed (query, head) pairs): blocks of 64 positions are widened once, K transposed, and both
-//   products are the same small matrix kernel around an online softmax.
-//
-// Both see the cache through a list of offsets, one per position, so that page boundaries cost
-// nothing. Cuts depend on the row's own queries and length only, and every unit is computed the
-// same way by any thread: the result of a row is the same bits in any batch on any number of
-// threads. Split units run kv head by kv head, then by position, then by row: rows forked from one
-// prompt find its pages in cache.
-=======
 //   head_dim, sixteen accumulators (tokens x heads) reduced together. What comes next is
 //   prefetched: on scattered pages the hardware starts anew with every one. A row's units are
 //   combined in order by whichever thread finishes the last one.
@@ -29,7 +15,6 @@
 // Split units run by position, then row, then kv head: rows forked from one prompt read its pages
 // while they are in cache. Tried: kv head outermost, 10 to 25 % slower with and without sharing, as
 // neighbouring heads share the memory pages of a cache page; positions of a unit 512, no faster.
->>>>>>> attention
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -309,18 +294,10 @@ class PagedAttention {
     }
   }
 
-<<<<<<< HEAD
-  // values[h] = sum_t p[h][t] v[t], for a few vectors of head_dim
-  template <int heads, int vectors>
-  void values(const acc_t* p, const scalar_t* const* vectors_, int64_t n, int64_t d,
-              acc_t* values) const {
-    Vec sums[heads][vectors];
-=======
   // y[h] = sum_t p[h][t] v[t], for `width` vectors of head_dim from d on
   template <int heads, int width>
   void values(const acc_t* p, const scalar_t* const* v, int64_t n, int64_t d, acc_t* y) const {
     Vec sums[heads][width];
->>>>>>> attention
 #pragma GCC unroll 4
     for (int h = 0; h < heads; ++h)
 #pragma GCC unroll 4

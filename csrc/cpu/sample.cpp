@@ -166,11 +166,7 @@ class Row {
     float kept = -kInfinity;
     if (filters.top_k > 0 && filters.top_k < size_)
       kept = threshold<false>(static_cast<double>(filters.top_k), kept);
-<<<<<<< HEAD
-    if (filters.top_p < 1) kept = threshold<true>(filters.top_p * above<true>(kept).weight, kept);
-=======
     if (filters.top_p < 1) kept = threshold<true>(filters.top_p * mass<true>(kept), kept);
->>>>>>> attention
     const float kept_z = filters.min_p > 0 ? std::min(std::log(filters.min_p), 0.0f) : -kInfinity;
 
     // Whoever wins scores no less than the most probable token, so that one sets the bar.
