@@ -25,7 +25,8 @@ class Step:
 
     slots: (rows) int32; page_table: (rows, max_pages) int32; cu_seqlens: (rows + 1) int32 offsets of
     the rows' tokens; kv_lengths: (rows) int32, lengths after this step; positions: (tokens) int64.
-    decode: every row feeds exactly one token. A negative slot with kv_length 0 is a padding row.
+    decode: every row feeds one token, through the single-token kernels. A negative slot with kv_length
+    0 is a padding row.
     """
 
     slots: Tensor
@@ -210,8 +211,14 @@ class Cache:
         self.lengths[slot] = 0
         self._free_slots.append(slot)
 
-    def step(self, slots: Sequence[int], counts: Sequence[int]) -> Step:
-        """The metadata for feeding `counts[i]` tokens to `slots[i]`, whose lengths grow by that."""
+    def step(self, slots: Sequence[int], counts: Sequence[int], *, decode: bool = False) -> Step:
+        """The metadata for feeding `counts[i]` tokens to `slots[i]`, whose lengths grow by that.
+
+        decode: take the single-token kernels; every count must be 1. It is said and not inferred:
+        a prompt's last piece may be one token long, and must take the same path in any company.
+        """
+        if decode and any(count != 1 for count in counts):
+            raise ValueError(f"Cache: decode expected one token per row, got {list(counts)}")
         lengths, positions, offsets = [], [], [0]
         for slot, count in zip(slots, counts, strict=True):
             start = self.lengths[slot]
@@ -237,7 +244,7 @@ class Cache:
             cu_seqlens=ints(offsets),
             kv_lengths=ints(lengths),
             positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            decode=all(count == 1 for count in counts),
+            decode=decode,
         )
 
     def _take(self, num_pages: int, shared: Sequence[int] = ()) -> int:

@@ -186,7 +186,8 @@ class _Run:
         tokens = torch.tensor(
             [row.sample.token_ids[-1] for row in self.rows], device=self.model.device
         )
-        step = self.cache.step([row.slot for row in self.rows], [1] * len(self.rows))
+        slots = [row.slot for row in self.rows]
+        step = self.cache.step(slots, [1] * len(slots), decode=True)
         logits = self.model.extend(tokens, self.cache, step)
         yield from self._draw(self.rows, logits)
 
@@ -291,11 +292,11 @@ class _Run:
             for row, p in zip(rows, params, strict=True)
         ]  # fmt: skip
         tokens, logprobs = ops.sample(
-            logits,
-            torch.tensor([p.temperature for p in params], device=device),
+            logits.float() if logits.dtype == torch.float64 else logits,
+            torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
-            torch.tensor([p.top_p for p in params], device=device),
-            torch.tensor([p.min_p for p in params], device=device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
             torch.tensor(keys, dtype=torch.int64, device=device),
         )
         now = time.perf_counter()

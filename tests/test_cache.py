@@ -92,6 +92,13 @@ def test_growing_past_the_capacity_is_refused_and_changes_nothing(hybrid):
     assert (cache.lengths[slot], cache.lengths[other]) == (5, 0)
 
 
+def test_decode_is_one_token_per_row(hybrid):
+    cache = Cache(hybrid, num_slots=2, max_length=16)
+    slots = [cache.allocate(5), cache.allocate(5)]
+    with pytest.raises(ValueError, match=r"decode expected one token per row, got \[1, 2\]"):
+        cache.step(slots, [1, 2], decode=True)
+
+
 def test_pure_recurrent_models_need_no_pages():
     cache = Cache(HybridLM(CONFIGS["tiny-llamba"]), num_slots=2, max_length=1000)
     slots = [cache.allocate(1000), cache.allocate(900)]

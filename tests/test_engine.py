@@ -43,11 +43,11 @@ def naive(model, prompt, params, index):
     tokens = list(prompt)
     while len(tokens) < len(prompt) + params.max_tokens:
         with torch.no_grad():
-            logits = model(torch.tensor([tokens]))[:, -1]
+            logits = model(torch.tensor([tokens]))[:, -1].float()
         key = torch.tensor([[params.seed, prompt_key(prompt), index, len(tokens)]])
         token, _ = ops.sample(
             logits,
-            torch.tensor([params.temperature]),
+            torch.tensor([float(params.temperature)]),
             torch.tensor([params.top_k], dtype=torch.int32),
             torch.tensor([params.top_p]),
             torch.tensor([params.min_p]),

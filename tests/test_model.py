@@ -125,9 +125,9 @@ def test_mixer_equations(name, prefix, mixer, tmp_path):
 # ---- forward, prefill and decode are one model
 
 
-def feed(model, cache, slots, pieces):
+def feed(model, cache, slots, pieces, decode=False):
     """Extend `slots` by `pieces` (lists of token ids); logits after each."""
-    step = cache.step(slots, [len(piece) for piece in pieces])
+    step = cache.step(slots, [len(piece) for piece in pieces], decode=decode)
     return model.extend(torch.tensor([t for piece in pieces for t in piece]), cache, step)
 
 
@@ -151,7 +151,7 @@ def test_teacher_forced_decode_equals_forward(model):
     position = list(lengths)
     while alive := [i for i in range(4) if position[i] < total]:  # rows finish one after the other
         one = [[int(tokens[i, position[i]])] for i in alive]
-        logits = feed(model, cache, [slots[i] for i in alive], one)
+        logits = feed(model, cache, [slots[i] for i in alive], one, decode=True)
         for row, i in enumerate(alive):
             torch.testing.assert_close(logits[row], expected[i, position[i]], rtol=1e-9, atol=1e-9)
             position[i] += 1
@@ -189,7 +189,7 @@ def test_fork_continues_as_its_own_sequence(model, length):
     cache.free(parent)
     tails = torch.randint(0, 256, (3, 6))
     for t in range(6):
-        logits = feed(model, cache, forks, tails[:, t : t + 1].tolist())
+        logits = feed(model, cache, forks, tails[:, t : t + 1].tolist(), decode=True)
     with torch.no_grad():
         whole = torch.cat((torch.tensor(prompt).expand(3, -1), tails), 1)
         torch.testing.assert_close(logits, model(whole)[:, -1], rtol=1e-9, atol=1e-9)
@@ -236,7 +236,7 @@ def test_a_row_is_the_same_bits_in_any_batch(name, dtype):
         cache = Cache(model, num_slots=len(rows), max_length=44)
         slots = [cache.allocate(44) for _ in rows]
         first = feed(model, cache, slots, [prompts[r] for r in rows])
-        return first, feed(model, cache, slots, [[r] for r in rows])
+        return first, feed(model, cache, slots, [[r] for r in rows], decode=True)
 
     together = logits_of(range(6))
     for row in range(6):
