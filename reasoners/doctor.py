@@ -93,7 +93,7 @@ def _operators(device: str) -> Iterator[Finding]:
             continue
         try:
             for dtype in (torch.float32, torch.bfloat16):
-                reference.check(getattr(ops, name), name, dtype, device)
+                reference.check(getattr(ops, name), name, device, dtype=dtype)
         except AssertionError as error:
             yield Finding(f"{name} ({device})", str(error), False)
         except Exception as error:

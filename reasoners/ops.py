@@ -364,7 +364,7 @@ def _gate_derivative(ctx, dy):
     v = z if bias is None else z + bias
     s = torch.sigmoid(v)
     dv = dy * x * (s + v * s * (1 - s))
-    dbias = None if bias is None else dv.flatten(0, -2).sum(0)
+    dbias = None if bias is None else dv.sum_to_size(bias.shape)
     return dy * v * s, dv, dbias
 
 
@@ -394,7 +394,7 @@ def _softplus_derivative(ctx, dy):
     x, bias = ctx.saved_tensors
     v = x.to(dy.dtype) if bias is None else x.to(dy.dtype) + bias
     dv = dy * torch.sigmoid(v)
-    return dv.to(x.dtype), None if bias is None else dv.flatten(0, -2).sum(0)
+    return dv.to(x.dtype), None if bias is None else dv.sum_to_size(bias.shape)
 
 
 torch.library.register_autograd(

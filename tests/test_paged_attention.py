@@ -1,12 +1,12 @@
 """append_kv and paged_attention."""
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from reference import PAGED_ATTENTION_CASES, assert_close, paged_attention_inputs, widen
+from cases import PAGED_ATTENTION_CASES
 
-from reasoners import ops
+from reasoners import ops, reference
+from reasoners.reference import append_kv_inputs, assert_close, paged_attention_inputs, widen
 
 CASES = pytest.mark.parametrize(
     "case", PAGED_ATTENTION_CASES.values(), ids=PAGED_ATTENTION_CASES.keys()
@@ -171,19 +171,10 @@ def test_nan_in_a_row_stays_in_the_row_and_is_seen():
 # ---- append_kv
 
 
-def append_inputs(queries=(1, 1, 1), **change):
-    inputs = paged_attention_inputs(queries=queries, **change)
-    k_cache, tokens = inputs["k_cache"], sum(queries)
-    k, v = torch.randn(2, tokens, k_cache.shape[1], k_cache.shape[3]).to(k_cache.dtype)
-    names = ("page_table", "cu_seqlens_q", "kv_lengths")
-    rest = {name: inputs[name] for name in names}
-    return {"k_cache": k_cache, "v_cache": inputs["v_cache"], "k": k, "v": v, **rest}
-
-
 @CASES
 def test_append_against_reference(case):
     case = {k: v for k, v in case.items() if k not in ("scale", "magnitude", "heads")}
-    inputs = append_inputs(**{"queries": (1, 1, 1), **case})
+    inputs = append_kv_inputs(**{"queries": (1, 1, 1), **case})
     expected = reference.append_kv(**inputs)
     assert ops.append_kv(**inputs) is None
     for name, cache in zip(("k_cache", "v_cache"), expected):
@@ -191,7 +182,7 @@ def test_append_against_reference(case):
 
 
 def test_append_many_tokens_on_several_threads():
-    inputs = append_inputs(lengths=(3000, 900), queries=(2999, 900))
+    inputs = append_kv_inputs(lengths=(3000, 900), queries=(2999, 900))
     expected = reference.append_kv(**inputs)
     ops.append_kv(**inputs)
     assert torch.equal(inputs["k_cache"].nan_to_num(), expected[0].nan_to_num())
@@ -199,7 +190,7 @@ def test_append_many_tokens_on_several_threads():
 
 
 def test_append_strided_equals_contiguous():
-    inputs = append_inputs()
+    inputs = append_kv_inputs()
     expected = reference.append_kv(**inputs)
     k = torch.stack([inputs["k"]] * 2, -1)[..., 1]
     ops.append_kv(**{**inputs, "k": k})
@@ -254,9 +245,9 @@ def test_errors_of_q_and_k():
     with pytest.raises(TypeError, match="paged_attention: q expected dtype Float, got BFloat16"):
         ops.paged_attention(**{**inputs, "q": inputs["q"].bfloat16()})
     with pytest.raises(ValueError, match=r"append_kv: k expected shape .* \(\*, 2, 64\), got"):
-        ops.append_kv(**{**append_inputs(), "k": torch.zeros(3, 4, 64)})
+        ops.append_kv(**{**append_kv_inputs(), "k": torch.zeros(3, 4, 64)})
     with pytest.raises(ValueError, match=r"append_kv: v expected shape .* \(3, 2, 64\), got"):
-        ops.append_kv(**{**append_inputs(), "v": torch.zeros(4, 2, 64)})
+        ops.append_kv(**{**append_kv_inputs(), "v": torch.zeros(4, 2, 64)})
 
 
 def test_opcheck():
@@ -264,7 +255,7 @@ def test_opcheck():
     inputs = paged_attention_inputs(scale=0.125)
     inputs["k_cache"], inputs["v_cache"] = (inputs[k].nan_to_num() for k in ("k_cache", "v_cache"))
     torch.library.opcheck(op.paged_attention.default, tuple(inputs.values()))
-    inputs = append_inputs()
+    inputs = append_kv_inputs()
     inputs["k_cache"], inputs["v_cache"] = (inputs[k].nan_to_num() for k in ("k_cache", "v_cache"))
     torch.library.opcheck(op.append_kv.default, tuple(inputs.values()))
 
@@ -276,7 +267,7 @@ def test_compiles_whole_with_dynamic_shapes():
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((37, 5, 64), (3, 70, 12, 9, 1)):
-        inputs = append_inputs(lengths=lengths, queries=(1,) * len(lengths))
+        inputs = append_kv_inputs(lengths=lengths, queries=(1,) * len(lengths))
         q = torch.randn(len(lengths), 6, 64)
         where = [inputs[k] for k in ("page_table", "cu_seqlens_q", "kv_lengths")]
         caches = inputs["k_cache"], inputs["v_cache"]

@@ -1,9 +1,9 @@
 import pytest
-import reference
 import torch
-from reference import SAMPLE_CASES, assert_close, sample_inputs
+from cases import SAMPLE_CASES
 
-from reasoners import ops
+from reasoners import ops, reference
+from reasoners.reference import assert_close, sample_inputs
 
 CASES = pytest.mark.parametrize("case", SAMPLE_CASES.values(), ids=SAMPLE_CASES.keys())
 

@@ -1,9 +1,9 @@
 import pytest
-import reference
 import torch
-from reference import SSD_SCAN_CASES, assert_close, ssd_scan_inputs, widen
+from cases import SSD_SCAN_CASES
 
-from reasoners import ops
+from reasoners import ops, reference
+from reasoners.reference import assert_close, ssd_scan_inputs, widen
 
 NAMES = ("x", "log_decay", "B", "C", "scale", "D", "initial_state")
 DATA = ("x", "B", "C")

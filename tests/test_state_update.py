@@ -1,9 +1,9 @@
 import pytest
-import reference
 import torch
-from reference import STATE_UPDATE_CASES, assert_close, state_update_inputs, widen
+from cases import STATE_UPDATE_CASES
 
-from reasoners import ops
+from reasoners import ops, reference
+from reasoners.reference import assert_close, state_update_inputs, widen
 
 
 def check(case, device="cpu"):

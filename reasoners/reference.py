@@ -1,4 +1,4 @@
-"""Float64 references of the operators, the makers of their inputs, and the tolerance of a test.
+"""The operators as definitions, the makers of random inputs for them, and the tolerance of a check.
 
 A reference is the definition written as plainly as PyTorch allows, one token after the other. It
 computes in the dtype of its inputs: in float64 it is the oracle, in the kernel's own dtype it is the
@@ -76,6 +76,7 @@ def state_update_inputs(
     batch=3, H=4, Hx=4, Gb=4, Gc=4, P=16, N=16, dtype=torch.float32, state_dtype=torch.float32,
     slots=None, scale=True, D=True, decay=1.0, seed=0,
 ):  # fmt: skip
+    """Random arguments of state_update."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     num_slots = batch + 2
@@ -94,30 +95,6 @@ def state_update_inputs(
         "scale": torch.rand(batch, H, generator=g).to(wide) if scale else None,
         "D": normal(H).to(wide) if D else None,
     }
-
-
-STATE_UPDATE_CASES = {
-    "base": {},
-    "bf16": {"dtype": torch.bfloat16},
-    "bf16 data and state": {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16},
-    "bf16 state, fp32 data": {"state_dtype": torch.bfloat16},
-    "no scale": {"scale": False},
-    "no D": {"D": False},
-    "batch 1": {"batch": 1},
-    "empty batch": {"batch": 0},
-    "many rows": {"batch": 70},
-    "kv sharing (kv, kv, H)": {"Hx": 2, "Gb": 2},
-    "one group (H, 1, 1)": {"Gb": 1, "Gc": 1},
-    "all shared": {"Hx": 1, "Gb": 1, "Gc": 2},
-    "P 64, N 64 (Llamba-1B)": {"P": 64, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2},
-    "P 96 (Llamba-3B)": {"P": 96, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2},
-    "P 128, N 128": {"P": 128, "N": 128, "H": 3, "Hx": 1, "Gb": 1, "Gc": 3},
-    "odd extents": {"P": 7, "N": 5},
-    "zero decay": {"decay": 0.0},
-    "strong decay": {"decay": 40.0},
-    "padding rows": {"batch": 4, "slots": [5, -1, 0, -7]},
-    "only padding": {"batch": 2, "slots": [-1, -1]},
-}
 
 
 # ---- ssd_scan
@@ -155,6 +132,7 @@ def ssd_scan_inputs(
     batch=2, length=40, H=4, Hx=4, Gb=4, Gc=4, P=16, N=16, dtype=torch.float32, scale=True, D=True,
     initial_state=True, lengths=None, decay=1.0, seed=0,
 ):  # fmt: skip
+    """Random arguments of ssd_scan."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     sequences = batch
@@ -176,45 +154,6 @@ def ssd_scan_inputs(
         "initial_state": normal(sequences, H, P, N).to(wide) if initial_state else None,
         "cu_seqlens": cu_seqlens,
     }
-
-
-SSD_SCAN_CASES = {
-    "base": {},
-    "bf16": {"dtype": torch.bfloat16},
-    "no scale": {"scale": False},
-    "no D": {"D": False},
-    "no initial state": {"initial_state": False},
-    "no option, bf16": {
-        "scale": False, "D": False, "initial_state": False, "dtype": torch.bfloat16,
-    },
-    "batch 1": {"batch": 1},
-    "empty batch": {"batch": 0},
-    "length 0": {"length": 0},
-    "length 1": {"length": 1},
-    "a chunk less one": {"length": 31},
-    "a chunk": {"length": 32},
-    "a chunk and one": {"length": 33},
-    "prime length": {"length": 131},
-    "kv sharing (kv, kv, H)": {"Hx": 2, "Gb": 2},
-    "one group (H, 1, 1), bf16": {"Gb": 1, "Gc": 1, "dtype": torch.bfloat16},
-    "sharing out of step (2, 3, 1)": {"H": 6, "Hx": 2, "Gb": 3, "Gc": 1},
-    "P 64, N 64 (Llamba-1B)": {"batch": 1, "P": 64, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2},
-    "P 96 (Llamba-3B), bf16": {
-        "batch": 1, "P": 96, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "dtype": torch.bfloat16,
-    },
-    "P 128, N 128": {
-        "batch": 1, "length": 33, "P": 128, "N": 128, "H": 2, "Hx": 1, "Gb": 1, "Gc": 2,
-    },
-    "odd extents": {"P": 7, "N": 5},
-    "zero decay": {"decay": 0.0},
-    "decay -20": {"decay": 20.0},
-    "decay -1000": {"decay": 1000.0},
-    "packed": {"lengths": [33, 0, 1, 32, 47]},
-    "packed, shared, no initial state, bf16": {
-        "lengths": [5, 64], "Hx": 1, "Gb": 2, "initial_state": False, "dtype": torch.bfloat16,
-    },
-    "only empty sequences": {"lengths": [0, 0]},
-}  # fmt: skip
 
 
 # ---- append_kv, paged_attention
@@ -284,46 +223,6 @@ def paged_attention_inputs(
     }
 
 
-PAGED_ATTENTION_CASES = {
-    "base": {},
-    "bf16": {"dtype": torch.bfloat16},
-    "float64": {"dtype": torch.float64},
-    "own scale": {"scale": 0.3},
-    "large scores": {"magnitude": 30.0},
-    "no rows": {"lengths": (), "queries": ()},
-    "padding rows": {"lengths": (0, 9, -5), "queries": (1, 1, 2)},
-    "a row without queries": {"queries": (1, 0, 1)},
-    "edges of a page": {"lengths": (1, 15, 16, 17, 33), "queries": (1,) * 5},
-    "several splits": {"lengths": (255, 256, 257, 2049), "queries": (1,) * 4},
-    "group 1": {"heads": 2},
-    "group 4, Llama-3.2-1B": {"heads": 8},
-    "group 5": {"heads": 10},
-    "group 8": {"heads": 16, "dtype": torch.bfloat16},
-    "group 2, D 128": {"heads": 4, "head_dim": 128},
-    "D 128, Llama-3.2-3B": {"head_dim": 128, "dtype": torch.bfloat16},
-    "D 96": {"head_dim": 96},
-    "D 80": {"head_dim": 80, "dtype": torch.bfloat16},
-    "odd D": {"head_dim": 7},
-    "pages of 1": {"page_size": 1},
-    "pages of 7": {"page_size": 7},
-    "pages of 64": {"page_size": 64},
-    "prefill": {"lengths": (100,), "queries": (100,)},
-    "prefill bf16": {"lengths": (100,), "queries": (100,), "dtype": torch.bfloat16},
-    "prefill float64": {"lengths": (30,), "queries": (30,), "dtype": torch.float64},
-    "prefill after a prefix": {"lengths": (211, 70), "queries": (100, 3)},
-    "prefill, group 1, D 80": {
-        "lengths": (140,), "queries": (139,), "heads": 2, "head_dim": 80,
-    },
-    "prefill, odd D, group 7": {
-        "lengths": (67,), "queries": (67,), "heads": 14, "head_dim": 19, "page_size": 5,
-    },
-    "prefill, large scores": {"lengths": (130,), "queries": (130,), "magnitude": 30.0},
-    "prefill and decode mixed": {
-        "lengths": (70, 33, 0, 129), "queries": (70, 1, 3, 2), "dtype": torch.bfloat16,
-    },
-}  # fmt: skip
-
-
 # ---- sample
 
 
@@ -384,6 +283,7 @@ def sample_inputs(
     batch=12, vocabulary=1000, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, spread=3.0,
     dtype=torch.float32, seed=0,
 ):  # fmt: skip
+    """Random arguments of paged_attention."""
     g = torch.Generator().manual_seed(seed)
 
     def per_row(value, dtype):
@@ -399,36 +299,241 @@ def sample_inputs(
     }
 
 
-SAMPLE_CASES = {
-    "base": {},
-    "bf16": {"dtype": torch.bfloat16},
-    "empty batch": {"batch": 0},
-    "one token": {"vocabulary": 1},
-    "less than a block": {"vocabulary": 37},
-    "a block": {"vocabulary": 64},
-    "SmolLM2": {"batch": 2, "vocabulary": 49152},
-    "Llama-3 and top-p": {"batch": 2, "vocabulary": 128256, "top_p": 0.9},
-    "greedy": {"temperature": 0.0},
-    "negative temperature is greedy": {"temperature": -1.0},
-    "cold": {"temperature": 0.01},
-    "colder than floats": {"temperature": 1e-42},
-    "hot": {"temperature": 50.0},
-    "flat": {"spread": 0.01},
-    "peaked": {"spread": 30.0},
-    "top-k 1": {"top_k": 1},
-    "top-k 50": {"top_k": 50},
-    "top-k of everything": {"top_k": 1000},
-    "top-k past everything": {"top_k": 5000},
-    "top-k with bf16 ties": {"top_k": 20, "dtype": torch.bfloat16, "vocabulary": 5000},
-    "top-p 0": {"top_p": 0.0},
-    "top-p 0.5": {"top_p": 0.5},
-    "top-p 0.99, flat": {"top_p": 0.99, "spread": 0.3},
-    "top-p, bf16 ties": {"top_p": 0.7, "dtype": torch.bfloat16, "vocabulary": 5000},
-    "min-p": {"min_p": 0.1},
-    "min-p 1": {"min_p": 1.0},
-    "everything": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
-    "a different mix per row": {
-        "temperature": (0.0, 0.5, 1.0, 1.5) * 3, "top_k": (0, 0, 3, 0, 9, 9) * 2,
-        "top_p": (1.0, 0.8, 0.9) * 4, "min_p": (0.0, 0.05) * 6,
-    },
-}  # fmt: skip
+# ---- causal_conv1d, conv_update
+
+
+def _sequences(x, cu_seqlens):
+    """(rows of one sequence, its index) for sequences packed by cu_seqlens or one per batch row."""
+    if cu_seqlens is None:
+        return [((i, slice(None)), i) for i in range(x.shape[0])]
+    return [((0, slice(i, j)), n) for n, (i, j) in enumerate(pairwise(cu_seqlens.tolist()))]
+
+
+def causal_conv1d(x, weight, bias=None, initial_state=None, cu_seqlens=None, silu=False):
+    """Returns (y, final states)."""
+    width, y, final = weight.shape[1], torch.zeros_like(x), []
+    for where, i in _sequences(x, cu_seqlens):
+        past = x.new_zeros(width - 1, x.shape[2]) if initial_state is None else initial_state[i]
+        inputs = torch.cat((past, x[where]))
+        length = x[where].shape[0]
+        out = sum(inputs[w : w + length] * weight[:, w] for w in range(width))
+        out = out if bias is None else out + bias
+        y = y.index_put(_index(x, where), torch.nn.functional.silu(out) if silu else out)
+        final.append(inputs[length:])
+    return y, torch.stack(final) if final else x.new_zeros(0, width - 1, x.shape[2])
+
+
+def _index(x, where):
+    tokens = torch.arange(x.shape[1])[where[1]]
+    return torch.full_like(tokens, where[0]), tokens
+
+
+def causal_conv1d_inputs(
+    batch=2, length=19, channels=24, width=4, dtype=torch.float32, bias=True, initial_state=True,
+    silu=True, lengths=None, seed=0,
+):  # fmt: skip
+    """Random arguments of causal_conv1d."""
+    g = torch.Generator().manual_seed(seed)
+    sequences, cu_seqlens = batch, None
+    if lengths is not None:
+        batch, length, sequences = 1, sum(lengths), len(lengths)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    return {
+        "x": normal(batch, length, channels),
+        "weight": normal(channels, width),
+        "bias": normal(channels) if bias else None,
+        "initial_state": normal(sequences, width - 1, channels) if initial_state else None,
+        "cu_seqlens": cu_seqlens,
+        "silu": silu,
+    }
+
+
+def conv_update(state, slots, x, weight, bias=None, silu=False):
+    """Returns (y, new state); the argument is left as it was."""
+    state, y = state.clone(), torch.zeros_like(x)
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            out, last = causal_conv1d(
+                x[row, None, None], weight, bias, state[slot, None], None, silu
+            )
+            y[row], state[slot] = out[0, 0], last[0]
+    return y, state
+
+
+def conv_update_inputs(
+    batch=3, channels=24, width=4, dtype=torch.float32, bias=True, silu=True, slots=None, seed=0
+):
+    """Random arguments of conv_update."""
+    g = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(batch + 2, generator=g)[:batch] if slots is None else torch.tensor(slots)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    return {
+        "state": normal(batch + 2, width - 1, channels),
+        "slots": slots.int(),
+        "x": normal(batch, channels),
+        "weight": normal(channels, width),
+        "bias": normal(channels) if bias else None,
+        "silu": silu,
+    }
+
+
+# ---- selective_scan, selective_update
+
+
+def selective_scan(x, delta, A, B, C, D=None, initial_state=None, cu_seqlens=None):
+    """Returns (y, final states), one token after the other; states in delta's dtype."""
+    channels = x.shape[2]
+    B, C = share(B, channels, 2), share(C, channels, 2)
+    y, final = torch.zeros_like(x), []
+    for where, i in _sequences(x, cu_seqlens):
+        state = torch.zeros_like(A) if initial_state is None else initial_state[i]
+        rows = [x.new_zeros(0, channels)]
+        for u, d, b, c in zip(x[where], delta[where], B[where], C[where]):
+            state = (d[:, None] * A).exp() * state + (d * u)[:, None] * b
+            rows.append((state.to(x.dtype) * c).sum(-1)[None])
+        y = y.index_put(_index(x, where), torch.cat(rows))
+        final.append(state)
+    if D is not None:
+        y = y + D.to(x.dtype) * x
+    return y, torch.stack(final) if final else A.new_zeros(0, *A.shape)
+
+
+def selective_scan_inputs(
+    batch=2, length=21, channels=48, N=16, Gb=1, Gc=3, dtype=torch.float32, D=True,
+    initial_state=True, lengths=None, decay=1.0, seed=0,
+):  # fmt: skip
+    """Random arguments of selective_scan."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sequences, cu_seqlens = batch, None
+    if lengths is not None:
+        batch, length, sequences = 1, sum(lengths), len(lengths)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    return {
+        "x": normal(batch, length, channels).to(dtype),
+        "delta": torch.rand(batch, length, channels, generator=g).to(wide),
+        "A": (-decay * torch.rand(channels, N, generator=g)).to(wide),
+        "B": normal(batch, length, Gb, N).to(dtype),
+        "C": normal(batch, length, Gc, N).to(dtype),
+        "D": normal(channels).to(wide) if D else None,
+        "initial_state": normal(sequences, channels, N).to(wide) if initial_state else None,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def selective_update(state, slots, x, delta, A, B, C, D=None):
+    """Returns (y, new state); the argument is left as it was."""
+    state, y = state.clone(), torch.zeros_like(x)
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            token = (t[row, None, None] for t in (x, delta))
+            groups = (t[row, None, None] for t in (B, C))
+            out, last = selective_scan(*token, A, *groups, D, state[slot, None].to(A.dtype))
+            y[row], state[slot] = out[0, 0], last[0].to(state.dtype)
+    return y, state
+
+
+def selective_update_inputs(
+    batch=3, channels=48, N=16, Gb=1, Gc=3, dtype=torch.float32, state_dtype=torch.float32, D=True,
+    slots=None, seed=0,
+):  # fmt: skip
+    """Random arguments of selective_update."""
+    g = torch.Generator().manual_seed(seed)
+    inputs = selective_scan_inputs(batch, 1, channels, N, Gb, Gc, dtype, D, seed=seed)
+    slots = torch.randperm(batch + 2, generator=g)[:batch] if slots is None else torch.tensor(slots)
+    state = torch.randn(batch + 2, channels, N, generator=g, dtype=torch.float64).to(state_dtype)
+    token = {name: inputs[name][:, 0] for name in ("x", "delta", "B", "C")}
+    order = ("x", "delta", "A", "B", "C", "D")
+    return {"state": state, "slots": slots.int()} | {n: (inputs | token)[n] for n in order}
+
+
+# ---- gate, softplus
+
+
+def gate(x, z, bias=None):
+    """x silu(z + bias)"""
+    return x * torch.nn.functional.silu(z if bias is None else z + bias)
+
+
+def gate_inputs(shape=(5, 37), dtype=torch.float32, bias=True, seed=0):
+    """Random arguments of gate."""
+    g = torch.Generator().manual_seed(seed)
+    x, z = (4 * torch.randn(2, *shape, generator=g, dtype=torch.float64)).to(dtype)
+    return {"x": x, "z": z, "bias": torch.randn(shape[-1], generator=g).to(dtype) if bias else None}
+
+
+def softplus(x, bias=None):
+    """log(1 + exp(x + bias)) in float32, or float64 for float64"""
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide if bias is None else wide + bias
+    return torch.logaddexp(wide, torch.zeros_like(wide))
+
+
+def softplus_inputs(shape=(5, 37), dtype=torch.float32, bias=True, seed=0):
+    """Random arguments of softplus."""
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = (20 * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
+    return {"x": x, "bias": torch.randn(shape[-1], generator=g).to(wide) if bias else None}
+
+
+def append_kv_inputs(queries=(1, 1, 1), **change):
+    """Random arguments of append_kv."""
+    inputs = paged_attention_inputs(queries=queries, **change)
+    k_cache = inputs["k_cache"]
+    g = torch.Generator().manual_seed(1)
+    shape = (2, sum(queries), k_cache.shape[1], k_cache.shape[3])
+    k, v = torch.randn(shape, generator=g).to(k_cache.dtype)
+    names = ("page_table", "cu_seqlens_q", "kv_lengths")
+    rest = {name: inputs[name] for name in names}
+    return {"k_cache": k_cache, "v_cache": inputs["v_cache"], "k": k, "v": v, **rest}
+
+
+# ---- all of them
+
+# Operator -> its definition, the maker of its inputs, the arguments it mutates.
+OPERATORS = {
+    "ssd_scan": (ssd_scan, ssd_scan_inputs, ()),
+    "state_update": (state_update, state_update_inputs, ("state",)),
+    "selective_scan": (selective_scan, selective_scan_inputs, ()),
+    "selective_update": (selective_update, selective_update_inputs, ("state",)),
+    "causal_conv1d": (causal_conv1d, causal_conv1d_inputs, ()),
+    "conv_update": (conv_update, conv_update_inputs, ("state",)),
+    "gate": (gate, gate_inputs, ()),
+    "softplus": (softplus, softplus_inputs, ()),
+    "append_kv": (append_kv, append_kv_inputs, ("k_cache", "v_cache")),
+    "paged_attention": (paged_attention, paged_attention_inputs, ()),
+    "sample": (sample, sample_inputs, ()),
+}
+
+
+def check(operator, name: str, device: str = "cpu", **case) -> dict:
+    """Run `operator` on inputs made from `case` and compare everything it returns or mutates.
+
+    Returns the arguments after the call, on `device`. Raises AssertionError naming the worst element.
+    """
+    definition, make, mutated = OPERATORS[name]
+    inputs = make(**case)
+    oracle = _outputs(definition(**{k: widen(v) for k, v in inputs.items()}))
+    plain = _outputs(definition(**inputs))
+    moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    actual = [*_outputs(operator(**moved)), *(moved[argument] for argument in mutated)]
+    assert len(actual) == len(oracle), f"{name}: {len(oracle)} results expected, got {len(actual)}"
+    for i, results in enumerate(zip(actual, oracle, plain)):
+        assert_close(*results, f"{name}, result {i}")
+    return moved
+
+
+def _outputs(value):
+    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)

@@ -1,0 +1,152 @@
+"""selective_scan and selective_update."""
+
+import pytest
+import torch
+from cases import SELECTIVE_SCAN_CASES, SELECTIVE_UPDATE_CASES
+from gradients import check_gradients
+
+from reasoners import ops, reference
+from reasoners.reference import selective_scan_inputs, selective_update_inputs
+
+TENSORS = ("x", "delta", "A", "B", "C", "D", "initial_state")
+
+
+@pytest.mark.parametrize("case", SELECTIVE_SCAN_CASES.values(), ids=SELECTIVE_SCAN_CASES.keys())
+def test_against_reference(case):
+    reference.check(ops.selective_scan, "selective_scan", **case)
+    check_gradients(ops.selective_scan, "selective_scan", TENSORS, case)
+
+
+@pytest.mark.parametrize("case", SELECTIVE_UPDATE_CASES.values(), ids=SELECTIVE_UPDATE_CASES.keys())
+def test_update_against_reference(case):
+    before = selective_update_inputs(**case)
+    after = reference.check(ops.selective_update, "selective_update", **case)
+    named = before["slots"].tolist()
+    others = [s for s in range(before["state"].shape[0]) if s not in named]
+    assert torch.equal(after["state"][others], before["state"][others])
+
+
+@pytest.mark.parametrize("case", ["base", "no option, bf16", "packed", "groups out of step"])
+def test_gradcheck(case):
+    small = {"dtype": torch.float64, "channels": 6, "N": 3, "length": 5}
+    inputs = selective_scan_inputs(**{**SELECTIVE_SCAN_CASES[case], **small})
+    if case == "packed":
+        inputs = selective_scan_inputs(lengths=[3, 0, 4], **small)
+    for name in TENSORS:
+        if inputs[name] is not None:
+            inputs[name].requires_grad_()
+    assert torch.autograd.gradcheck(ops.selective_scan, tuple(inputs.values()))
+
+
+def test_scan_is_a_fold_of_updates():
+    inputs = selective_scan_inputs()
+    y, final = ops.selective_scan(**inputs)
+    state, slots = inputs["initial_state"].clone(), torch.arange(2, dtype=torch.int32)
+    for t in range(21):
+        x, delta, B, C = (inputs[n][:, t] for n in ("x", "delta", "B", "C"))
+        step = ops.selective_update(state, slots, x, delta, inputs["A"], B, C, inputs["D"])
+        torch.testing.assert_close(step, y[:, t], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, 21])
+def test_split_with_carried_state_equals_whole(cut):
+    inputs = selective_scan_inputs()
+    whole, final = ops.selective_scan(**inputs)
+    along = ("x", "delta", "B", "C")
+    first, state = ops.selective_scan(**inputs | {n: inputs[n][:, :cut] for n in along})
+    rest = {n: inputs[n][:, cut:] for n in along} | {"initial_state": state}
+    second, last = ops.selective_scan(**inputs | rest)
+    assert torch.equal(torch.cat((first, second), 1), whole)
+    assert torch.equal(last, final)
+
+
+def test_packed_equals_separate_and_nan_stays_home():
+    inputs = selective_scan_inputs(lengths=[33, 2, 40])
+    y, final = ops.selective_scan(**inputs)
+    for i, (start, stop) in enumerate(((0, 33), (33, 35), (35, 75))):
+        part = {n: inputs[n][:, start:stop] for n in ("x", "delta", "B", "C")}
+        part |= {"initial_state": inputs["initial_state"][i : i + 1], "cu_seqlens": None}
+        y_i, final_i = ops.selective_scan(**inputs | part)
+        assert torch.equal(y_i, y[:, start:stop])
+        assert torch.equal(final_i[0], final[i])
+    inputs["x"][:, 33:35] = float("nan")
+    poisoned = ops.selective_scan(**inputs)[0]
+    assert torch.equal(poisoned[:, :33], y[:, :33])
+    assert torch.equal(poisoned[:, 35:], y[:, 35:])
+
+
+def test_same_bits_on_one_thread_and_again():
+    inputs = selective_scan_inputs(batch=3, length=50, channels=192)
+    inputs = {k: v.requires_grad_() if k in TENSORS else v for k, v in inputs.items()}
+
+    def run():
+        outputs = ops.selective_scan(**inputs)
+        leaves = [inputs[n] for n in TENSORS]
+        return *outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), leaves)
+
+    expected, threads = run(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert all(map(torch.equal, run(), expected))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, run(), expected))
+
+
+def test_strided_inputs_equal_contiguous():
+    inputs = selective_scan_inputs()
+    wide = torch.randn(2, 21, 100)
+    wide[..., 9:57] = inputs["x"]
+    strided = inputs | {"x": wide[..., 9:57]}
+    assert all(map(torch.equal, ops.selective_scan(**strided), ops.selective_scan(**inputs)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"A": torch.zeros(47, 16)}, ValueError, r"A expected shape .* \(48, \*\), got \(47, 16\)"),
+        ({"delta": torch.zeros(2, 21, 48).bfloat16()}, TypeError, "delta expected dtype Float"),
+        (
+            {"B": torch.zeros(2, 21, 5, 16)},
+            ValueError,
+            "Gb expected to divide channels = 48, got 5",
+        ),
+        ({"initial_state": torch.zeros(1, 48, 16)}, ValueError, "initial_state expected shape"),
+    ],
+)
+def test_errors(change, error, words):
+    with pytest.raises(error, match=f"selective_scan: .*{words}"):
+        ops.selective_scan(**selective_scan_inputs() | change)
+
+
+def test_update_refuses_a_slot_out_of_range_and_changes_nothing():
+    inputs = selective_update_inputs(slots=[0, 1, 9])
+    before = inputs["state"].clone()
+    with pytest.raises(ValueError, match="selective_update: slots expected below 5, got 9"):
+        ops.selective_update(**inputs)
+    assert torch.equal(inputs["state"], before)
+
+
+def test_opcheck():
+    inputs = selective_scan_inputs()
+    leaves = {k: v.requires_grad_() if k in TENSORS else v for k, v in inputs.items()}
+    torch.library.opcheck(torch.ops.reasoners.selective_scan.default, tuple(leaves.values()))
+    dy, dfinal = torch.randn(2, 21, 48), torch.randn(2, 48, 16)
+    plain = [v if v is None else v.detach() for v in inputs.values()]
+    torch.library.opcheck(torch.ops.reasoners.selective_scan_backward.default, (dy, dfinal, *plain))
+    update = tuple(selective_update_inputs().values())
+    torch.library.opcheck(torch.ops.reasoners.selective_update.default, update)
+
+
+def test_compiles_whole_with_dynamic_shapes():
+    def loss(x, delta, A, B, C):
+        return ops.selective_scan(x, delta, A, B, C)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 14):
+        inputs = selective_scan_inputs(length=length)
+        leaves = [inputs[n].requires_grad_() for n in ("x", "delta", "A", "B", "C")]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        for got, want in zip(torch.autograd.grad(compiled(*leaves), leaves), expected):
+            torch.testing.assert_close(got, want)
