@@ -77,17 +77,20 @@ def gencode(arch):
 
 def compile_device_code():
     """Compile each csrc/cuda/*.cu to build/device/<name>-<digest>.o; returns the objects."""
-    include, _ = cutlass_include()
+    include, version = cutlass_include()
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
     flags += ["-Icsrc"] + [flag for arch in cuda_archs() for flag in gencode(arch)]
     sources = sorted(Path("csrc/cuda").glob("*.cu"))
-    headers = sorted([*Path("csrc").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")])
-    shared = "".join(h.read_text() for h in headers) + " ".join(flags) + cutlass_include()[1]
+    headers = [Path("csrc/kernels.h"), *sorted(Path("csrc/cuda").glob("*.cuh"))]
+    shared = "".join(h.read_text() for h in headers) + " ".join(flags)
     folder = Path("build/device")
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source):
-        digest = hashlib.sha256((shared + source.read_text()).encode()).hexdigest()[:16]
+        text = source.read_text()
+        if re.search(r"#include <cut(e|lass)/", text + shared):
+            text += version
+        digest = hashlib.sha256((shared + text).encode()).hexdigest()[:16]
         target = folder / f"{source.stem}-{digest}.o"
         if target.exists():
             print(f"reasoners: {source} is compiled already")
@@ -154,7 +157,9 @@ def extension():
     define = [f'-DREASONERS_CUDA_ARCHS="{" ".join(cuda_archs()) if cuda else ""}"']
     define.append(f'-DREASONERS_CUTLASS_VERSION="{cutlass_include()[1]}"')
     # No -ffast-math: infinities and NaN must stay visible. These two only free the vectoriser.
-    flags = ["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", *cpu_flags()]
+    flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    # torch's own vector headers carry pragmas of other compilers.
+    flags += ["-Wno-unknown-pragmas", *cpu_flags()]
     # Link the OpenMP runtime that torch itself carries: a second one would bring a second pool of
     # spinning threads that fights torch's for the cores.
     openmp = sorted(Path(torch.__file__).parent.glob("lib/lib*omp*.so*"))
