@@ -78,7 +78,8 @@ def bench_ssd_scan(measure, batch, length, dtype, impl):
         num_bytes=cost.ssd_scan_bytes(*shape, data_bytes=dtype.itemsize),
         flops=cost.ssd_scan_flops(*shape),
         tokens=batch * length,
-        rounds=9,
+        rounds=7,
+        warmup_rounds=1,
     )
 
 
@@ -97,5 +98,6 @@ def bench_ssd_scan_backward(measure, batch, length, dtype, impl):
         num_bytes=cost.ssd_scan_backward_bytes(*shape, data_bytes=dtype.itemsize),
         flops=cost.ssd_scan_backward_flops(*shape),
         tokens=batch * length,
-        rounds=7,
+        rounds=5,
+        warmup_rounds=1,
     )
