@@ -115,6 +115,7 @@ MATH500 = Task(
     worked_answer=False,
     id_field="unique_id",
     level_fields=("level", "difficulty"),
+    dataset="HuggingFaceH4/MATH-500",
     config="default",
     split="test",
     instruction="Reason step by step, and put your final answer within \\boxed{}.",
