@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def plain_errors() -> Iterator[None]:
     """What a user can do something about ends in one sentence and exit code 1, not in a traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         errors.print(f"[bold red]error[/] {type(error).__name__}: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -195,14 +196,21 @@ def demo(
         float, typer.Option("--budget-s", help="Wall-clock seconds of sampling.")
     ] = 60,
 ):
-    """Watch a small language model try real GSM8K problems many times, and see what the tries buy."""
+    """Watch a small language model try real GSM8K problems many times, and see what the tries buy.
+
+    The problems are those with the fewest steps: SmolLM2-135M solves next to none of the others.
+    """
     with plain_errors():
         from reasoners.sampling import SamplingParams
 
         folder = smollm2_folder() if model == "smollm2" else Path(model)
         params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=256)
+        console.print(
+            f"{problems} GSM8K problems, those with the fewest steps; {samples} samples each"
+        )
         _sample(
-            folder, out, "gsm8k", data, problems, params, samples=samples, budget_s=budget_s, wave=samples,
+            folder, out, "gsm8k", data, problems, params, samples=samples, budget_s=budget_s, shots=3,
+            wave=samples, easiest=True,
         )  # fmt: skip
         _show_one(out)
         _report([out], out)
@@ -213,15 +221,20 @@ def demo(
 
 def _sample(
     folder, out, task, data, limit, params, *, samples, budget_s, shots=0, wave=8, max_rows=64,
-    dtype="auto", device=None, verifiers=1,
+    dtype="auto", device=None, verifiers=1, easiest=False,
 ):  # fmt: skip
-    """Open everything that can be wrong before the model is loaded, then run."""
+    """Open everything that can be wrong before the model is loaded, then run.
+
+    easiest: take the problems with the fewest steps and shortest questions, not the first ones.
+    """
     from reasoners import scaling
 
     if task not in scaling.TASKS:
         raise ValueError(f"task expected one of {', '.join(scaling.TASKS)}, got {task!r}")
     chosen = scaling.TASKS[task]
-    problems = scaling.load_problems(chosen, data or chosen.dataset, limit)
+    problems = scaling.load_problems(chosen, data or chosen.dataset, None if easiest else limit)
+    if easiest:
+        problems = sorted(problems, key=lambda p: (p.level or math.inf, len(p.question)))[:limit]
     sampling = {k: v for k, v in vars(params).items() if k != "n"}
     manifest = scaling.run_manifest(
         chosen, data or chosen.dataset, problems, str(folder), sampling, shots

@@ -87,8 +87,7 @@ def _operators(device: str) -> Iterator[Finding]:
     from reasoners import ops, reference
 
     for name in reference.OPERATORS:
-        kernels = torch._C._dispatch_has_kernel_for_dispatch_key
-        if not kernels(f"reasoners::{name}", device.upper()):
+        if not ops.has_kernel(name, device):
             yield Finding(f"{name} ({device})", "no kernel yet")
             continue
         try:

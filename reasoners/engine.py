@@ -3,7 +3,9 @@
 A prompt is prefilled once; its samples fork from that state and decode together with everybody
 else's. A sample leaves the batch the moment it ends and a waiting one takes its row. Nothing a sample
 computes depends on its neighbours: prompts are prefilled in pieces cut at fixed positions, every
-kernel treats rows apart, and random numbers are keyed by (seed, prompt, sample, position).
+kernel treats rows apart, and random numbers are keyed by (seed, prompt, sample, position). What is
+left to the BLAS library is the order of a matrix product's sums: `Linear` sees to it for MKL on AMD
+and for bfloat16; MKL on Intel needs MKL_CBWR=AVX512,STRICT in the environment for float32.
 """
 
 import os

@@ -50,7 +50,7 @@ class LLM:
     model: a folder (Llama, Llamba or MambaInLlama layout, with its tokenizer) or a HybridLM.
     tokenizer: a folder or a transformers tokenizer; None takes the model's folder.
     dtype: None for bfloat16 where the hardware multiplies it, else float32. device: None for CUDA if
-    this build has it and a GPU is there, else the CPU. max_length: longest prompt plus answer, None
+    there is a GPU and a kernel for every operator, else the CPU. max_length: longest prompt plus answer, None
     for the model's own limit or 4096, whichever is less. max_rows, max_bytes: see Engine.
     """
 
@@ -188,10 +188,10 @@ class LLM:
 
 
 def default_device() -> str:
-    """ "cuda" if this build has CUDA kernels and a GPU is there, else "cpu"."""
+    """ "cuda" if there is a GPU and a CUDA kernel for every operator, else "cpu"."""
     from reasoners import ops
 
-    return "cuda" if ops.build["compiled_with_cuda"] and torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() and ops.all_on("cuda") else "cpu"
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

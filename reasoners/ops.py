@@ -26,6 +26,21 @@ build = {
 }
 
 
+def has_kernel(name: str, device: str) -> bool:
+    """Whether this build has a kernel of the operator for "cpu" or "cuda"."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(f"reasoners::{name}", device.upper())
+
+
+def all_on(device: str) -> bool:
+    """Whether every operator has a kernel for "cpu" or "cuda"."""
+    names = torch._C._dispatch_get_all_op_names()
+    ours = {
+        n.removeprefix("reasoners::").split(".")[0] for n in names if n.startswith("reasoners::")
+    }
+    return all(has_kernel(name, device) for name in ours)
+
+
 def state_update(
     state: Tensor,
     slots: Tensor,
