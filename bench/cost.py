@@ -43,3 +43,13 @@ def paged_attention_flops(lengths, queries, heads, head_dim):
 def sample_bytes(batch, vocabulary, data_bytes=4):
     """The logits are read once."""
     return batch * vocabulary * data_bytes
+
+
+def selective_scan_bytes(tokens, channels, data_bytes=4):
+    """x and the fp32 step come in and y goes out once; B and C are small beside them."""
+    return tokens * channels * (2 * data_bytes + 4)
+
+
+def selective_update_bytes(batch, channels, state_dim, state_bytes=4):
+    """The state is read and written once; all else is small beside it."""
+    return 2 * batch * channels * state_dim * state_bytes

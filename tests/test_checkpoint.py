@@ -309,3 +309,23 @@ def test_copy_tokenizer_takes_only_tokenizer_files(folder, tmp_path):
     checkpoint.copy_tokenizer(folder, target)
     assert [p.name for p in target.iterdir()] == ["tokenizer.json"]
     shutil.rmtree(target)
+
+
+def test_smollm2_logits_equal_transformers():
+    """The real weights, from the package that `make demo` and `make test` install."""
+    transformers = pytest.importorskip("transformers")
+    from reasoners.cli import smollm2_folder
+
+    try:
+        folder = smollm2_folder()
+    except ImportError as error:
+        pytest.skip(str(error))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+        "Natalia sold clips to 48 of her friends in April, and then half as many in May. " * 5,
+        return_tensors="pt",
+    )["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_model(folder)(tokens), theirs(tokens).logits, rtol=0, atol=2e-4
+        )

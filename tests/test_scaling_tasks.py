@@ -22,7 +22,7 @@ def test_gsm8k_jsonl(tmp_path):
         {"question": "How cold?", "answer": "It falls.\n#### -3"},
     )
     assert load_problems(GSM8K, path) == [
-        Problem("gsm8k/0", "How many?", "1125"),
+        Problem("gsm8k/0", "How many?", "1125", 1),
         Problem("gsm8k/1", "How cold?", "-3"),
     ]
     assert [problem.id for problem in load_problems(GSM8K, path, limit=1)] == ["gsm8k/0"]
@@ -120,7 +120,7 @@ def test_messages():
 @pytest.mark.parametrize(
     ("name", "file", "num_problems", "first"),
     [
-        ("gsm8k", "gsm8k_test.jsonl", 1319, ("gsm8k/0", "18", None)),
+        ("gsm8k", "gsm8k_test.jsonl", 1319, ("gsm8k/0", "18", 2)),
         (
             "math500",
             "math500.json",
