@@ -22,6 +22,7 @@
 #include "checks.h"
 #include "cpu/fast_exp.h"
 #include "cpu/sequences.h"
+#include "cpu/widened.h"
 
 namespace reasoners {
 namespace {
@@ -71,14 +72,13 @@ struct Arguments {
       std::copy_n(initial + (sequence * channels + first) * state_dim, size, state);
   }
   // One token of one channel: next = exp(delta A) state + delta x B.
-  void advance(int64_t row, int64_t ch, const acc_t* state, acc_t* next) const {
+  void advance(int64_t row, int64_t ch, const acc_t* in, const acc_t* state, acc_t* next) const {
     const acc_t step = delta[row * channels + ch];
     const acc_t gain = step * static_cast<acc_t>(x[row * channels + ch]);
     const acc_t* a = A + ch * state_dim;
-    const scalar_t* in = b(row, ch);
 #pragma omp simd
     for (int64_t n = 0; n < state_dim; ++n)
-      next[n] = fast_exp(step * a[n]) * state[n] + gain * static_cast<acc_t>(in[n]);
+      next[n] = fast_exp(step * a[n]) * state[n] + gain * in[n];
   }
 
   const Tensor held[7];
@@ -96,6 +96,7 @@ void forward(const Arguments<scalar_t>& in, int64_t num_sequences, scalar_t* y,
   using acc_t = at::opmath_type<scalar_t>;
   const int64_t blocks = (in.channels + kBlock - 1) / kBlock, N = in.state_dim;
   at::parallel_for(0, num_sequences * blocks, 1, [&](int64_t from, int64_t to) {
+    Widened<scalar_t, acc_t> wide_b(N), wide_c(N);
     for (int64_t unit = from; unit < to; ++unit) {
       const int64_t sequence = unit / blocks, first = unit % blocks * kBlock;
       const int64_t last = std::min(first + kBlock, in.channels);
@@ -104,11 +105,11 @@ void forward(const Arguments<scalar_t>& in, int64_t num_sequences, scalar_t* y,
       for (int64_t row = in.sequences.begin(sequence); row < in.sequences.end(sequence); ++row) {
         for (int64_t ch = first; ch < last; ++ch) {
           acc_t* s = state + (ch - first) * N;
-          in.advance(row, ch, s, s);
-          const scalar_t* read = in.c(row, ch);
+          in.advance(row, ch, wide_b(in.b(row, ch)), s, s);
+          const acc_t* read = wide_c(in.c(row, ch));
           acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t n = 0; n < N; ++n) sum += s[n] * static_cast<acc_t>(read[n]);
+          for (int64_t n = 0; n < N; ++n) sum += s[n] * read[n];
           const int64_t at = row * in.channels + ch;
           if (in.D != nullptr) sum += in.D[ch] * static_cast<acc_t>(in.x[at]);
           y[at] = static_cast<scalar_t>(sum);
@@ -136,6 +137,7 @@ void backward(const Arguments<scalar_t>& in, int64_t num_sequences, const scalar
   const int64_t blocks = (in.channels + block - 1) / block;
   at::parallel_for(0, num_sequences * blocks, 1, [&](int64_t from, int64_t to) {
     std::vector<acc_t> states, starts, dstate;
+    Widened<scalar_t, acc_t> wide_b(N), wide_c(N);
     for (int64_t unit = from; unit < to; ++unit) {
       const int64_t sequence = unit / blocks, first = unit % blocks * block;
       const int64_t last = std::min(first + block, in.channels), size = (last - first) * N;
@@ -150,7 +152,8 @@ void backward(const Arguments<scalar_t>& in, int64_t num_sequences, const scalar
         std::copy_n(state - size, size, state);
         for (int64_t row = begin + i * kSegment; row < begin + (i + 1) * kSegment; ++row)
           for (int64_t ch = first; ch < last; ++ch)
-            in.advance(row, ch, state + (ch - first) * N, state + (ch - first) * N);
+            in.advance(row, ch, wide_b(in.b(row, ch)), state + (ch - first) * N,
+                       state + (ch - first) * N);
       }
       const int64_t home = sequence * in.channels + first;
       dstate.assign(dfinal + home * N, dfinal + home * N + size);
@@ -160,7 +163,7 @@ void backward(const Arguments<scalar_t>& in, int64_t num_sequences, const scalar
         for (int64_t row = start; row < stop; ++row)
           for (int64_t ch = first; ch < last; ++ch) {
             acc_t* before = states.data() + (row - start) * size + (ch - first) * N;
-            in.advance(row, ch, before, before + size);
+            in.advance(row, ch, wide_b(in.b(row, ch)), before, before + size);
           }
         for (int64_t row = stop - 1; row >= start; --row) {
           for (int64_t ch = first; ch < last; ++ch) {
@@ -170,18 +173,18 @@ void backward(const Arguments<scalar_t>& in, int64_t num_sequences, const scalar
             const acc_t step = in.delta[at], input = static_cast<acc_t>(in.x[at]);
             const acc_t g = static_cast<acc_t>(dy[at]);
             const acc_t* a = in.A + ch * N;
-            const scalar_t *b = in.b(row, ch), *c = in.c(row, ch);
+            const acc_t *b = wide_b(in.b(row, ch)), *c = wide_c(in.c(row, ch));
             acc_t* ds = dstate.data() + (ch - first) * N;
             acc_t* dA = out.A + (sequence * in.channels + ch) * N;
-            acc_t* dB = out.B + (b - in.B);
-            acc_t* dC = out.C + (c - in.C);
+            acc_t* dB = out.B + (in.b(row, ch) - in.B);
+            acc_t* dC = out.C + (in.c(row, ch) - in.C);
             acc_t dgain = 0, dstep = 0;
 #pragma omp simd reduction(+ : dgain, dstep)
             for (int64_t n = 0; n < N; ++n) {
               dC[n] += g * after[n];
-              const acc_t total = ds[n] + g * static_cast<acc_t>(c[n]);
+              const acc_t total = ds[n] + g * c[n];
               dB[n] += total * step * input;
-              dgain += total * static_cast<acc_t>(b[n]);
+              dgain += total * b[n];
               const acc_t decay = fast_exp(step * a[n]);
               const acc_t dexponent = total * decay * before[n];
               dstep += dexponent * a[n];

@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "cpu/fast_exp.h"
+#include "cpu/widened.h"
 
 namespace reasoners {
 namespace {
@@ -37,6 +38,7 @@ void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Ten
   auto* y_data = y.mutable_data_ptr<scalar_t>();
 
   at::parallel_for(0, batch * blocks, 1, [&](int64_t from, int64_t to) {
+    Widened<scalar_t, acc_t> wide_b(state_dim), wide_c(state_dim);
     for (int64_t unit = from; unit < to; ++unit) {
       const int64_t row = unit / blocks, first = unit % blocks * kBlock;
       const int64_t last = std::min(first + kBlock, channels);
@@ -48,17 +50,16 @@ void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Ten
       for (int64_t c = first; c < last; ++c) {
         state_t* s = state_data + (slot_of[row] * channels + c) * state_dim;
         const acc_t* a = a_data + c * state_dim;
-        const auto* b = b_data + (row * B.size(1) + c / b_share) * state_dim;
-        const auto* read = c_data + (row * C.size(1) + c / c_share) * state_dim;
+        const acc_t* b = wide_b(b_data + (row * B.size(1) + c / b_share) * state_dim);
+        const acc_t* read = wide_c(c_data + (row * C.size(1) + c / c_share) * state_dim);
         const acc_t step = delta_data[row * channels + c];
         const acc_t input = static_cast<acc_t>(x_data[row * channels + c]);
         acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t n = 0; n < state_dim; ++n) {
-          const acc_t next = fast_exp(step * a[n]) * static_cast<acc_t>(s[n]) +
-                             step * input * static_cast<acc_t>(b[n]);
+          const acc_t next = fast_exp(step * a[n]) * static_cast<acc_t>(s[n]) + step * input * b[n];
           s[n] = static_cast<state_t>(next);
-          sum += next * static_cast<acc_t>(read[n]);
+          sum += next * read[n];
         }
         out[c] = static_cast<scalar_t>(sum + (d_data ? d_data[c] * input : acc_t(0)));
       }
