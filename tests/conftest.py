@@ -15,12 +15,12 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked cuda run where there is a device and a build for it, and say so elsewhere."""
+    """Tests marked cuda(operator) run where a device and the operator's kernel are, and say so elsewhere."""
     from reasoners import ops
 
-    if torch.cuda.is_available() and ops.build["compiled_with_cuda"]:
-        return
-    skip = pytest.mark.skip(reason="no CUDA device, or a build without CUDA")
     for item in items:
-        if "cuda" in item.keywords:
-            item.add_marker(skip)
+        for mark in item.iter_markers("cuda"):
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            elif missing := [name for name in mark.args if not ops.has_kernel(name, "cuda")]:
+                item.add_marker(pytest.mark.skip(reason=f"no CUDA kernel of {', '.join(missing)}"))

@@ -28,7 +28,7 @@ def test_against_reference(case):
     check(case)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda("paged_attention")
 @CASES
 def test_against_reference_cuda(case):
     check(case, "cuda")

@@ -23,7 +23,7 @@ def test_against_reference(case):
     check(case)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda("sample")
 @CASES
 def test_against_reference_cuda(case):
     check(case, "cuda")

@@ -63,7 +63,7 @@ def test_against_reference(case):
     check(case)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda("ssd_scan")
 @pytest.mark.parametrize("case", SSD_SCAN_CASES.values(), ids=SSD_SCAN_CASES.keys())
 def test_against_reference_cuda(case):
     check(case, "cuda")

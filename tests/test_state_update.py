@@ -27,7 +27,7 @@ def test_against_reference(case):
     check(case)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda("state_update")
 @pytest.mark.parametrize("case", STATE_UPDATE_CASES.values(), ids=STATE_UPDATE_CASES.keys())
 def test_against_reference_cuda(case):
     check(case, "cuda")
