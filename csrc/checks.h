@@ -65,6 +65,11 @@ struct Check {
     TORCH_CHECK_VALUE(part > 0 && whole % part == 0, op, ": ", name, " expected to divide ",
                       whole_name, " = ", whole, ", got ", part);
   }
+  // An extent that only the CUDA kernel bounds.
+  void at_most_on_cuda(const char* name, int64_t extent, int64_t most) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(extent <= most, op, ": ", name, " expected at most ", most,
+                                " on CUDA, got ", extent);
+  }
   void contiguous(const char* name, const Tensor& t) const {
     TORCH_CHECK_VALUE(t.is_contiguous(), op, ": ", name, " expected contiguous, got strides ",
                       t.strides());

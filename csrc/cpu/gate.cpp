@@ -14,20 +14,10 @@
 
 #include "checks.h"
 #include "cpu/fast_exp.h"
+#include "rows.h"
 
 namespace reasoners {
 namespace {
-
-// Rows of a tensor whose last dimension is contiguous and whose other dimensions collapse to one
-// stride, as a slice of a projection's output does; anything else is copied first.
-Tensor rows_of(const Tensor& t) {
-  if (t.stride(-1) != 1 && t.size(-1) != 1) return t.contiguous();
-  for (int64_t i = 0; i + 2 < t.dim(); ++i)
-    if (t.size(i) != 1 && t.stride(i) != t.stride(i + 1) * t.size(i + 1)) return t.contiguous();
-  return t;
-}
-
-int64_t row_stride(const Tensor& t) { return t.dim() >= 2 ? t.stride(-2) : t.size(-1); }
 
 constexpr int64_t kGrain = 16384;  // elements a thread takes at least
 

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+
 namespace reasoners {
 
 __device__ inline float to_float(float v) { return v; }
@@ -30,5 +32,11 @@ template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Vec {
   T at[kSize];
 };
+
+// Whether vectors of type V may be read at the address; null means that none are.
+template <typename V>
+bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % alignof(V) == 0;
+}
 
 }  // namespace reasoners

@@ -1,0 +1,114 @@
+// x silu(z + bias) and softplus(x + bias), each element by itself.
+//
+// A thread takes kVec neighbouring elements of a row, or one where rows are not aligned to that
+// many. Every operation is one that the compiler may not fuse with its neighbour, so that both ways
+// round alike and an element's bits do not depend on where in the tensor it stands.
+
+#include "convert.cuh"
+#include "kernels.h"
+#include "silu.cuh"
+
+namespace reasoners {
+namespace {
+
+constexpr int kThreads = 256;
+
+unsigned blocks_for(int64_t threads) {
+  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+}
+
+template <typename data_t, int kVec>
+__global__ void __launch_bounds__(kThreads) gate_kernel(const GateParams p) {
+  using Some = Vec<data_t, kVec>;
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, vectors = p.channels / kVec;
+  const int64_t row = at / vectors, channel = (at - row * vectors) * kVec;
+  if (row >= p.rows) return;
+  const auto x =
+      *reinterpret_cast<const Some*>(static_cast<const data_t*>(p.x) + row * p.x_stride + channel);
+  const auto z =
+      *reinterpret_cast<const Some*>(static_cast<const data_t*>(p.z) + row * p.z_stride + channel);
+  float v[kVec];
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) v[k] = to_float(z.at[k]);
+  if (p.bias) {
+    const auto bias = *reinterpret_cast<const Some*>(static_cast<const data_t*>(p.bias) + channel);
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) v[k] = __fadd_rn(v[k], to_float(bias.at[k]));
+  }
+  Some y;
+#pragma unroll
+  for (int k = 0; k < kVec; ++k)
+    y.at[k] = from_float<data_t>(__fmul_rn(to_float(x.at[k]), silu(v[k])));
+  *reinterpret_cast<Some*>(static_cast<data_t*>(p.y) + row * p.channels + channel) = y;
+}
+
+template <typename data_t>
+void dispatch_gate(const GateParams& p, cudaStream_t stream) {
+  constexpr int kVec = 16 / sizeof(data_t);
+  using Some = Vec<data_t, kVec>;
+  const bool whole = p.channels % kVec == 0 && p.x_stride % kVec == 0 && p.z_stride % kVec == 0 &&
+                     is_aligned<Some>(p.x) && is_aligned<Some>(p.z) && is_aligned<Some>(p.bias) &&
+                     is_aligned<Some>(p.y);
+  const int64_t elements = p.rows * p.channels;
+  if (whole)
+    gate_kernel<data_t, kVec><<<blocks_for(elements / kVec), kThreads, 0, stream>>>(p);
+  else
+    gate_kernel<data_t, 1><<<blocks_for(elements), kThreads, 0, stream>>>(p);
+}
+
+template <typename data_t, int kVec>
+__global__ void __launch_bounds__(kThreads) softplus_kernel(const SoftplusParams p) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, vectors = p.channels / kVec;
+  const int64_t row = at / vectors, channel = (at - row * vectors) * kVec;
+  if (row >= p.rows) return;
+  const auto x = *reinterpret_cast<const Vec<data_t, kVec>*>(static_cast<const data_t*>(p.x) +
+                                                             row * p.x_stride + channel);
+  Vec<float, kVec> y;
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) {
+    const float v = p.bias ? __fadd_rn(to_float(x.at[k]), p.bias[channel + k]) : to_float(x.at[k]);
+    // max(v, 0) drops a NaN, the logarithm brings it back.
+    y.at[k] = __fadd_rn(fmaxf(v, 0.f), log1pf(expf(-fabsf(v))));
+  }
+  *reinterpret_cast<Vec<float, kVec>*>(p.y + row * p.channels + channel) = y;
+}
+
+template <typename data_t>
+void dispatch_softplus(const SoftplusParams& p, cudaStream_t stream) {
+  constexpr int kVec = 4;
+  const bool whole = p.channels % kVec == 0 && p.x_stride % kVec == 0 &&
+                     is_aligned<Vec<data_t, kVec>>(p.x) && is_aligned<Vec<float, kVec>>(p.y);
+  const int64_t elements = p.rows * p.channels;
+  if (whole)
+    softplus_kernel<data_t, kVec><<<blocks_for(elements / kVec), kThreads, 0, stream>>>(p);
+  else
+    softplus_kernel<data_t, 1><<<blocks_for(elements), kThreads, 0, stream>>>(p);
+}
+
+}  // namespace
+
+void launch_gate(const GateParams& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.channels == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return dispatch_gate<float>(p, stream);
+    case DType::kBFloat16:
+      return dispatch_gate<__nv_bfloat16>(p, stream);
+    case DType::kFloat16:
+      return dispatch_gate<__half>(p, stream);
+  }
+}
+
+void launch_softplus(const SoftplusParams& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.channels == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return dispatch_softplus<float>(p, stream);
+    case DType::kBFloat16:
+      return dispatch_softplus<__nv_bfloat16>(p, stream);
+    case DType::kFloat16:
+      return dispatch_softplus<__half>(p, stream);
+  }
+}
+
+}  // namespace reasoners
