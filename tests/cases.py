@@ -224,3 +224,12 @@ GATE_CASES = {
     "no rows": {"shape": (0, 16)},
     "several threads": {"shape": (300, 200)},
 }
+
+# Rows that only a CUDA kernel can run, to be added to a table above.
+CUDA_CASES = {"fp16": {"dtype": torch.float16}}
+CUDA_N_CASES = CUDA_CASES | {
+    "N 20": {"N": 20},
+    "N 100": {"N": 100, "length": 17},
+    "N 200, bf16": {"N": 200, "length": 13, "dtype": torch.bfloat16},
+    "N 256": {"N": 256, "length": 9},
+}

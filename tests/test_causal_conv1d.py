@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CAUSAL_CONV1D_CASES, CONV_UPDATE_CASES
+from cases import CAUSAL_CONV1D_CASES, CONV_UPDATE_CASES, CUDA_CASES
 from gradients import check_gradients
 
 from reasoners import ops, reference
@@ -16,6 +16,39 @@ TENSORS = ("x", "weight", "bias", "initial_state")
 def test_against_reference(case):
     reference.check(ops.causal_conv1d, "causal_conv1d", **case)
     check_gradients(ops.causal_conv1d, "causal_conv1d", TENSORS, case)
+
+
+CUDA_TABLE = (
+    CAUSAL_CONV1D_CASES
+    | CUDA_CASES
+    | {
+        "packed, width 3, odd channels": {"lengths": [0, 7, 0, 40, 1], "width": 3, "channels": 7},
+        "no sequences": {"lengths": []},
+    }
+)
+
+
+@pytest.mark.cuda("causal_conv1d")
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
+def test_against_reference_cuda(case):
+    reference.check(ops.causal_conv1d, "causal_conv1d", "cuda", **case)
+
+
+@pytest.mark.cuda("causal_conv1d")
+@pytest.mark.parametrize("shift", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_and_strided_equal_separate_bitwise_cuda(dtype, shift):
+    packed = causal_conv1d_inputs(lengths=[7, 2, 40], dtype=dtype)
+    packed = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
+    y, final = ops.causal_conv1d(**packed)
+    wide = packed["x"].new_zeros(1, 49, 40)
+    x = wide[..., shift : shift + 24].copy_(packed["x"])
+    for i, (start, stop) in enumerate(((0, 7), (7, 9), (9, 49))):
+        alone = {**packed, "x": x[:, start:stop], "cu_seqlens": None}
+        alone["initial_state"] = packed["initial_state"][i : i + 1]
+        y_i, final_i = ops.causal_conv1d(**alone)
+        assert torch.equal(y_i, y[:, start:stop])
+        assert torch.equal(final_i[0], final[i])
 
 
 @pytest.mark.parametrize("case", CONV_UPDATE_CASES.values(), ids=CONV_UPDATE_CASES.keys())

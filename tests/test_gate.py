@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import GATE_CASES
+from cases import CUDA_CASES, GATE_CASES
 from gradients import check_gradients
 
 from reasoners import ops, reference
@@ -19,6 +19,42 @@ def test_against_reference(name, tensors, case):
     reference.check(getattr(ops, name), name, **case)
     if case.get("dtype") != torch.bfloat16:
         check_gradients(getattr(ops, name), name, tensors, case)
+
+
+CUDA_TABLE = (
+    GATE_CASES
+    | CUDA_CASES
+    | {
+        "whole vectors": {"shape": (7, 64)},
+        "whole vectors, bf16": {"shape": (3, 5, 64), "dtype": torch.bfloat16},
+        "no channels": {"shape": (3, 0)},
+    }
+)
+EACH_CUDA = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.cuda(name)) for name in ("gate", "softplus")]
+)
+
+
+@EACH_CUDA
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
+def test_against_reference_cuda(name, case):
+    reference.check(getattr(ops, name), name, "cuda", **case)
+
+
+@pytest.mark.cuda("gate", "softplus")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [1, 8])
+def test_an_element_has_the_same_bits_wherever_it_stands_cuda(dtype, shift):
+    inputs = {k: v.cuda() for k, v in gate_inputs(shape=(70, 64), dtype=dtype).items()}
+    y, step = ops.gate(**inputs), ops.softplus(inputs["x"])
+    wide = torch.zeros(70, 144, dtype=dtype, device="cuda")
+    x = wide[:, shift : shift + 64].copy_(inputs["x"])
+    z = wide[:, shift + 64 : shift + 128].copy_(inputs["z"])
+    for rows in (slice(0, 1), slice(3, 70)):
+        assert torch.equal(ops.gate(x[rows], z[rows], inputs["bias"]), y[rows])
+        assert torch.equal(ops.softplus(x[rows]), step[rows])
+    assert torch.equal(ops.gate(x[:, :37], z[:, :37], inputs["bias"][:37]), y[:, :37])
+    assert torch.equal(ops.gate(x.mT, z.mT), ops.gate(x, z).mT)
 
 
 @EACH

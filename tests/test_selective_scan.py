@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SELECTIVE_SCAN_CASES, SELECTIVE_UPDATE_CASES
+from cases import CUDA_N_CASES, SELECTIVE_SCAN_CASES, SELECTIVE_UPDATE_CASES
 from gradients import check_gradients
 
 from reasoners import ops, reference
@@ -15,6 +15,32 @@ TENSORS = ("x", "delta", "A", "B", "C", "D", "initial_state")
 def test_against_reference(case):
     reference.check(ops.selective_scan, "selective_scan", **case)
     check_gradients(ops.selective_scan, "selective_scan", TENSORS, case)
+
+
+CUDA_TABLE = SELECTIVE_SCAN_CASES | CUDA_N_CASES
+
+
+@pytest.mark.cuda("selective_scan")
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
+def test_against_reference_cuda(case):
+    reference.check(ops.selective_scan, "selective_scan", "cuda", **case)
+
+
+@pytest.mark.cuda("selective_scan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_and_strided_equal_separate_bitwise_cuda(dtype):
+    packed = selective_scan_inputs(lengths=[33, 2, 40], dtype=dtype)
+    packed = {k: v.cuda() for k, v in packed.items()}
+    y, final = ops.selective_scan(**packed)
+    for i, (start, stop) in enumerate(((0, 33), (33, 35), (35, 75))):
+        part = {"initial_state": packed["initial_state"][i : i + 1], "cu_seqlens": None}
+        for name in ("x", "delta", "B", "C"):
+            rows = packed[name][:, start:stop]
+            wide = rows.new_zeros(1, stop - start, rows[0, 0].numel() + 3)
+            part[name] = wide[..., 3:].view(rows.shape).copy_(rows)
+        y_i, final_i = ops.selective_scan(**packed | part)
+        assert torch.equal(y_i, y[:, start:stop])
+        assert torch.equal(final_i[0], final[i])
 
 
 @pytest.mark.parametrize("case", SELECTIVE_UPDATE_CASES.values(), ids=SELECTIVE_UPDATE_CASES.keys())

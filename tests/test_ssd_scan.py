@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import SSD_SCAN_CASES
+from cases import CUDA_N_CASES, SSD_SCAN_CASES
 
 from reasoners import ops, reference
 from reasoners.reference import assert_close, ssd_scan_inputs, widen
@@ -16,7 +16,7 @@ def run(fn, inputs, weights, like=None):
         if leaves[name] is not None:
             leaves[name].requires_grad_()
     outputs = fn(**leaves)
-    loss = sum((w * o).sum() for w, o in zip(weights, outputs))
+    loss = sum((w.to(o.device) * o).sum() for w, o in zip(weights, outputs))
     names = [n for n in NAMES if leaves[n] is not None]
     # A batch or sequence without tokens may leave the reference's outputs unconnected to an input.
     gradients = torch.autograd.grad(
@@ -33,7 +33,7 @@ def random_like(outputs, dtype):
 
 
 def error_ratio(actual, oracle):
-    return ((actual.double() - oracle).norm() / oracle.norm().clamp_min(1e-12)).item()
+    return ((actual.double().cpu() - oracle).norm() / oracle.norm().clamp_min(1e-12)).item()
 
 
 def check(case, device="cpu"):
@@ -63,10 +63,62 @@ def test_against_reference(case):
     check(case)
 
 
+CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES
+
+
 @pytest.mark.cuda("ssd_scan")
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
+def test_forward_against_reference_cuda(case):
+    reference.check(ops.ssd_scan, "ssd_scan", "cuda", **case)
+
+
+@pytest.mark.cuda("ssd_scan", "ssd_scan_backward")
 @pytest.mark.parametrize("case", SSD_SCAN_CASES.values(), ids=SSD_SCAN_CASES.keys())
 def test_against_reference_cuda(case):
     check(case, "cuda")
+
+
+@pytest.mark.cuda("ssd_scan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_and_strided_equal_separate_bitwise_cuda(dtype):
+    lengths = [33, 0, 1, 64, 40]
+    packed = ssd_scan_inputs(lengths=lengths, dtype=dtype, Hx=2, Gb=1)
+    packed = {k: v.cuda() for k, v in packed.items()}
+    y, final = ops.ssd_scan(**packed)
+    begin = 0
+    for i, length in enumerate(lengths):
+        alone = {**packed, "cu_seqlens": None, "initial_state": packed["initial_state"][i : i + 1]}
+        for name in ("x", "log_decay", "B", "C", "scale"):
+            rows = packed[name][:, begin : begin + length]
+            wide = rows.new_zeros(1, length, rows[0, 0].numel() + 3 if length else 8)
+            alone[name] = wide[..., 3:].view(rows.shape).copy_(rows) if length else rows
+        y1, final1 = ops.ssd_scan(**alone)
+        assert torch.equal(y1, y[:, begin : begin + length])
+        assert torch.equal(final1, final[i : i + 1])
+        begin += length
+
+
+@pytest.mark.cuda("ssd_scan")
+def test_minus_infinity_resets_cuda():
+    inputs = {k: v if v is None else v.cuda() for k, v in ssd_scan_inputs(length=50).items()}
+    inputs["log_decay"][:, 20] = float("-inf")
+    y, final = ops.ssd_scan(**inputs)
+    tail = {**inputs, "initial_state": torch.zeros_like(final)}
+    for name in ("x", "log_decay", "B", "C", "scale"):
+        tail[name] = inputs[name][:, 20:]
+    y_tail, final_tail = ops.ssd_scan(**tail)
+    torch.testing.assert_close(y[:, 20:], y_tail, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(final, final_tail, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.cuda("ssd_scan")
+def test_too_large_a_state_cuda():
+    inputs = ssd_scan_inputs(N=257, length=2)
+    inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
+    with pytest.raises(
+        NotImplementedError, match="ssd_scan: N expected at most 256 on CUDA, got 257"
+    ):
+        ops.ssd_scan(**inputs)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ namespace reasoners {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 4;  // per multiprocessor: room for the registers of four unrolled tokens
 
 template <int kChannels, int kSize, int kStage>
 struct alignas(16) Stage {
@@ -31,7 +32,7 @@ struct alignas(16) Stage {
 
 // `run` neighbouring channels share B and C; each run is cut into `tiles` tiles.
 template <typename data_t, typename Row, int kStage>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     selective_scan_kernel(const SelectiveScanParams p, int run, int tiles) {
   constexpr int kSize = Row::kSize, kEntries = Row::kEntries, kChannels = kThreads / Row::kLanes;
   using Matrix = Share<kStage, kSize, kThreads>;

@@ -20,6 +20,7 @@ namespace reasoners {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 4;  // per multiprocessor: room for the registers of four unrolled tokens
 
 template <int kRows, int kSize, int kStage>
 struct alignas(16) Stage {
@@ -27,7 +28,8 @@ struct alignas(16) Stage {
 };
 
 template <typename data_t, typename Row, int kStage>
-__global__ void __launch_bounds__(kThreads, 4) ssd_scan_kernel(const SsdScanParams p, int tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    ssd_scan_kernel(const SsdScanParams p, int tiles) {
   constexpr int kSize = Row::kSize, kEntries = Row::kEntries, kRows = kThreads / Row::kLanes;
   using Matrix = Share<kStage, kSize, kThreads>;
   using Input = Share<kStage, kRows, kThreads>;
