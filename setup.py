@@ -75,22 +75,33 @@ def gencode(arch):
     return flags
 
 
+def included(source):
+    """A source and the project's own headers that it includes, directly or through others."""
+    found, queue = set(), [source]
+    while queue:
+        path = queue.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'#include "(.*?)"', path.read_text()):
+            queue += [p for p in (path.parent / name, Path("csrc") / name) if p.exists()][:1]
+    return found
+
+
 def compile_device_code():
     """Compile each csrc/cuda/*.cu to build/device/<name>-<digest>.o; returns the objects."""
     include, version = cutlass_include()
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
     flags += ["-Icsrc"] + [flag for arch in cuda_archs() for flag in gencode(arch)]
     sources = sorted(Path("csrc/cuda").glob("*.cu"))
-    headers = [Path("csrc/kernels.h"), *sorted(Path("csrc/cuda").glob("*.cuh"))]
-    shared = "".join(h.read_text() for h in headers) + " ".join(flags)
     folder = Path("build/device")
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source):
-        text = source.read_text()
-        if re.search(r"#include <cut(e|lass)/", text + shared):
+        text = "".join(path.read_text() for path in sorted(included(source))) + " ".join(flags)
+        if re.search(r"#include <cut(e|lass)/", text):
             text += version
-        digest = hashlib.sha256((shared + text).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         target = folder / f"{source.stem}-{digest}.o"
         if target.exists():
             print(f"reasoners: {source} is compiled already")

@@ -16,7 +16,8 @@ namespace reasoners {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kAny = -1;  // any extent, in a wanted shape
+constexpr int64_t kAny = -1;          // any extent, in a wanted shape
+constexpr int64_t kMaxCapacity = 15;  // of entries that a deferred state update may hold back
 
 // The dtype of decays, scales, D and states beside data of type `data`.
 inline at::ScalarType wide_dtype(at::ScalarType data) {
@@ -81,6 +82,65 @@ struct Check {
     dtype(name, t, type);
     shape(name, t, want, words);
   }
+  // What a recurrence leaves in its slots: mutated, and in a dtype of its own.
+  void state(const Tensor& state, const Tensor& data, const char* data_name,
+             std::initializer_list<int64_t> want, const char* words) const {
+    data_dtype("state", state);
+    device("state", state, data);
+    TORCH_CHECK_TYPE((state.scalar_type() == at::kDouble) == (data.scalar_type() == at::kDouble),
+                     op, ": state and ", data_name, " expected both or neither float64, got ",
+                     state.scalar_type(), " and ", data.scalar_type());
+    shape("state", state, want, words);
+    contiguous("state", state);
+  }
+  // The noise that rounds a 16-bit state.
+  void rng_key(const OptionalTensor& rng_key, const Tensor& state, int64_t batch) const {
+    if (!rng_key) return;
+    const auto type = state.scalar_type();
+    TORCH_CHECK_VALUE(type == at::kBFloat16 || type == at::kHalf, op,
+                      ": rng_key expected None for a ", type == at::kDouble ? "float64" : "float32",
+                      " state, got a tensor");
+    tensor("rng_key", *rng_key, state, at::kLong, {batch, 4}, "(batch, 4)");
+  }
+  // The tokens held back on top of each slot's state. `width`: channels of x and B together.
+  void recent(const Tensor& recent, const Tensor& recent_decay, const Tensor& pending,
+              const Tensor& state, const Tensor& data, int64_t heads, int64_t width,
+              int64_t period) const {
+    tensor("recent", recent, data, data.scalar_type(), {state.size(0), kAny, width},
+           "(slots, capacity, Hx * P + Gb * N)");
+    const int64_t capacity = recent.size(1);
+    TORCH_CHECK_VALUE(capacity <= kMaxCapacity, op, ": capacity expected at most ", kMaxCapacity,
+                      ", got ", capacity);
+    tensor("recent_decay", recent_decay, data, wide_dtype(data.scalar_type()),
+           {state.size(0), capacity, 2, heads}, "(slots, capacity, 2, H)");
+    tensor("pending", pending, data, at::kInt, {state.size(0)}, "(slots)");
+    contiguous("recent", recent);
+    contiguous("recent_decay", recent_decay);
+    contiguous("pending", pending);
+    TORCH_CHECK_VALUE(period >= 1 && period <= capacity + 1, op, ": period expected 1 to ",
+                      capacity + 1, ", got ", period);
+  }
+  // The ring of past inputs of a convolution; returns its width.
+  int64_t ring(const char* name, const Tensor& ring, const char* weight_name, const Tensor& weight,
+               const char* bias_name, const OptionalTensor& bias, const Tensor& data,
+               int64_t channels) const {
+    const auto type = data.scalar_type();
+    tensor(weight_name, weight, data, type, {channels, kAny}, "(channels, width)");
+    const int64_t width = weight.size(1);
+    TORCH_CHECK_VALUE(width >= 2 && width <= 4, op, ": width expected 2 to 4, got ", width);
+    if (bias) tensor(bias_name, *bias, data, type, {channels}, "(channels)");
+    tensor(name, ring, data, type, {kAny, width, channels}, "(slots, width, channels)");
+    contiguous(name, ring);
+    return width;
+  }
+  void eps(double eps) const {
+    TORCH_CHECK_VALUE(eps >= 0, op, ": eps expected at least 0, got ", eps);
+  }
+  // Which sequence a row extends, and to which length.
+  void rows(const Tensor& slots, const Tensor& lengths, const Tensor& data, int64_t batch) const {
+    tensor("slots", slots, data, at::kInt, {batch}, "(batch)");
+    tensor("lengths", lengths, data, at::kInt, {batch}, "(batch)");
+  }
   // cu_seqlens packs sequences along `length` of a single row; returns how many initial states
   // there are. Its values are not read here: on CUDA that would synchronise. CPU kernels call
   // boundaries().
@@ -113,6 +173,20 @@ struct Check {
       seen[s[i]] = true;
     }
   }
+  // With the token of this step, a row's sequence has at least that.
+  void lengths(const Tensor& slots, const Tensor& lengths) const {
+    const auto *s = slots.const_data_ptr<int32_t>(), *l = lengths.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < slots.numel(); ++i)
+      TORCH_CHECK_VALUE(s[i] < 0 || l[i] >= 1, op, ": lengths[", i, "] expected at least 1, got ",
+                        l[i]);
+  }
+  // What the rows' slots hold back must fit, and so must what this token adds to it.
+  void pending(const Tensor& slots, const Tensor& pending, int64_t capacity) const {
+    const auto *s = slots.const_data_ptr<int32_t>(), *count = pending.const_data_ptr<int32_t>();
+    for (int64_t i = 0; i < slots.numel(); ++i)
+      TORCH_CHECK_VALUE(s[i] < 0 || (count[s[i]] >= 0 && count[s[i]] <= capacity), op, ": pending[",
+                        s[i], "] expected 0 to ", capacity, ", got ", count[s[i]]);
+  }
 };
 
 // Shapes shared by ssd_scan and its derivative. Returns the number of initial states.
@@ -142,12 +216,13 @@ inline int64_t check_ssd_scan(const char* op, const Tensor& x, const Tensor& log
   return sequences;
 }
 
-inline void check_state_update(const Tensor& state, const Tensor& slots, const Tensor& x,
-                               const Tensor& log_decay, const Tensor& B, const Tensor& C,
-                               const OptionalTensor& scale, const OptionalTensor& D) {
-  const Check check{"state_update"};
+// One token of the recurrence, shared by state_update and deferred_state_update.
+inline void check_token(const char* op, const Tensor& state, const Tensor& slots, const Tensor& x,
+                        const Tensor& log_decay, const Tensor& B, const Tensor& C,
+                        const OptionalTensor& scale, const OptionalTensor& D,
+                        const OptionalTensor& rng_key) {
+  const Check check{op};
   check.data_dtype("x", x);
-  check.data_dtype("state", state);
   check.shape("x", x, {kAny, kAny, kAny}, "(batch, Hx, P)");
   const auto wide = wide_dtype(x.scalar_type());
   const int64_t batch = x.size(0);
@@ -161,9 +236,36 @@ inline void check_state_update(const Tensor& state, const Tensor& slots, const T
   if (scale) check.tensor("scale", *scale, x, wide, {batch, heads}, "(batch, H)");
   if (D) check.tensor("D", *D, x, wide, {heads}, "(H)");
   check.tensor("slots", slots, x, at::kInt, {batch}, "(batch)");
-  check.device("state", state, x);
-  check.shape("state", state, {kAny, heads, x.size(2), B.size(2)}, "(slots, H, P, N)");
-  check.contiguous("state", state);
+  check.state(state, x, "x", {kAny, heads, x.size(2), B.size(2)}, "(slots, H, P, N)");
+  check.rng_key(rng_key, state, batch);
+}
+
+inline void check_state_update(const Tensor& state, const Tensor& slots, const Tensor& x,
+                               const Tensor& log_decay, const Tensor& B, const Tensor& C,
+                               const OptionalTensor& scale, const OptionalTensor& D,
+                               const OptionalTensor& rng_key) {
+  check_token("state_update", state, slots, x, log_decay, B, C, scale, D, rng_key);
+}
+
+inline void check_deferred_state_update(const Tensor& state, const Tensor& recent,
+                                        const Tensor& recent_decay, const Tensor& pending,
+                                        const Tensor& slots, const Tensor& x,
+                                        const Tensor& log_decay, const Tensor& B, const Tensor& C,
+                                        const OptionalTensor& scale, const OptionalTensor& D,
+                                        int64_t period, const OptionalTensor& rng_key) {
+  const char* op = "deferred_state_update";
+  check_token(op, state, slots, x, log_decay, B, C, scale, D, rng_key);
+  Check{op}.recent(recent, recent_decay, pending, state, x, log_decay.size(1),
+                   x.size(1) * x.size(2) + B.size(1) * B.size(2), period);
+}
+
+inline void check_count_pending(const Tensor& pending, const Tensor& slots, int64_t period) {
+  const Check check{"count_pending"};
+  check.tensor("pending", pending, pending, at::kInt, {kAny}, "(slots)");
+  check.contiguous("pending", pending);
+  check.tensor("slots", slots, pending, at::kInt, {kAny}, "(batch)");
+  TORCH_CHECK_VALUE(period >= 1 && period <= kMaxCapacity + 1,
+                    "count_pending: period expected 1 to ", kMaxCapacity + 1, ", got ", period);
 }
 
 // Shapes shared by selective_scan and its derivative. Returns the number of initial states.
@@ -197,7 +299,6 @@ inline void check_selective_update(const Tensor& state, const Tensor& slots, con
                                    const Tensor& C, const OptionalTensor& D) {
   const Check check{"selective_update"};
   check.data_dtype("x", x);
-  check.data_dtype("state", state);
   check.shape("x", x, {kAny, kAny}, "(batch, channels)");
   const auto wide = wide_dtype(x.scalar_type());
   const int64_t batch = x.size(0), channels = x.size(1);
@@ -209,9 +310,7 @@ inline void check_selective_update(const Tensor& state, const Tensor& slots, con
   check.divides("Gc", C.size(1), "channels", channels);
   if (D) check.tensor("D", *D, x, wide, {channels}, "(channels)");
   check.tensor("slots", slots, x, at::kInt, {batch}, "(batch)");
-  check.device("state", state, x);
-  check.shape("state", state, {kAny, channels, A.size(1)}, "(slots, channels, N)");
-  check.contiguous("state", state);
+  check.state(state, x, "x", {kAny, channels, A.size(1)}, "(slots, channels, N)");
 }
 
 // Shapes shared by causal_conv1d and its derivative. Returns the number of initial states.
@@ -233,20 +332,166 @@ inline int64_t check_causal_conv1d(const char* op, const Tensor& x, const Tensor
   return sequences;
 }
 
-inline void check_conv_update(const Tensor& state, const Tensor& slots, const Tensor& x,
-                              const Tensor& weight, const OptionalTensor& bias) {
+inline void check_conv_update(const Tensor& state, const Tensor& slots, const Tensor& lengths,
+                              const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const Check check{"conv_update"};
   check.data_dtype("x", x);
   check.shape("x", x, {kAny, kAny}, "(batch, channels)");
-  const int64_t channels = x.size(1);
-  check.tensor("weight", weight, x, x.scalar_type(), {channels, kAny}, "(channels, width)");
-  const int64_t width = weight.size(1);
-  TORCH_CHECK_VALUE(width >= 2 && width <= 4, "conv_update: width expected 2 to 4, got ", width);
-  if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {channels}, "(channels)");
-  check.tensor("slots", slots, x, at::kInt, {x.size(0)}, "(batch)");
-  check.tensor("state", state, x, x.scalar_type(), {kAny, width - 1, channels},
-               "(slots, width - 1, channels)");
-  check.contiguous("state", state);
+  check.rows(slots, lengths, x, x.size(0));
+  check.ring("state", state, "weight", weight, "bias", bias, x, x.size(1));
+}
+
+// What the two Mamba-2 mixers share. `x_heads` and `b_groups` describe the convolution's channels.
+inline void check_mamba2_states(const Check& check, const Tensor& conv_state, const Tensor& state,
+                                const OptionalTensor& recent, const OptionalTensor& recent_decay,
+                                const OptionalTensor& pending, const Tensor& slots,
+                                const Tensor& lengths, const Tensor& projected,
+                                const Tensor& conv_weight, const Tensor& conv_bias, int64_t x_heads,
+                                int64_t b_groups, int64_t period, const OptionalTensor& rng_key) {
+  const int64_t batch = projected.size(0), heads = state.size(1);
+  check.rows(slots, lengths, projected, batch);
+  check.ring("conv_state", conv_state, "conv_weight", conv_weight, "conv_bias", conv_bias,
+             projected, conv_state.size(2));
+  check.state(state, projected, "projected", {conv_state.size(0), kAny, kAny, kAny},
+              "(slots, H, P, N)");
+  check.rng_key(rng_key, state, batch);
+  const int given = recent.has_value() + recent_decay.has_value() + pending.has_value();
+  TORCH_CHECK_VALUE(given == 0 || given == 3, check.op,
+                    ": recent, recent_decay and pending expected together or not at all, got ",
+                    given, " of 3");
+  if (recent)
+    check.recent(*recent, *recent_decay, *pending, state, projected, heads,
+                 x_heads * state.size(2) + b_groups * state.size(3), period);
+  else
+    TORCH_CHECK_VALUE(period == 1, check.op, ": period expected 1 without recent, got ", period);
+}
+
+inline void check_discrete_mamba2_update(const Tensor& conv_state, const Tensor& state,
+                                         const OptionalTensor& recent,
+                                         const OptionalTensor& recent_decay,
+                                         const OptionalTensor& pending, const Tensor& slots,
+                                         const Tensor& lengths, const Tensor& projected,
+                                         const Tensor& conv_weight, const Tensor& conv_bias,
+                                         const Tensor& z_bias, const Tensor& D, int64_t period,
+                                         const OptionalTensor& rng_key) {
+  const Check check{"discrete_mamba2_update"};
+  check.data_dtype("projected", projected);
+  check.shape("conv_state", conv_state, {kAny, kAny, kAny}, "(slots, width, I + 2 G N)");
+  check.shape("state", state, {kAny, kAny, kAny, kAny}, "(slots, H, P, N)");
+  const int64_t heads = state.size(1), state_dim = state.size(3), inner = heads * state.size(2);
+  const int64_t channels = conv_state.size(2), shared = channels - inner;
+  TORCH_CHECK_VALUE(state_dim > 0 && shared > 0 && shared % (2 * state_dim) == 0, check.op,
+                    ": conv_state expected I + 2 G N channels with I = ", inner,
+                    " and N = ", state_dim, ", got ", channels);
+  const int64_t groups = shared / (2 * state_dim);
+  check.divides("G", groups, "H", heads);
+  check.shape("projected", projected, {kAny, channels + inner + heads},
+              "(batch, I + 2 G N + I + H)");
+  check_mamba2_states(check, conv_state, state, recent, recent_decay, pending, slots, lengths,
+                      projected, conv_weight, conv_bias, heads, groups, period, rng_key);
+  const auto data = projected.scalar_type();
+  check.tensor("z_bias", z_bias, projected, data, {inner}, "(I)");
+  check.tensor("D", D, projected, wide_dtype(data), {heads}, "(H)");
+}
+
+inline void check_mamba2_update(const Tensor& conv_state, const Tensor& state,
+                                const OptionalTensor& recent, const OptionalTensor& recent_decay,
+                                const OptionalTensor& pending, const Tensor& slots,
+                                const Tensor& lengths, const Tensor& projected,
+                                const Tensor& conv_weight, const Tensor& conv_bias,
+                                const Tensor& dt_bias, const Tensor& A_log, const Tensor& D,
+                                const Tensor& norm_weight, double eps, int64_t period,
+                                const OptionalTensor& rng_key) {
+  const Check check{"mamba2_update"};
+  check.data_dtype("projected", projected);
+  check.shape("conv_state", conv_state, {kAny, kAny, kAny}, "(slots, width, K (P + N) + H N)");
+  check.shape("state", state, {kAny, kAny, kAny, kAny}, "(slots, H, P, N)");
+  const int64_t heads = state.size(1), state_dim = state.size(3), inner = heads * state.size(2);
+  const int64_t channels = conv_state.size(2), shared = channels - heads * state_dim;
+  const int64_t both = state.size(2) + state_dim;
+  TORCH_CHECK_VALUE(both > 0 && shared > 0 && shared % both == 0, check.op,
+                    ": conv_state expected K (P + N) + H N channels with P + N = ", both,
+                    " and H N = ", heads * state_dim, ", got ", channels);
+  const int64_t kv_heads = shared / both;
+  check.divides("K", kv_heads, "H", heads);
+  check.shape("projected", projected, {kAny, inner + channels + heads},
+              "(batch, I + K (P + N) + H N + H)");
+  check_mamba2_states(check, conv_state, state, recent, recent_decay, pending, slots, lengths,
+                      projected, conv_weight, conv_bias, kv_heads, kv_heads, period, rng_key);
+  const auto data = projected.scalar_type();
+  check.tensor("dt_bias", dt_bias, projected, wide_dtype(data), {heads}, "(H)");
+  check.tensor("A_log", A_log, projected, wide_dtype(data), {heads}, "(H)");
+  check.tensor("D", D, projected, wide_dtype(data), {heads}, "(H)");
+  check.tensor("norm_weight", norm_weight, projected, data, {inner}, "(I)");
+  check.eps(eps);
+}
+
+inline void check_mamba1_update(const Tensor& conv_state, const Tensor& state, const Tensor& slots,
+                                const Tensor& lengths, const Tensor& projected, const Tensor& dt,
+                                const Tensor& conv_weight, const Tensor& conv_bias,
+                                const Tensor& dt_bias, const Tensor& A_log, const Tensor& D,
+                                int64_t kv_dim) {
+  const Check check{"mamba1_update"};
+  check.data_dtype("projected", projected);
+  check.shape("projected", projected, {kAny, kAny}, "(batch, 2 I + 2 kv_dim + R)");
+  check.shape("state", state, {kAny, kAny, kAny}, "(slots, I, N)");
+  const int64_t batch = projected.size(0), inner = state.size(1), state_dim = state.size(2);
+  check.divides("kv_dim", kv_dim, "I", inner);
+  check.divides("N", state_dim, "kv_dim", kv_dim);
+  TORCH_CHECK_VALUE(projected.size(1) >= 2 * (inner + kv_dim), check.op,
+                    ": projected expected at least 2 I + 2 kv_dim = ", 2 * (inner + kv_dim),
+                    " channels, got ", projected.size(1));
+  check.rows(slots, lengths, projected, batch);
+  check.ring("conv_state", conv_state, "conv_weight", conv_weight, "conv_bias", conv_bias,
+             projected, inner);
+  check.state(state, projected, "projected", {conv_state.size(0), inner, state_dim},
+              "(slots, I, N)");
+  const auto data = projected.scalar_type();
+  check.tensor("dt", dt, projected, data, {batch, inner}, "(batch, I)");
+  check.tensor("dt_bias", dt_bias, projected, data, {inner}, "(I)");
+  check.tensor("A_log", A_log, projected, wide_dtype(data), {inner, state_dim}, "(I, N)");
+  check.tensor("D", D, projected, wide_dtype(data), {inner}, "(I)");
+}
+
+inline void check_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Check check{"linear"};
+  check.data_dtype("x", x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, "linear: x expected at least 1 dimension, got 0");
+  check.tensor("weight", weight, x, x.scalar_type(), {kAny, x.size(-1)},
+               "(out_features, in_features)");
+  if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {weight.size(0)}, "(out_features)");
+}
+
+inline void check_add_rms_norm(const Tensor& h, const OptionalTensor& delta, const Tensor& weight,
+                               double eps) {
+  const Check check{"add_rms_norm"};
+  check.data_dtype("h", h);
+  TORCH_CHECK_VALUE(h.dim() >= 1, "add_rms_norm: h expected at least 1 dimension, got 0");
+  check.contiguous("h", h);
+  if (delta) {
+    check.device("delta", *delta, h);
+    check.dtype("delta", *delta, h.scalar_type());
+    TORCH_CHECK_VALUE(delta->sizes() == h.sizes(), "add_rms_norm: delta expected shape ",
+                      Check::tuple(h.sizes()), " as h, got ", Check::tuple(delta->sizes()));
+  }
+  check.tensor("weight", weight, h, h.scalar_type(), {h.size(-1)}, "(dim)");
+  check.eps(eps);
+}
+
+inline void check_rotate(const Tensor& x, const Tensor& positions, const Tensor& inv_freq) {
+  const Check check{"rotate"};
+  check.data_dtype("x", x);
+  check.shape("x", x, {kAny, kAny, kAny}, "(tokens, heads, head_dim)");
+  const int64_t heads = x.size(1), head_dim = x.size(2);
+  TORCH_CHECK_VALUE(head_dim % 2 == 0, "rotate: head_dim expected even, got ", head_dim);
+  const bool packed = (head_dim <= 1 || x.stride(2) == 1) &&
+                      (heads <= 1 || x.stride(1) == head_dim) &&
+                      (x.size(0) <= 1 || x.stride(0) >= heads * head_dim);
+  TORCH_CHECK_VALUE(packed || x.numel() == 0,
+                    "rotate: x expected packed heads at any token stride, got strides ",
+                    x.strides());
+  check.tensor("positions", positions, x, at::kInt, {x.size(0)}, "(tokens)");
+  check.tensor("inv_freq", inv_freq, x, at::kFloat, {head_dim / 2}, "(head_dim / 2)");
 }
 
 inline void check_gate(const Tensor& x, const Tensor& z, const OptionalTensor& bias) {
@@ -329,6 +574,9 @@ inline void check_paged_attention(const Tensor& q, const Tensor& k_cache, const 
   check.tensor("q", q, k_cache, k_cache.scalar_type(), {kAny, kAny, k_cache.size(3)},
                "(tokens, heads, head_dim)");
   check.divides("kv_heads", k_cache.size(1), "heads", q.size(1));
+  TORCH_CHECK_NOT_IMPLEMENTED(!q.is_cuda() || q.size(2) <= 256,
+                              "paged_attention: head_dim expected at most 256 on CUDA, got ",
+                              q.size(2));
 }
 
 inline void check_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
@@ -345,6 +593,34 @@ inline void check_sample(const Tensor& logits, const Tensor& temperature, const 
   check.tensor("min_p", min_p, logits, at::kFloat, {batch}, "(batch)");
   check.tensor("rng_key", rng_key, logits, at::kLong, {batch, 4},
                "(batch, seed prompt sample position)");
+}
+
+inline void check_advance(const Tensor& token, const Tensor& logprob, const Tensor& stop_ids,
+                          const Tensor& last, const Tensor& slots, const Tensor& positions,
+                          const Tensor& lengths, const Tensor& remaining, const Tensor& rng_key,
+                          const Tensor& drawn, const Tensor& logprobs, const Tensor& step) {
+  const Check check{"advance"};
+  check.tensor("token", token, token, at::kLong, {kAny}, "(rows)");
+  const int64_t rows = token.size(0);
+  const auto mutated = [&](const char* name, const Tensor& t, at::ScalarType type,
+                           std::initializer_list<int64_t> want, const char* words) {
+    check.tensor(name, t, token, type, want, words);
+    check.contiguous(name, t);
+  };
+  check.tensor("logprob", logprob, token, at::kFloat, {rows}, "(rows)");
+  check.tensor("stop_ids", stop_ids, token, at::kLong, {rows, kAny}, "(rows, any)");
+  mutated("last", last, at::kLong, {rows}, "(rows)");
+  mutated("slots", slots, at::kInt, {rows}, "(rows)");
+  mutated("positions", positions, at::kInt, {rows}, "(rows)");
+  mutated("lengths", lengths, at::kInt, {rows}, "(rows)");
+  mutated("remaining", remaining, at::kInt, {rows}, "(rows)");
+  mutated("rng_key", rng_key, at::kLong, {rows, 4}, "(rows, 4)");
+  mutated("drawn", drawn, at::kLong, {kAny, kAny}, "(steps, rows or more)");
+  mutated("logprobs", logprobs, at::kFloat, {drawn.size(0), drawn.size(1)},
+          "(steps, rows or more)");
+  TORCH_CHECK_VALUE(drawn.size(1) >= rows, "advance: drawn expected at least ", rows,
+                    " columns, got ", drawn.size(1));
+  mutated("step", step, at::kInt, {1}, "(1)");
 }
 
 }  // namespace reasoners

@@ -10,6 +10,15 @@ namespace reasoners {
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 
+// Tokens that a slot's stored state does not contain yet; pending is null when there are none.
+struct RecentTokens {
+  void* tokens;            // (slots, capacity, x_heads * head_dim + b_groups * state_dim), dtype
+  float* decays;           // (slots, capacity, 2, heads): log_decay, scale
+  const int32_t* pending;  // (slots)
+  int capacity, period;
+};
+
+// state_update and deferred_state_update
 struct StateUpdateParams {
   void* state;             // (slots, heads, head_dim, state_dim), state_dtype
   const int32_t* slots;    // (batch), negative = padding row
@@ -19,12 +28,150 @@ struct StateUpdateParams {
   const void* C;           // (batch, c_groups, state_dim), dtype
   const float* scale;      // (batch, heads) or null
   const float* D;          // (heads) or null
+  const int64_t* rng_key;  // (batch, 4) or null
   void* y;                 // (batch, heads, head_dim), dtype
+  RecentTokens recent;
   int64_t x_stride, log_decay_stride, b_stride, c_stride, scale_stride;  // of the batch dimension
   int batch, heads, x_heads, b_groups, c_groups, head_dim, state_dim;
   DType dtype, state_dtype;
 };
 void launch_state_update(const StateUpdateParams& params, cudaStream_t stream);
+
+// discrete_mamba2_update and mamba2_update: from a row of in_proj to a row of out_proj
+struct MixerUpdateParams {
+  void* conv_state;         // (slots, width, channels), dtype; position t in entry t % width
+  void* state;              // (slots, heads, head_dim, state_dim), state_dtype
+  const int32_t* slots;     // (batch), negative = padding row
+  const int32_t* lengths;   // (batch), tokens of the sequence including this one
+  const void* projected;    // (batch, ...), dtype
+  const void* conv_weight;  // (channels, width), dtype
+  const void* conv_bias;    // (channels), dtype
+  const void* z_bias;       // (heads * head_dim), dtype; discrete_mamba2 only
+  const float* dt_bias;     // (heads); mamba2 only
+  const float* A_log;       // (heads); mamba2 only
+  const float* D;           // (heads)
+  const void* norm_weight;  // (heads * head_dim), dtype; mamba2 only
+  const int64_t* rng_key;   // (batch, 4) or null
+  void* y;                  // (batch, heads * head_dim), dtype
+  RecentTokens recent;
+  int64_t projected_stride;             // of the batch dimension
+  int conv_offset, z_offset, a_offset;  // in a projected row: [x, B, C], z, and a or dt
+  int batch, heads, x_heads, b_groups, c_groups, head_dim, state_dim, width;
+  float eps;
+  DType dtype, state_dtype;
+};
+void launch_discrete_mamba2_update(const MixerUpdateParams& params, cudaStream_t stream);
+void launch_mamba2_update(const MixerUpdateParams& params, cudaStream_t stream);
+
+struct SelectiveUpdateParams {
+  void* state;                                         // (slots, channels, state_dim), state_dtype
+  const int32_t* slots;                                // (batch), negative = padding row
+  const void* x;                                       // (batch, channels), dtype
+  const float* delta;                                  // (batch, channels)
+  const float* A;                                      // (channels, state_dim)
+  const void* B;                                       // (batch, b_groups, state_dim), dtype
+  const void* C;                                       // (batch, c_groups, state_dim), dtype
+  const float* D;                                      // (channels) or null
+  void* y;                                             // (batch, channels), dtype
+  int64_t x_stride, delta_stride, b_stride, c_stride;  // of the batch dimension
+  int batch, channels, b_groups, c_groups, state_dim;
+  DType dtype, state_dtype;
+};
+void launch_selective_update(const SelectiveUpdateParams& params, cudaStream_t stream);
+
+struct Mamba1UpdateParams {
+  void* conv_state;         // (slots, width, channels), dtype; position t in entry t % width
+  void* state;              // (slots, channels, state_dim), state_dtype
+  const int32_t* slots;     // (batch), negative = padding row
+  const int32_t* lengths;   // (batch), tokens of the sequence including this one
+  const void* projected;    // (batch, [z channels, x kv_dim, B kv_dim, C channels, ...]), dtype
+  const void* dt;           // (batch, channels), dtype
+  const void* conv_weight;  // (channels, width), dtype
+  const void* conv_bias;    // (channels), dtype
+  const void* dt_bias;      // (channels), dtype
+  const float* A_log;       // (channels, state_dim)
+  const float* D;           // (channels)
+  void* y;                  // (batch, channels), dtype
+  int64_t projected_stride, dt_stride;  // of the batch dimension
+  int batch, channels, kv_dim, state_dim, width;
+  DType dtype, state_dtype;
+};
+void launch_mamba1_update(const Mamba1UpdateParams& params, cudaStream_t stream);
+
+struct ConvUpdateParams {
+  void* state;             // (slots, width, channels), dtype; position t in entry t % width
+  const int32_t* slots;    // (batch), negative = padding row
+  const int32_t* lengths;  // (batch), tokens of the sequence including this one
+  const void* x;           // (batch, channels), dtype
+  const void* weight;      // (channels, width), dtype
+  const void* bias;        // (channels), dtype, or null
+  void* y;                 // (batch, channels), dtype
+  int64_t x_stride;        // of the batch dimension
+  int batch, channels, width;
+  bool silu;
+  DType dtype;
+};
+void launch_conv_update(const ConvUpdateParams& params, cudaStream_t stream);
+
+// Few rows only; see linear.cu.
+struct LinearParams {
+  const void* x;       // (rows, depth), dtype
+  const void* weight;  // (columns, depth), dtype
+  const void* bias;    // (columns), dtype, or null
+  void* y;             // (rows, columns), dtype
+  int64_t x_stride;    // of rows
+  int rows, columns, depth;
+  DType dtype;  // 16 bits
+};
+void launch_linear(const LinearParams& params, cudaStream_t stream);
+
+struct AddRmsNormParams {
+  void* h;             // (rows, dim), dtype; delta is added in place
+  const void* delta;   // (rows, dim), dtype, or null
+  const void* weight;  // (dim), dtype
+  void* y;             // (rows, dim), dtype
+  int64_t delta_stride;
+  int rows, dim;
+  float eps;
+  DType dtype;
+};
+void launch_add_rms_norm(const AddRmsNormParams& params, cudaStream_t stream);
+
+struct RotateParams {
+  void* x;                   // (tokens, heads, head_dim), dtype; in place
+  const int32_t* positions;  // (tokens)
+  const float* inv_freq;     // (head_dim / 2)
+  int64_t x_stride;          // of the token dimension
+  int tokens, heads, head_dim;
+  DType dtype;
+};
+void launch_rotate(const RotateParams& params, cudaStream_t stream);
+
+struct CountPendingParams {
+  int32_t* pending;      // (slots)
+  const int32_t* slots;  // (batch), negative = padding row
+  int batch, period;
+};
+void launch_count_pending(const CountPendingParams& params, cudaStream_t stream);
+
+// The end of a decode step; see ops.advance for what each one means.
+struct AdvanceParams {
+  const int64_t* token;                                    // (rows)
+  const float* logprob;                                    // (rows)
+  const int64_t* stop_ids;                                 // (rows, num_stop_ids), -1 = none
+  int64_t* last;                                           // (rows)
+  int32_t* slots;                                          // (rows)
+  int32_t* positions;                                      // (rows)
+  int32_t* lengths;                                        // (rows)
+  int32_t* remaining;                                      // (rows)
+  int64_t* rng_key;                                        // (rows, 4)
+  int64_t* drawn;                                          // (steps, >= rows)
+  float* logprobs;                                         // (steps, >= rows)
+  int32_t* step;                                           // (1)
+  int64_t stop_ids_stride, drawn_stride, logprobs_stride;  // of the first dimension
+  int rows, num_stop_ids;
+};
+void launch_advance(const AdvanceParams& params, cudaStream_t stream);
 
 // Of a (batch, length, ...) tensor whose dimensions after the first two are packed.
 struct TokenStrides {
@@ -105,5 +252,45 @@ struct SoftplusParams {
   DType dtype;
 };
 void launch_softplus(const SoftplusParams& params, cudaStream_t stream);
+
+struct AppendKvParams {
+  void *k_cache, *v_cache;                   // (pages, kv_heads, page_size, head_dim), dtype
+  const void *k, *v;                         // (tokens, kv_heads, head_dim), dtype
+  const int32_t* page_table;                 // (rows, max_pages)
+  const int32_t* cu_seqlens_q;               // (rows + 1)
+  const int32_t* kv_lengths;                 // (rows), 0 or less = padding row
+  int64_t k_stride, v_stride, table_stride;  // of tokens, tokens, rows
+  int tokens, rows, kv_heads, page_size, head_dim;
+  DType dtype;
+};
+void launch_append_kv(const AppendKvParams& params, cudaStream_t stream);
+
+struct PagedAttentionParams {
+  const void* q;                   // (tokens, heads, head_dim), dtype
+  const void *k_cache, *v_cache;   // (pages, kv_heads, page_size, head_dim), dtype
+  const int32_t* page_table;       // (rows, max_pages)
+  const int32_t* cu_seqlens_q;     // (rows + 1)
+  const int32_t* kv_lengths;       // (rows), 0 or less = padding row
+  void* out;                       // (tokens, heads, head_dim), dtype
+  int64_t q_stride, table_stride;  // of tokens, rows
+  int tokens, rows, heads, kv_heads, page_size, head_dim;
+  float scale;
+  DType dtype;
+};
+void launch_paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
+
+struct SampleParams {
+  const void* logits;          // (batch, vocabulary), dtype: float32 or bfloat16
+  const float* temperature;    // (batch)
+  const int32_t* top_k;        // (batch)
+  const float *top_p, *min_p;  // (batch)
+  const int64_t* rng_key;      // (batch, 4)
+  int64_t* token;              // (batch)
+  float* logprob;              // (batch)
+  int64_t logits_stride;       // of the batch dimension
+  int batch, vocabulary;
+  DType dtype;
+};
+void launch_sample(const SampleParams& params, cudaStream_t stream);
 
 }  // namespace reasoners

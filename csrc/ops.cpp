@@ -18,7 +18,13 @@ TORCH_LIBRARY(reasoners, m) {
   // The same recurrence, one token a row, on states kept in slots.
   m.def(
       "state_update(Tensor(a!) state, Tensor slots, Tensor x, Tensor log_decay, Tensor B, "
-      "Tensor C, Tensor? scale, Tensor? D) -> Tensor");
+      "Tensor C, Tensor? scale, Tensor? D, Tensor? rng_key) -> Tensor");
+  // And with the state written every `period` tokens only.
+  m.def(
+      "deferred_state_update(Tensor(a!) state, Tensor(b!) recent, Tensor(c!) recent_decay, "
+      "Tensor pending, Tensor slots, Tensor x, Tensor log_decay, Tensor B, Tensor C, "
+      "Tensor? scale, Tensor? D, int period, Tensor? rng_key) -> Tensor");
+  m.def("count_pending(Tensor(a!) pending, Tensor slots, int period) -> ()");
   // Mamba-1: a decay per channel and state entry.
   m.def(
       "selective_scan(Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
@@ -40,11 +46,31 @@ TORCH_LIBRARY(reasoners, m) {
       "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
-      "conv_update(Tensor(a!) state, Tensor slots, Tensor x, Tensor weight, Tensor? bias, "
-      "bool silu) -> Tensor");
+      "conv_update(Tensor(a!) state, Tensor slots, Tensor lengths, Tensor x, Tensor weight, "
+      "Tensor? bias, bool silu) -> Tensor");
+  // One token of a whole recurrent mixer, between its projections.
+  m.def(
+      "discrete_mamba2_update(Tensor(a!) conv_state, Tensor(b!) state, Tensor(c!)? recent, "
+      "Tensor(d!)? recent_decay, Tensor? pending, Tensor slots, Tensor lengths, "
+      "Tensor projected, Tensor conv_weight, Tensor conv_bias, Tensor z_bias, Tensor D, "
+      "int period, Tensor? rng_key) -> Tensor");
+  m.def(
+      "mamba2_update(Tensor(a!) conv_state, Tensor(b!) state, Tensor(c!)? recent, "
+      "Tensor(d!)? recent_decay, Tensor? pending, Tensor slots, Tensor lengths, "
+      "Tensor projected, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, "
+      "Tensor D, Tensor norm_weight, float eps, int period, Tensor? rng_key) -> Tensor");
+  m.def(
+      "mamba1_update(Tensor(a!) conv_state, Tensor(b!) state, Tensor slots, Tensor lengths, "
+      "Tensor projected, Tensor dt, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, "
+      "Tensor A_log, Tensor D, int kv_dim) -> Tensor");
   // Elementwise, with the same bits wherever in a tensor an element stands.
   m.def("gate(Tensor x, Tensor z, Tensor? bias) -> Tensor");
   m.def("softplus(Tensor x, Tensor? bias) -> Tensor");
+  // Around the mixers.
+  m.def("add_rms_norm(Tensor(a!) h, Tensor? delta, Tensor weight, float eps) -> Tensor");
+  m.def("rotate(Tensor(a!) x, Tensor positions, Tensor inv_freq) -> ()");
+  // A product with weights whose rows do not depend on how many there are.
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   // Attention over a paged cache.
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor page_table, "
@@ -52,10 +78,14 @@ TORCH_LIBRARY(reasoners, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
       "Tensor cu_seqlens_q, Tensor kv_lengths, float scale) -> Tensor");
-  // From logits to a token.
+  // From logits to a token, and from a token to the next step.
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
       "Tensor rng_key) -> (Tensor token, Tensor logprob)");
+  m.def(
+      "advance(Tensor token, Tensor logprob, Tensor stop_ids, Tensor(a!) last, Tensor(b!) slots, "
+      "Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) remaining, Tensor(f!) rng_key, "
+      "Tensor(g!) drawn, Tensor(h!) logprobs, Tensor(i!) step) -> ()");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reasoners import ops
+
 
 class CacheFull(RuntimeError):
     """No slot or too few pages are free now; they may be later."""
@@ -24,17 +26,20 @@ class Step:
     """One forward pass over packed tokens: which slots they extend and where they stand.
 
     slots: (rows) int32; page_table: (rows, max_pages) int32; cu_seqlens: (rows + 1) int32 offsets of
-    the rows' tokens; kv_lengths: (rows) int32, lengths after this step; positions: (tokens) int64.
-    decode: every row feeds one token, through the single-token kernels. A negative slot with kv_length
-    0 is a padding row.
+    the rows' tokens; lengths: (rows) int32, of the sequences after this step; positions: (tokens)
+    int32. decode: every row feeds one token, through the single-token kernels. period: scan states
+    are written when a slot has this many tokens to fold in. rng_key: (rows, 4) int64, rounds 16-bit
+    states at random; None rounds to nearest. A negative slot with length 0 is a padding row.
     """
 
     slots: Tensor
     page_table: Tensor
     cu_seqlens: Tensor
-    kv_lengths: Tensor
+    lengths: Tensor
     positions: Tensor
     decode: bool
+    period: int = 1
+    rng_key: Tensor | None = None
 
 
 @dataclass
@@ -47,10 +52,47 @@ class KVPages:
 
 @dataclass
 class States:
-    """State of one recurrent layer: conv (slots, width - 1, channels), scan (slots, ...)."""
+    """State of one recurrent layer.
+
+    conv: (slots, width, channels), the input at position t in entry t % width. scan: (slots, ...).
+    recent, recent_decay: the last tokens that scan does not contain yet, or None; pending: (slots) how
+    many there are, one tensor for all layers. ops.deferred_state_update says how they are kept.
+    """
 
     conv: Tensor
     scan: Tensor
+    recent: Tensor | None = None
+    recent_decay: Tensor | None = None
+    pending: Tensor | None = None
+    recent_dims: tuple[int, int] = (0, 0)  # of a recent token's x and B
+
+    def slot_tensors(self) -> list[Tensor]:
+        """What belongs to this layer's slots, the slot first."""
+        own = (self.conv, self.scan, self.recent, self.recent_decay)
+        return [tensor for tensor in own if tensor is not None]
+
+    def mixer_states(self) -> tuple:
+        """What the single-token mixers take first: conv, scan and the recent tokens."""
+        return self.conv, self.scan, self.recent, self.recent_decay, self.pending
+
+    def past_inputs(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """(rows, width - 1, channels): the inputs before position `lengths`, oldest first."""
+        return self.conv[rows[:, None], self._entries(lengths)]
+
+    def set_past_inputs(self, rows: Tensor, lengths: Tensor, inputs: Tensor):
+        """The inverse of past_inputs."""
+        self.conv[rows[:, None], self._entries(lengths)] = inputs
+
+    def _entries(self, lengths: Tensor) -> Tensor:
+        width = self.conv.shape[1]
+        older = torch.arange(1, width, device=lengths.device)
+        return (lengths[:, None].long() + older) % width
+
+
+def _recent_dims(shape: dict) -> tuple[int, int]:
+    """Values of x and of B that a recent token has, from a mixer's cache_shapes."""
+    (x_heads, b_groups), (_, head_dim, state_dim) = shape["recent"], shape["scan"]
+    return x_heads * head_dim, b_groups * state_dim
 
 
 class Cache:
@@ -60,7 +102,8 @@ class Cache:
     num_slots: sequences that can be alive at once. max_length: longest sequence, in tokens.
     num_pages: pages per attention layer, None for as many as all slots can use. max_bytes: upper bound
     of the memory, which limits num_pages. state_dtype: of the scan states; float32 unless the model
-    computes in float64.
+    computes in float64. period: decode steps from one write of a scan state to the next, see
+    ops.deferred_state_update; 1 writes at every step and keeps no recent tokens.
     """
 
     def __init__(
@@ -73,18 +116,21 @@ class Cache:
         max_bytes: int | None = None,
         page_size: int = 16,
         state_dtype: torch.dtype | None = None,
+        period: int = 1,
     ):
         for name, value in (
             ("num_slots", num_slots),
             ("max_length", max_length),
             ("page_size", page_size),
+            ("period", period),
         ):
             if value < 1:
                 raise ValueError(f"Cache: {name} expected >= 1, got {value}")
         weight = model.embedding.weight
         dtype, device = weight.dtype, weight.device
-        if state_dtype is None:
-            state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        state_dtype = state_dtype or wide
+        self.period = period
         self.num_slots, self.max_length, self.page_size = num_slots, max_length, page_size
         self.paged = any(kind == "attention" for kind in model.config.mixers)
         max_pages = -(-max_length // page_size) if self.paged else 0
@@ -96,6 +142,10 @@ class Cache:
             else:
                 state_bytes += math.prod(shape["conv"]) * dtype.itemsize
                 state_bytes += math.prod(shape["scan"]) * state_dtype.itemsize
+                if period > 1 and "recent" in shape:
+                    token_bytes = sum(_recent_dims(shape)) * dtype.itemsize
+                    token_bytes += 2 * shape["scan"][0] * wide.itemsize
+                    state_bytes += (period - 1) * token_bytes
         most = num_slots * max_pages
         if max_bytes is not None:
             most = min(most, (max_bytes - num_slots * state_bytes) // max(page_bytes, 1))
@@ -106,6 +156,7 @@ class Cache:
                 )
         self.num_pages = most if num_pages is None or not self.paged else num_pages
 
+        self.pending = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.layers: list[KVPages | States] = []
         for shape in shapes:
             if "kv" in shape:
@@ -116,7 +167,15 @@ class Cache:
             else:
                 conv = torch.zeros(num_slots, *shape["conv"], dtype=dtype, device=device)
                 scan = torch.zeros(num_slots, *shape["scan"], dtype=state_dtype, device=device)
-                self.layers.append(States(conv, scan))
+                states = States(conv, scan)
+                if period > 1 and "recent" in shape:
+                    lead, heads = (num_slots, period - 1), shape["scan"][0]
+                    dims = _recent_dims(shape)
+                    states.recent = torch.zeros(*lead, sum(dims), dtype=dtype, device=device)
+                    states.recent_decay = torch.zeros(*lead, 2, heads, dtype=wide, device=device)
+                    states.pending = self.pending
+                    states.recent_dims = dims
+                self.layers.append(states)
 
         self.page_table = torch.full((num_slots, max_pages), -1, dtype=torch.int32, device=device)
         self.lengths = [0] * num_slots
@@ -124,10 +183,18 @@ class Cache:
         self._owners = [0] * self.num_pages
         self._free_slots = list(range(num_slots))[::-1]
         self._free_pages = list(range(self.num_pages))[::-1]
+        # What forks and allocations have yet to do on the device, done together by `apply`.
+        self._fresh: set[int] = set()
+        self._copies: dict[int, int] = {}  # child -> parent
+        self._page_copies: list[tuple[int, int]] = []  # (target, source)
 
     def num_bytes(self) -> int:
         """Bytes of all pages and states."""
-        tensors = [t for layer in self.layers for t in vars(layer).values()]
+        tensors = [
+            t
+            for layer in self.layers
+            for t in (layer.slot_tensors() if isinstance(layer, States) else (layer.k, layer.v))
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -163,10 +230,9 @@ class Cache:
         """
         self.require_fit(capacity)
         slot = self._take(self.pages_for(capacity))
-        for layer in self.layers:
-            if isinstance(layer, States):
-                layer.conv[slot].zero_()
-                layer.scan[slot].zero_()
+        if slot in self._copies.values():
+            self.apply()  # its last owner's forks have not been copied yet
+        self._fresh.add(slot)
         return slot
 
     def fork(self, slot: int, capacity: int) -> int:
@@ -184,16 +250,69 @@ class Cache:
         shared = parent[: length // self.page_size] if self.paged else []
         child = self._take(self.pages_for(capacity) - len(shared), shared)
         self.lengths[child] = length
-        partial = self.paged and length % self.page_size
-        for layer in self.layers:
-            if isinstance(layer, States):
-                layer.conv[child].copy_(layer.conv[slot])
-                layer.scan[child].copy_(layer.scan[slot])
-            elif partial:
-                source, target = parent[len(shared)], self._pages[child][len(shared)]
-                layer.k[target].copy_(layer.k[source])
-                layer.v[target].copy_(layer.v[source])
+        self._copies[child] = self._copies.get(slot, slot)
+        if self.paged and length % self.page_size:
+            if slot in self._copies:
+                self.apply()  # the source page is itself still to be copied
+            self._page_copies.append((self._pages[child][len(shared)], parent[len(shared)]))
         return child
+
+    def apply(self):
+        """Clear the states of allocated slots and copy those of forks, all of them at once.
+
+        `step` begins with it; whoever reads or feeds the layers without `step` calls it first.
+        """
+        device = self.page_table.device
+
+        def index(values):
+            return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+        tensors = [
+            t for layer in self.layers if isinstance(layer, States) for t in layer.slot_tensors()
+        ]
+        tensors.append(self.pending)
+        if self._fresh:
+            slots = index(self._fresh)
+            for tensor in tensors:
+                tensor[slots] = 0
+        children = list(self._copies)
+        for first in range(0, len(children), 64):  # bounds the memory of what is on its way
+            part = children[first : first + 64]
+            targets, sources = index(part), index(self._copies[child] for child in part)
+            for tensor in tensors:
+                tensor[targets] = tensor[sources]
+        if self._page_copies:
+            targets, sources = (index(pages) for pages in zip(*self._page_copies, strict=True))
+            for layer in self.layers:
+                if isinstance(layer, KVPages):
+                    layer.k[targets] = layer.k[sources]
+                    layer.v[targets] = layer.v[sources]
+        self._fresh.clear()
+        self._copies.clear()
+        self._page_copies.clear()
+
+    def settle(self, slots: Sequence[int]):
+        """Fold the recent tokens of slots into their scan states."""
+        if self.period == 1:
+            return
+        rows = torch.tensor(list(slots), dtype=torch.int32, device=self.page_table.device)
+        for layer in self.layers:
+            if isinstance(layer, States) and layer.recent is not None:
+                # A token that adds nothing and forgets nothing.
+                heads, head_dim, state_dim = layer.scan.shape[1:]
+                x, B = layer.recent.new_zeros(len(rows), sum(layer.recent_dims)).split(
+                    layer.recent_dims, -1
+                )
+                x, B = x.unflatten(-1, (-1, head_dim)), B.unflatten(-1, (-1, state_dim))
+                keep = layer.recent_decay.new_zeros(len(rows), heads)
+                recent = (layer.recent, layer.recent_decay, self.pending)
+                ops.deferred_state_update(layer.scan, *recent, rows, x, keep, B, B)
+        self.pending[rows.long()] = 0
+
+    def count(self, step: Step):
+        """After all layers of a decode step: its tokens are recent ones now, or folded in."""
+        if self.period > 1:
+            ops.count_pending(self.pending, step.slots, step.period)
 
     def grow(self, slot: int, capacity: int):
         """Give an existing sequence room for `capacity` tokens in all."""
@@ -209,6 +328,8 @@ class Cache:
             if self._owners[page] == 0:
                 self._free_pages.append(page)
         self.lengths[slot] = 0
+        self._fresh.discard(slot)
+        self._copies.pop(slot, None)
         self._free_slots.append(slot)
 
     def step(self, slots: Sequence[int], counts: Sequence[int], *, decode: bool = False) -> Step:
@@ -230,6 +351,9 @@ class Cache:
             positions.extend(range(start, start + count))
             lengths.append(start + count)
             offsets.append(offsets[-1] + count)
+        self.apply()
+        if not decode:
+            self.settle([slot for slot in slots if self.lengths[slot] > 0])
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
         device = self.page_table.device
@@ -242,9 +366,10 @@ class Cache:
             slots=rows,
             page_table=self.page_table[rows.long()],
             cu_seqlens=ints(offsets),
-            kv_lengths=ints(lengths),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            lengths=ints(lengths),
+            positions=ints(positions),
             decode=decode,
+            period=self.period if decode else 1,
         )
 
     def _take(self, num_pages: int, shared: Sequence[int] = ()) -> int:

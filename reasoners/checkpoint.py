@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reasoners.model import HybridLM, ModelConfig, RopeScaling
+from reasoners.model import HybridLM, ModelConfig, RopeScaling, parameter_dtype
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -398,12 +398,6 @@ class _Tensors:
         return self._where[name][1].get_tensor(name)
 
 
-def _ours_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Decay parameters stay float32 in a half-precision model: an error in them compounds per token."""
-    fine = name.endswith((".A_log", ".D", ".dt_bias"))
-    return torch.float32 if fine and dtype in (torch.bfloat16, torch.float16) else dtype
-
-
 def load_model(
     folder: str | os.PathLike,
     *,
@@ -452,7 +446,7 @@ def load_model(
             parts.append(tensor)
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tensor = tensor.reshape(shapes[row.ours])
-        state[row.ours] = tensor.to(device=device, dtype=_ours_dtype(row.ours, dtype))
+        state[row.ours] = tensor.to(device=device, dtype=parameter_dtype(row.ours, dtype))
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
@@ -587,7 +581,7 @@ def student_from_teacher(teacher: HybridLM, config: ModelConfig) -> HybridLM:
         # Both kinds order their rows z, x, B, C, dt.
         state[f"{prefix}.in_proj.weight"][inner : 2 * (inner + kv)] = torch.cat((v, k, q))
         state[f"{prefix}.out_proj.weight"].copy_(source[f"{prefix}.out_proj.weight"])
-    fine = {name: t.to(_ours_dtype(name, teacher.dtype)) for name, t in state.items()}
+    fine = {name: t.to(parameter_dtype(name, teacher.dtype)) for name, t in state.items()}
     student.load_state_dict(fine, assign=True)
     if config.tie_embeddings:
         student.head.weight = student.embedding.weight

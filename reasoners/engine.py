@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reasoners import ops
 from reasoners.cache import Cache, CacheFull
+from reasoners.decode import ENDED, MAX_STOP_IDS, DecodeLoop, Row
 from reasoners.model import HybridLM
 from reasoners.sampling import SamplingParams, prompt_key
 
@@ -76,6 +77,19 @@ class _Row:
     slot: int
     key: int
 
+    @property
+    def length(self) -> int:
+        """Tokens so far; the last of them is not in the cache yet."""
+        return len(self.sample.request.prompt) + len(self.sample.token_ids)
+
+    @property
+    def remaining(self) -> int:
+        return self.sample.request.params.max_tokens - len(self.sample.token_ids)
+
+    @property
+    def rng_name(self) -> tuple[int, int, int]:
+        return self.sample.request.params.seed, self.key, self.sample.index
+
 
 class Engine:
     """Generates for a HybridLM out of one Cache.
@@ -97,7 +111,13 @@ class Engine:
         eos_token_ids: Iterable[int] = (),
         ends_with_stop: Callable[[Sequence[int], tuple[str, ...]], bool] | None = None,
         prefill_chunk: int = 512,
+        look_every: int | None = None,
+        state_dtype: torch.dtype | None = None,
+        period: int | None = None,
+        stochastic_rounding: bool = False,
+        graphs: bool | None = None,
     ):
+        cuda = model.device.type == "cuda"
         if max_rows < 1:
             raise ValueError(f"Engine: max_rows expected >= 1, got {max_rows}")
         self.model = model
@@ -111,7 +131,22 @@ class Engine:
             max_length=max_length,
             max_bytes=free_bytes(model.device) // 2 if max_bytes is None else max_bytes,
             page_size=page_size,
+            state_dtype=state_dtype,
+            period=(8 if cuda else 1) if period is None else period,
         )
+        self.loop = DecodeLoop(
+            model,
+            self.cache,
+            max_rows=max_rows,
+            max_steps=(8 if cuda else 1) if look_every is None else look_every,
+            graphs=graphs,
+            stochastic_rounding=stochastic_rounding,
+        )
+
+    def stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end an answer drawn with `params`."""
+        eos = () if params.ignore_eos else self.eos_token_ids
+        return (*sorted(eos), *params.stop_token_ids)
 
     def require_valid(self, request: Request):
         """Raise ValueError for a request that could never be served, with the numbers."""
@@ -130,7 +165,7 @@ class Engine:
         requests: Iterable[Request],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Sample | None]:
-        """Yield each sample as it finishes, and None after every step as a sign of life.
+        """Yield each sample as it finishes, and None after every few steps as a sign of life.
 
         requests: pulled only as rows come free. should_stop: asked between steps; true drops the
         unfinished samples and returns. Closing the iterator does the same.
@@ -160,6 +195,7 @@ class _Run:
         self.exhausted = False
         self.prompts: deque[_Prompt] = deque()
         self.rows: list[_Row] = []
+        self.loaded: list[_Row] | None = None  # what the decode loop holds
 
     @property
     def done(self) -> bool:
@@ -180,18 +216,27 @@ class _Run:
                 return
             logits = torch.stack([prompt.logits for prompt, _ in started])
             rows = [row for _, row in started]
-            self.rows.extend(rows)
+            self.rows = [*self.rows, *rows]
             yield from self._draw(rows, logits)
 
     def decode(self) -> Iterator[Sample]:
-        """One token for every row."""
-        tokens = torch.tensor(
-            [row.sample.token_ids[-1] for row in self.rows], device=self.model.device
-        )
-        slots = [row.slot for row in self.rows]
-        step = self.cache.step(slots, [1] * len(slots), decode=True)
-        logits = self.model.extend(tokens, self.cache, step)
-        yield from self._draw(self.rows, logits)
+        """A few tokens for every row."""
+        loop = self.engine.loop
+        if self.rows is not self.loaded:
+            loop.load([self._loop_row(row) for row in self.rows])
+            self.loaded = self.rows
+        steps = min(loop.max_steps, max(row.remaining for row in self.rows))
+        tokens, logprobs = loop.run(steps)
+        tokens, logprobs = tokens.T.tolist(), logprobs.T.tolist()
+        for row, drawn, scores in zip(self.rows, tokens, logprobs, strict=True):
+            self.cache.lengths[row.slot] += drawn.index(ENDED) if ENDED in drawn else steps
+            self._take(row, drawn, scores)
+        yield from self._finish()
+
+    def _loop_row(self, row: _Row) -> Row:
+        params = row.sample.request.params
+        last, stops = row.sample.token_ids[-1], self.engine.stop_ids(params)
+        return Row(row.slot, last, row.length, row.remaining, row.rng_name, stops, params)
 
     def _next_request(self) -> Request | None:
         if self.held:
@@ -286,49 +331,62 @@ class _Run:
         return prompt.slot
 
     def _draw(self, rows: list[_Row], logits: Tensor) -> Iterator[Sample]:
-        """Draw a token for each of `rows`, end those that are done, and yield them."""
+        """Draw the first token of each of `rows` from its prompt's logits."""
         device = logits.device
         params = [row.sample.request.params for row in rows]
-        keys = [
-            (p.seed, row.key, row.sample.index, len(row.sample.request.prompt) + len(row.sample.token_ids))
-            for row, p in zip(rows, params, strict=True)
-        ]  # fmt: skip
+        keys = [(*row.rng_name, row.length) for row in rows]
         tokens, logprobs = ops.sample(
-            logits.float() if logits.dtype == torch.float64 else logits,
+            logits if logits.dtype in (torch.float32, torch.bfloat16) else logits.float(),
             torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
             torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
             torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
             torch.tensor(keys, dtype=torch.int64, device=device),
         )
-        now = time.perf_counter()
-        finished = []
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            self._take(row, [token], [logprob])
+        yield from self._finish()
+
+    def _take(self, row: _Row, tokens: list[int], logprobs: list[float]):
+        """Give a row its new tokens, up to the one that ends it.
+
+        The decode loop has ended it there too, unless only the host knows why.
+        """
+        sample, params = row.sample, row.sample.request.params
+        loop_knows = not params.stop and len(self.engine.stop_ids(params)) <= MAX_STOP_IDS
+        for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            if token == ENDED:
+                return
             if token < 0:
                 raise FloatingPointError(
-                    f"Engine: logits of sample {row.sample.index} of a prompt of "
-                    f"{len(row.sample.request.prompt)} tokens are not finite after "
-                    f"{len(row.sample.token_ids)} tokens"
+                    f"Engine: logits of sample {sample.index} of a prompt of "
+                    f"{len(sample.request.prompt)} tokens are not finite after "
+                    f"{len(sample.token_ids)} tokens"
                 )
-            row.sample.token_ids.append(token)
-            if row.sample.logprobs is not None:
-                row.sample.logprobs.append(logprob)
-            row.sample.finish_reason = self._finish_reason(row.sample)
-            if row.sample.finish_reason:
-                row.sample.end_s = now
-                finished.append(row)
-        if finished:
-            gone = {id(row) for row in finished}
-            self.rows = [row for row in self.rows if id(row) not in gone]
-            for row in finished:
-                self.cache.free(row.slot)
-            yield from (row.sample for row in finished)
+            sample.token_ids.append(token)
+            if sample.logprobs is not None:
+                sample.logprobs.append(logprob)
+            last = i + 1 == len(tokens) or tokens[i + 1] == ENDED
+            if last or not loop_knows:
+                sample.finish_reason = self._finish_reason(sample)
+                if sample.finish_reason:
+                    return
+
+    def _finish(self) -> Iterator[Sample]:
+        """Let go of the rows that are done, and yield their samples."""
+        finished = [row for row in self.rows if row.sample.finish_reason]
+        if not finished:
+            return
+        self.rows = [row for row in self.rows if not row.sample.finish_reason]
+        now = time.perf_counter()
+        for row in finished:
+            row.sample.end_s = now
+            self.cache.free(row.slot)
+        yield from (row.sample for row in finished)
 
     def _finish_reason(self, sample: Sample) -> str:
-        params, last = sample.request.params, sample.token_ids[-1]
-        if last in params.stop_token_ids:
-            return "stop"
-        if last in self.engine.eos_token_ids and not params.ignore_eos:
+        params = sample.request.params
+        if sample.token_ids[-1] in self.engine.stop_ids(params):
             return "stop"
         if params.stop and self.engine.ends_with_stop(sample.token_ids, params.stop):
             return "stop"

@@ -160,26 +160,16 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T (+ b), whose rows do not depend on how many rows there are.
-
-    BLAS libraries sum in another order for a few rows, or a few left over, which would make a sample's
-    tokens depend on its batch. Without gradients, up to FEW_ROWS rows are padded to a multiple of 4:
-    with MKL and oneDNN those are the same bits as any larger number of rows.
-    """
-
-    FEW_ROWS = 16
+    """y = x W^T (+ b); without gradients by ops.linear, whose rows do not depend on how many there are."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)"""
-        rows = x.numel() // x.shape[-1]
-        x = x.contiguous()
-        if rows > self.FEW_ROWS or rows % 4 == 0 or torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
-        padded = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, -rows % 4))
-        return F.linear(padded, self.weight, self.bias)[:rows].unflatten(0, x.shape[:-1])
+        if torch.is_grad_enabled():
+            return F.linear(x.contiguous(), self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -193,6 +183,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)"""
         return self._normalise(x) * self.weight
+
+    def after(self, h: Tensor, delta: Tensor | None = None) -> Tensor:
+        """h += delta, in place, and the norm of that; without gradients."""
+        return ops.add_rms_norm(h, delta, self.weight, self.eps)
 
     def _normalise(self, x: Tensor) -> Tensor:
         wide = _wide(x)
@@ -226,13 +220,14 @@ class Pass:
     """What every mixer of one forward pass shares.
 
     cu_seqlens: boundaries of packed sequences, or None. cos, sin: (tokens, head_dim / 2) rotary
-    factors, or None. step: set when the pass extends cached sequences.
+    factors of whole sequences. step, inv_freq: set when the pass extends cached sequences.
     """
 
     cu_seqlens: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
     step: Step | None = None
+    inv_freq: Tensor | None = None
 
 
 class Rotary:
@@ -253,14 +248,16 @@ class Rotary:
         # Not a buffer: a model cast to bfloat16 must not round its frequencies.
         self.inv_freq = {torch.device("cpu"): inv_freq}
 
+    def on(self, device: torch.device) -> Tensor:
+        """The angle per position of every channel pair, (head_dim / 2) float32."""
+        if device not in self.inv_freq:
+            self.inv_freq[device] = self.inv_freq[torch.device("cpu")].to(device)
+        return self.inv_freq[device]
+
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens) positions -> cos, sin (tokens, head_dim / 2) float32."""
-        inv_freq = self.inv_freq.get(positions.device)
-        if inv_freq is None:
-            inv_freq = self.inv_freq[torch.device("cpu")].to(positions.device)
-            self.inv_freq[positions.device] = inv_freq
         # Through float64, or the same position could round otherwise in another batch.
-        angles = (positions.float()[:, None] * inv_freq).double()
+        angles = (positions.float()[:, None] * self.on(positions.device)).double()
         return angles.cos().float(), angles.sin().float()
 
 
@@ -290,14 +287,18 @@ class Attention(nn.Module):
     def forward(self, u: Tensor, this: Pass, cached: KVPages | None = None) -> Tensor:
         """(batch, length, d_model) -> the same"""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim)).split(heads, -2)
-        q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
+        qkv = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim))
         if cached is not None:
             step = this.step
-            where = (step.page_table, step.cu_seqlens, step.kv_lengths)
-            ops.append_kv(cached.k, cached.v, k[0], v[0], *where)
-            y = ops.paged_attention(q[0], cached.k, cached.v, *where)[None]
-        elif this.cu_seqlens is None:
+            where = (step.page_table, step.cu_seqlens, step.lengths)
+            ops.rotate(qkv[0, :, : -self.num_kv_heads], step.positions, this.inv_freq)
+            q, k, v = qkv[0].split(heads, -2)
+            ops.append_kv(cached.k, cached.v, k, v, *where)
+            y = ops.paged_attention(q, cached.k, cached.v, *where)[None]
+            return self.out_proj(y.flatten(-2))
+        q, k, v = qkv.split(heads, -2)
+        q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
+        if this.cu_seqlens is None:
             y = self._attend(q, k, v)
         else:
             lengths = this.cu_seqlens.diff().tolist()
@@ -329,13 +330,10 @@ class CausalConv1d(nn.Module):
             )
             return y
         step = this.step
-        if step.decode:
-            state, slots = cached.conv, step.slots
-            return ops.conv_update(state, slots, x[0], self.weight, self.bias, self.silu)[None]
-        rows = step.slots.long()
-        y, cached.conv[rows] = ops.causal_conv1d(
-            x, self.weight, self.bias, cached.conv[rows], step.cu_seqlens, self.silu
-        )
+        rows, lengths = step.slots.long(), step.lengths
+        past = cached.past_inputs(rows, lengths - step.cu_seqlens.diff())
+        y, last = ops.causal_conv1d(x, self.weight, self.bias, past, step.cu_seqlens, self.silu)
+        cached.set_past_inputs(rows, lengths, last)
         return y
 
 
@@ -343,15 +341,9 @@ def ssd(x, log_decay, B, C, scale, D, this: Pass, cached: States | None) -> Tens
     """The scalar-decay recurrence over whole sequences, or onward from cached states."""
     if cached is None:
         return ops.ssd_scan(x, log_decay, B, C, scale, D, cu_seqlens=this.cu_seqlens)[0]
-    step = this.step
-    if step.decode:
-        scale = None if scale is None else scale[0]
-        return ops.state_update(
-            cached.scan, step.slots, x[0], log_decay[0], B[0], C[0], scale, D
-        )[None]  # fmt: skip
-    rows = step.slots.long()
+    rows = this.step.slots.long()
     initial = cached.scan[rows].to(log_decay.dtype)
-    y, final = ops.ssd_scan(x, log_decay, B, C, scale, D, initial, step.cu_seqlens)
+    y, final = ops.ssd_scan(x, log_decay, B, C, scale, D, initial, this.step.cu_seqlens)
     cached.scan[rows] = final.to(cached.scan.dtype)
     return y
 
@@ -379,13 +371,22 @@ class DiscreteMamba2(nn.Module):
     def cache_shapes(self):
         """What a Cache keeps for this layer."""
         return {
-            "conv": (self.conv.weight.shape[1] - 1, self.conv.weight.shape[0]),
+            "conv": self.conv.weight.shape[::-1],
             "scan": (self.num_heads, self.head_dim, self.state_dim),
+            "recent": (self.num_heads, self.num_groups),
         }
 
     def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
         """(batch, length, d_model) -> the same"""
-        xBC, z, a = self.in_proj(u).split(self.sizes, -1)
+        projected = self.in_proj(u)
+        if this.step is not None and this.step.decode:
+            step, conv = this.step, self.conv
+            y = ops.discrete_mamba2_update(
+                *cached.mixer_states(), step.slots, step.lengths, projected[0], conv.weight,
+                conv.bias, self.z_bias, _wide(self.D), step.period, step.rng_key,
+            )  # fmt: skip
+            return self.out_proj(y[None])
+        xBC, z, a = projected.split(self.sizes, -1)
         x, B, C = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B = B.unflatten(-1, (self.num_groups, self.state_dim))
@@ -421,7 +422,8 @@ class Mamba2(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
         inner, kv = config.inner_dim, config.kv_dim
         self.sizes = (inner, inner + 2 * kv, config.num_heads)
         self.conv_sizes = (kv, kv, inner)
@@ -436,13 +438,23 @@ class Mamba2(nn.Module):
     def cache_shapes(self):
         """What a Cache keeps for this layer."""
         return {
-            "conv": (self.conv.weight.shape[1] - 1, self.conv.weight.shape[0]),
+            "conv": self.conv.weight.shape[::-1],
             "scan": (self.num_heads, self.head_dim, self.head_dim),
+            "recent": (self.num_kv_heads, self.num_kv_heads),
         }
 
     def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
         """(batch, length, d_model) -> the same"""
-        z, xBC, dt = self.in_proj(u).split(self.sizes, -1)
+        projected = self.in_proj(u)
+        if this.step is not None and this.step.decode:
+            step, conv, norm = this.step, self.conv, self.norm
+            y = ops.mamba2_update(
+                *cached.mixer_states(), step.slots, step.lengths, projected[0], conv.weight,
+                conv.bias, _wide(self.dt_bias), _wide(self.A_log), _wide(self.D), norm.weight,
+                norm.eps, step.period, step.rng_key,
+            )  # fmt: skip
+            return self.out_proj(y[None])
+        z, xBC, dt = projected.split(self.sizes, -1)
         parts = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
         delta = ops.softplus(dt, _wide(self.dt_bias))
@@ -485,13 +497,22 @@ class Mamba1(nn.Module):
     def cache_shapes(self):
         """What a Cache keeps for this layer."""
         return {
-            "conv": (self.conv.weight.shape[1] - 1, self.inner_dim),
+            "conv": self.conv.weight.shape[::-1],
             "scan": (self.inner_dim, self.state_dim),
         }
 
     def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
         """(batch, length, d_model) -> the same"""
-        z, x, B, C, dt = self.in_proj(u).split(self.sizes, -1)
+        projected = self.in_proj(u)
+        z, x, B, C, dt = projected.split(self.sizes, -1)
+        if this.step is not None and this.step.decode:
+            step, conv = this.step, self.conv
+            y = ops.mamba1_update(
+                cached.conv, cached.scan, step.slots, step.lengths, projected[0],
+                self.dt_proj(dt)[0], conv.weight, conv.bias, self.dt_proj.bias, _wide(self.A_log),
+                _wide(self.D), B.shape[-1],
+            )  # fmt: skip
+            return self.out_proj(y[None])
         x = x.unflatten(-1, (-1, self.state_dim)).repeat_interleave(self.repeats, -2).flatten(-2)
         x = self.conv(x, this, cached)
         B, C = (t.unflatten(-1, (-1, self.state_dim)) for t in (B, C))
@@ -504,14 +525,9 @@ class Mamba1(nn.Module):
     def _scan(x, delta, A, B, C, D, this: Pass, cached: States | None) -> Tensor:
         if cached is None:
             return ops.selective_scan(x, delta, A, B, C, D, cu_seqlens=this.cu_seqlens)[0]
-        step = this.step
-        if step.decode:
-            return ops.selective_update(
-                cached.scan, step.slots, x[0], delta[0], A, B[0], C[0], D
-            )[None]  # fmt: skip
-        rows = step.slots.long()
+        rows = this.step.slots.long()
         initial = cached.scan[rows].to(delta.dtype)
-        y, final = ops.selective_scan(x, delta, A, B, C, D, initial, step.cu_seqlens)
+        y, final = ops.selective_scan(x, delta, A, B, C, D, initial, this.step.cu_seqlens)
         cached.scan[rows] = final.to(cached.scan.dtype)
         return y
 
@@ -545,10 +561,16 @@ class Layer(nn.Module):
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, h: Tensor, this: Pass, cached: KVPages | States | None = None) -> Tensor:
+    def forward(self, h: Tensor, this: Pass) -> Tensor:
         """(batch, length, d_model) -> the same"""
-        h = h + self.mixer(self.norm1(h), this, cached)
+        h = h + self.mixer(self.norm1(h), this)
         return h + self.mlp(self.norm2(h))
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Decay parameters stay float32 in a half-precision model: an error in them compounds per token."""
+    fine = name.endswith((".A_log", ".D", ".dt_bias"))
+    return torch.float32 if fine and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 class HybridLM(nn.Module):
@@ -600,33 +622,35 @@ class HybridLM(nn.Module):
             raise ValueError(
                 f"HybridLM: tokens expected shape (batch, length), got {tuple(tokens.shape)}"
             )
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.diff()
-            positions = positions - cu_seqlens[:-1].repeat_interleave(lengths)
-        h = self._layers(tokens, Pass(cu_seqlens, *self._rotary(positions)))
-        return self.head(h)
+        this = Pass(cu_seqlens)
+        if "attention" in self.config.mixers:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            if cu_seqlens is not None:
+                lengths = cu_seqlens.diff()
+                positions = positions - cu_seqlens[:-1].repeat_interleave(lengths)
+            this.cos, this.sin = self.rotary(positions)
+        h = self.embedding(tokens)
+        for layer in self.layers:
+            h = layer(h, this)
+        return self.head(self.norm(h))
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, cache: Cache, step: Step) -> Tensor:
         """Feed packed tokens to cached sequences; logits (rows, vocab) after each row's last token.
 
         tokens: (tokens) integers in the order of step.cu_seqlens, from `cache.step(slots, counts)`.
-        Mutates the cache's pages and states at the step's slots.
+        Mutates the cache's pages and states at the step's slots. Nothing here waits for the device.
         """
-        this = Pass(step.cu_seqlens, *self._rotary(step.positions), step)
-        h = self._layers(tokens[None], this, cache)[0]
-        if not step.decode:
-            h = h[step.cu_seqlens[1:].long() - 1]
-        return self.head(h)
-
-    def _rotary(self, positions: Tensor):
-        if "attention" in self.config.mixers:
-            return self.rotary(positions)
-        return None, None
-
-    def _layers(self, tokens: Tensor, this: Pass, cache: Cache | None = None) -> Tensor:
-        h = self.embedding(tokens)
-        for i, layer in enumerate(self.layers):
-            h = layer(h, this, None if cache is None else cache.layers[i])
-        return self.norm(h)
+        this = Pass(step.cu_seqlens, step=step, inv_freq=self.rotary.on(tokens.device))
+        h = self.embedding(tokens[None])
+        # Each residual sum and the norm behind it are one operator: h grows in place.
+        x = self.layers[0].norm1.after(h)
+        norms = [layer.norm1 for layer in self.layers[1:]] + [self.norm]
+        for layer, cached, norm in zip(self.layers, cache.layers, norms, strict=True):
+            x = layer.norm2.after(h, layer.mixer(x, this, cached))
+            x = norm.after(h, layer.mlp(x))
+        if step.decode:
+            cache.count(step)
+        else:
+            x = x[:, step.cu_seqlens[1:].long() - 1]
+        return self.head(x[0])

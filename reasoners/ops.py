@@ -50,6 +50,7 @@ def state_update(
     C: Tensor,
     scale: Tensor | None = None,
     D: Tensor | None = None,
+    rng_key: Tensor | None = None,
 ) -> Tensor:
     """Advance the SSD recurrence by one token per row, in place on the rows' slots.
 
@@ -59,14 +60,80 @@ def state_update(
     slots: (batch) int32, distinct; a negative slot is a padding row: zeros out, no state touched.
     x: (batch, Hx, P); log_decay: (batch, H) <= 0; B: (batch, Gb, N); C: (batch, Gc, N).
     scale: (batch, H), None means 1. D: (H), None means 0.
+    rng_key: (batch, 4) int64: seed, prompt, sample, position, as in `sample`. A 16-bit state is then
+        rounded up or down at random, unbiased, by noise that depends on the row's key only, so that
+        increments too small for its bits are not lost. None rounds to nearest; a state that is not
+        rounded must have None.
     Returns y (batch, H, P) in x's dtype. Source: Dao & Gu 2024 (Mamba-2), section 7.
     """
-    return _ops.state_update(state, slots, x, log_decay, B, C, scale, D)
+    return _ops.state_update(state, slots, x, log_decay, B, C, scale, D, rng_key)
 
 
 @torch.library.register_fake("reasoners::state_update")
-def _(state, slots, x, log_decay, B, C, scale, D):
+def _(state, slots, x, log_decay, B, C, scale, D, rng_key):
     return x.new_empty(x.shape[0], log_decay.shape[1], x.shape[2])
+
+
+def deferred_state_update(
+    state: Tensor,
+    recent: Tensor,
+    recent_decay: Tensor,
+    pending: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    scale: Tensor | None = None,
+    D: Tensor | None = None,
+    period: int = 1,
+    rng_key: Tensor | None = None,
+) -> Tensor:
+    """`state_update` that writes the state every `period` tokens, and keeps the tokens between.
+
+    S = state[s] with the pending[s] entries of recent[s] and then this token folded onto it,
+    y = S C + D x;   state[s] = S if pending[s] + 1 >= period, else this token becomes the next entry
+
+    A state is much larger than a token, so most of the traffic of decoding is gone.
+
+    state: (slots, H, P, N) float32 or bfloat16, mutated at the slots of the rows that write.
+    recent: (slots, capacity, Hx * P + Gb * N) in x's dtype, entries [x, B], capacity at most 15;
+        mutated at one entry of each row that does not write.
+    recent_decay: (slots, capacity, 2, H), entries [log_decay, scale (1 for None)], mutated likewise.
+    pending: (slots) int32, how many entries of each slot count; only read, because the layers of a
+        model share it: `count_pending` moves it once all have run. Taking back the last k of them is
+        pending -= k.
+    slots, x, log_decay, B, C, scale, D, rng_key: as in state_update; nothing is rounded, and no noise
+        drawn, where no state is written.
+    period: 1 to capacity + 1, free to change between tokens; 1 always writes.
+    Returns y (batch, H, P) in x's dtype. A row's bits depend on its slot and token only.
+    """
+    return _ops.deferred_state_update(
+        state, recent, recent_decay, pending, slots, x, log_decay, B, C, scale, D, period, rng_key
+    )
+
+
+@torch.library.register_fake("reasoners::deferred_state_update")
+def _(
+    state, recent, recent_decay, pending, slots, x, log_decay, B, C, scale, D, period, rng_key
+):  # fmt: skip
+    return x.new_empty(x.shape[0], log_decay.shape[1], x.shape[2])
+
+
+def count_pending(pending: Tensor, slots: Tensor, period: int) -> None:
+    """Count the token that every layer's `deferred_state_update` has just taken.
+
+    pending[s] = 0 if pending[s] + 1 >= period else pending[s] + 1   for each slot s >= 0 of slots
+
+    pending: (slots) int32, mutated at the named slots only. slots: (batch) int32, distinct; a negative
+    slot is a padding row. period: as it was in deferred_state_update.
+    """
+    _ops.count_pending(pending, slots, period)
+
+
+@torch.library.register_fake("reasoners::count_pending")
+def _(pending, slots, period):
+    return None
 
 
 def ssd_scan(
@@ -255,6 +322,7 @@ torch.library.register_autograd(
 def conv_update(
     state: Tensor,
     slots: Tensor,
+    lengths: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -262,16 +330,21 @@ def conv_update(
 ) -> Tensor:
     """Advance `causal_conv1d` by one token per row, in place on the rows' slots.
 
-    state: (slots, width - 1, channels), mutated at the named slots only. slots: (batch) int32,
-    distinct; a negative slot is a padding row: zeros out, no state touched. x: (batch, channels).
-    weight: (channels, width), width 2 to 4. bias: (channels), None means 0. All in x's dtype.
+    y = act(bias + sum_w weight[:, w] u_w),   u_w = entry (length + w) % width, and the last u is x
+
+    state: (slots, width, channels), a ring: the input at position t is entry t % width, zeros before
+        the first. Mutated at the named slots' entry (length - 1) % width only.
+    slots: (batch) int32, distinct; a negative slot is a padding row: zeros out, no state touched.
+    lengths: (batch) int32, tokens of each row's sequence with this one; ignored for a padding row.
+    x: (batch, channels). weight: (channels, width), width 2 to 4. bias: (channels), None means 0. All
+    in x's dtype.
     Returns y (batch, channels).
     """
-    return _ops.conv_update(state, slots, x, weight, bias, silu)
+    return _ops.conv_update(state, slots, lengths, x, weight, bias, silu)
 
 
 @torch.library.register_fake("reasoners::conv_update")
-def _(state, slots, x, weight, bias, silu):
+def _(state, slots, lengths, x, weight, bias, silu):
     return x.new_empty(x.shape)
 
 
@@ -356,6 +429,134 @@ def _(state, slots, x, delta, A, B, C, D):
     return x.new_empty(x.shape)
 
 
+def discrete_mamba2_update(
+    conv_state: Tensor,
+    state: Tensor,
+    recent: Tensor | None,
+    recent_decay: Tensor | None,
+    pending: Tensor | None,
+    slots: Tensor,
+    lengths: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    z_bias: Tensor,
+    D: Tensor,
+    period: int = 1,
+    rng_key: Tensor | None = None,
+) -> Tensor:
+    """One token of Llamba's mixer between its projections.
+
+    [x, B, C] = conv_update([x, B, C]),   log_decay = -softplus(a)
+    out = deferred_state_update(x, log_decay, B, C, D) * silu(z + z_bias)
+
+    conv_state: (slots, width, I + 2 G N), as conv_update's state; mutated. I = H P.
+    state: (slots, H, P, N); recent: (slots, capacity, I + G N); recent_decay: (slots, capacity, 2, H);
+        pending: (slots): as in deferred_state_update, mutated like there. recent, recent_decay and
+        pending are all None for `state_update` in its place, with period 1.
+    slots, lengths: (batch) int32, as in conv_update.
+    projected: (batch, I + 2 G N + I + H), rows [x, B, C, z, a].
+    conv_weight: (I + 2 G N, width); conv_bias: (I + 2 G N); z_bias: (I); in its dtype.
+    D: (H) float32.
+    period, rng_key: as in deferred_state_update.
+    Returns (batch, I) in projected's dtype. Source: Bick et al. 2025 (Llamba).
+    """
+    return _ops.discrete_mamba2_update(
+        conv_state, state, recent, recent_decay, pending, slots, lengths, projected, conv_weight,
+        conv_bias, z_bias, D, period, rng_key,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("reasoners::discrete_mamba2_update")
+def _(conv_state, state, recent, recent_decay, pending, slots, lengths, projected, *rest):
+    return projected.new_empty(projected.shape[0], state.shape[1] * state.shape[2])
+
+
+def mamba2_update(
+    conv_state: Tensor,
+    state: Tensor,
+    recent: Tensor | None,
+    recent_decay: Tensor | None,
+    pending: Tensor | None,
+    slots: Tensor,
+    lengths: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    period: int = 1,
+    rng_key: Tensor | None = None,
+) -> Tensor:
+    """One token of MambaInLlama's Mamba-2 mixer between its projections.
+
+    [x, B, C] = silu(conv_update([x, B, C])),   delta = softplus(dt + dt_bias)
+    y = deferred_state_update(x, -delta exp(A_log), B, C, scale=delta, D)
+    g = y silu(z),   out = g / sqrt(mean(g^2) + eps) * norm_weight   with the mean over each head's P
+
+    conv_state: (slots, width, K (P + N) + H N), as conv_update's state; mutated. K kv heads.
+    state: (slots, H, P, N); recent: (slots, capacity, K (P + N)); recent_decay, pending: as in
+        discrete_mamba2_update.
+    slots, lengths: (batch) int32, as in conv_update.
+    projected: (batch, I + K (P + N) + H N + H), rows [z, x, B, C, dt]. I = H P.
+    conv_weight: (channels, width); conv_bias: (channels); norm_weight: (I); in
+        its dtype. dt_bias, A_log, D: (H) float32.
+    period, rng_key: as in deferred_state_update.
+    Returns (batch, I) in projected's dtype. Source: Wang et al. 2024 (MambaInLlama).
+    """
+    return _ops.mamba2_update(
+        conv_state, state, recent, recent_decay, pending, slots, lengths, projected, conv_weight,
+        conv_bias, dt_bias, A_log, D, norm_weight, eps, period, rng_key,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("reasoners::mamba2_update")
+def _(conv_state, state, recent, recent_decay, pending, slots, lengths, projected, *rest):
+    return projected.new_empty(projected.shape[0], state.shape[1] * state.shape[2])
+
+
+def mamba1_update(
+    conv_state: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    projected: Tensor,
+    dt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    kv_dim: int,
+) -> Tensor:
+    """One token of MambaInLlama's Mamba-1 mixer between its projections.
+
+    x = silu(conv_update(repeat(x))),   delta = softplus(dt + dt_bias)
+    out = selective_update(x, delta, -exp(A_log), repeat(B), C, D) * silu(z)
+
+    repeat: each chunk of N of the kv_dim channels, I / kv_dim times; never materialised for B.
+    conv_state: (slots, width, I), as conv_update's state; mutated. state: (slots, I, N); mutated.
+    slots, lengths: (batch) int32, as in conv_update.
+    projected: (batch, 2 I + 2 kv_dim + any), rows [z, x, B, C, unread]; kv_dim divides I and is a
+        multiple of N.
+    dt: (batch, I), the projected step sizes. conv_weight: (I, width); conv_bias, dt_bias: (I);
+        in projected's dtype. A_log: (I, N), D: (I), float32.
+    Returns (batch, I) in projected's dtype. Source: Wang et al. 2024 (MambaInLlama).
+    """
+    return _ops.mamba1_update(
+        conv_state, state, slots, lengths, projected, dt, conv_weight, conv_bias, dt_bias, A_log, D,
+        kv_dim,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("reasoners::mamba1_update")
+def _(conv_state, state, slots, lengths, projected, *rest):
+    return projected.new_empty(projected.shape[0], state.shape[1])
+
+
 def gate(x: Tensor, z: Tensor, bias: Tensor | None = None) -> Tensor:
     """x silu(z + bias), the gate of every mixer and MLP here.
 
@@ -417,6 +618,61 @@ torch.library.register_autograd(
 )
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with the same bits in a row of x however many rows there are; without gradients.
+
+    x: (..., in_features); weight: (out_features, in_features); bias: (out_features), None means 0. All in
+    one dtype. BLAS libraries sum in another order for few rows; here few rows are padded (CPU) or take
+    a kernel of their own that sums as cuBLAS does for many (CUDA, 16 bits). Float32
+    products on CUDA, and on Intel CPUs without MKL_CBWR=AVX512,STRICT, do not keep the promise.
+    Returns (..., out_features).
+    """
+    return _ops.linear(x, weight, bias)
+
+
+@torch.library.register_fake("reasoners::linear")
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def add_rms_norm(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """h += delta in place, and the RMSNorm of the sum.
+
+    h = h + delta,   y = h / sqrt(mean(h^2) + eps) * weight   with the mean over the last dimension
+
+    h: (..., dim) contiguous, mutated unless delta is None. delta: as h, None means 0. weight: (dim). All
+    in one dtype.
+    Returns y like h. The sum, the normalised value and the product are each rounded to that dtype;
+    the statistics are float32 (float64 for float64). A row's bits depend on the row only.
+    Source: Zhang & Sennrich 2019 (RMSNorm).
+    """
+    return _ops.add_rms_norm(h, delta, weight, eps)
+
+
+@torch.library.register_fake("reasoners::add_rms_norm")
+def _(h, delta, weight, eps):
+    return h.new_empty(h.shape)
+
+
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> None:
+    """Half-split rotary position embedding, in place.
+
+    first' = first cos - second sin,   second' = second cos + first sin,   angle = position inv_freq
+
+    x: (tokens, heads, head_dim), mutated; the heads of a token are packed, the stride between tokens
+        is free, as in a slice of a projection's output. first and second are the halves of a head.
+    positions: (tokens) int32. inv_freq: (head_dim / 2) float32.
+    Angle, cosine and sine are float32 and the products are rounded once. A token's bits depend on
+    itself and its position only. Source: Su et al. 2021 (RoFormer).
+    """
+    _ops.rotate(x, positions, inv_freq)
+
+
+@torch.library.register_fake("reasoners::rotate")
+def _(x, positions, inv_freq):
+    return None
+
+
 def append_kv(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -466,9 +722,10 @@ def paged_attention(
     k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths: as in append_kv, which comes first: a
         row's length includes its queries. The queries of a padding row give zeros.
     scale: of the scores; None means head_dim ** -0.5.
-    Returns (tokens, heads, head_dim) in q's dtype. Sums and softmax are kept in float32. On CPU the
-    result of a row is the same bit for bit whatever the other rows, the numbering of its pages and
-    the number of threads. Source: Kwon et al. 2023 (PagedAttention); Dao 2023 (FlashAttention-2).
+    Returns (tokens, heads, head_dim) in q's dtype. Sums and softmax are kept in float32. On one
+    device the result of a row is the same bit for bit whatever the other rows, the numbering of its
+    pages and the number of threads. On CUDA head_dim is at most 256.
+    Source: Kwon et al. 2023 (PagedAttention); Dao 2023 (FlashAttention-2).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _ops.paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale)
@@ -513,3 +770,42 @@ def sample(
 def _(logits, temperature, top_k, top_p, min_p, rng_key):
     batch = logits.shape[0]
     return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.float32)
+
+
+def advance(
+    token: Tensor,
+    logprob: Tensor,
+    stop_ids: Tensor,
+    last: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    remaining: Tensor,
+    rng_key: Tensor,
+    drawn: Tensor,
+    logprobs: Tensor,
+    step: Tensor,
+) -> None:
+    """The end of a decode step, without a look at it from the host: record, then go on or end.
+
+    With t = step[0], each row with slots[row] >= 0: drawn[t, row] = last = token, logprobs[t, row] =
+    logprob, remaining -= 1. It ends if token < 0, token is one of its stop_ids or remaining is 0: slots
+    = -1, lengths = 0. Otherwise positions, lengths and rng_key[row, 3] move on by 1. A row with a
+    negative slot records drawn[t, row] = -2 and nothing else. At last step[0] += 1.
+
+    token: (rows) int64; logprob: (rows) float32: what `sample` returned.
+    stop_ids: (rows, any) int64, -1 where a row has fewer.
+    last: (rows) int64; slots, positions, lengths, remaining: (rows) int32; rng_key: (rows, 4) int64; the
+        next step's arguments, mutated. They may be the first rows of larger buffers.
+    drawn: (steps, rows or more) int64; logprobs: (steps, rows or more) float32: the record, mutated at
+        row t. step: (1) int32, below steps, mutated.
+    """
+    _ops.advance(
+        token, logprob, stop_ids, last, slots, positions, lengths, remaining, rng_key, drawn,
+        logprobs, step,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("reasoners::advance")
+def _(token, logprob, stop_ids, *mutated):
+    return None

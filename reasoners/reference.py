@@ -24,13 +24,17 @@ def assert_close(actual: Tensor, oracle: Tensor, plain: Tensor, name: str, floor
     """err(actual) <= 2 err(plain) + floor, against the float64 oracle, at the worst element.
 
     plain: the same definition computed by PyTorch in the dtype of the operator under test.
-    floor: relative to the oracle's largest magnitude.
+    floor: relative to the oracle's largest magnitude. Integers must be equal.
     """
-    actual, plain = actual.detach().double().cpu(), plain.detach().double().cpu()
-    oracle = oracle.detach().double().cpu()
     assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
     if actual.numel() == 0:
         return
+    if not oracle.is_floating_point():
+        different = (actual.cpu() != oracle.cpu()).nonzero()
+        assert len(different) == 0, f"{name}: differs at {different[0].tolist()}"
+        return
+    actual, plain = actual.detach().double().cpu(), plain.detach().double().cpu()
+    oracle = oracle.detach().double().cpu()
     finite = oracle.isfinite()
     same = (actual == oracle) | (actual.isnan() & oracle.isnan()) | (finite & actual.isfinite())
     assert same.all(), f"{name}: non-finite values differ at {(~same).nonzero()[0].tolist()}"
@@ -51,30 +55,102 @@ def share(tensor: Tensor, heads: int, dim: int) -> Tensor:
     return tensor.repeat_interleave(heads // tensor.shape[dim], dim)
 
 
-# ---- state_update
+# ---- state_update, deferred_state_update, count_pending
 
 
-def state_update(state, slots, x, log_decay, B, C, scale=None, D=None):
+def rounding_noise(rng_key, size):
+    """The 16-bit numbers that round the elements of one slot's state, (size) int64."""
+    words = [(value >> shift) & 0xFFFFFFFF for value in rng_key.tolist() for shift in (0, 32)]
+    name = philox(words[2:6], words[:2])
+    block = np.arange(-(-size // 8), dtype=np.uint64) | np.uint64(0x80000000)
+    noise = np.stack(philox([block, words[6], name[2], name[3]], name[:2]), -1).reshape(-1, 1)
+    halves = np.concatenate((noise & np.uint64(0xFFFF), noise >> np.uint64(16)), -1)
+    return torch.from_numpy(halves.astype(np.int64)).flatten()[:size]
+
+
+def rounded(value, dtype, rng_key=None):
+    """To nearest, or with a key to one of the two neighbours, each as often as it is near."""
+    if rng_key is None or dtype not in (torch.bfloat16, torch.float16):
+        return value.to(dtype)
+    if dtype == torch.bfloat16:
+        bits = (value.float().view(torch.int32) >> 16).to(torch.int16)
+    else:
+        nearest = value.to(dtype)
+        bits = nearest.view(torch.int16) - (nearest.double().abs() > value.abs()).to(torch.int16)
+    low, high = bits.view(dtype), (bits + 1).view(dtype)  # the neighbours toward and away from zero
+    part = (value.double() - low.double()) / (high.double() - low.double())
+    noise = rounding_noise(rng_key, value.numel()).view(value.shape) / 2**16
+    up = noise + part >= 1 if dtype == torch.bfloat16 else noise < part
+    return torch.where(value.isfinite(), torch.where(up, high, low), value.to(dtype))
+
+
+def _fold(state, x, log_decay, B, scale):
+    """One token onto one sequence's state (H, P, N)."""
+    heads = len(log_decay)
+    x, B = share(x, heads, 0), share(B, heads, 0)
+    gain = x if scale is None else x * scale[:, None].to(x.dtype)
+    step = (gain[:, :, None] * B[:, None, :]).to(state.dtype)
+    return log_decay.exp()[:, None, None].to(state.dtype) * state + step
+
+
+def _read(state, x, C, D):
+    y = torch.einsum("hpn,hn->hp", state.to(x.dtype), share(C, len(state), 0))
+    return y if D is None else y + D[:, None].to(x.dtype) * share(x, len(state), 0)
+
+
+def state_update(state, slots, x, log_decay, B, C, scale=None, D=None, rng_key=None):
     """Returns (y, new state); the argument is left as it was."""
-    heads = log_decay.shape[1]
-    x, B, C = share(x, heads, 1), share(B, heads, 1), share(C, heads, 1)
-    state, y = state.clone(), torch.zeros_like(x)
+    state, y = state.clone(), x.new_zeros(*log_decay.shape, x.shape[2])
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            key = None if rng_key is None else rng_key[row]
+            old = state[slot] if key is None else state[slot].to(log_decay.dtype)
+            new = _fold(old, x[row], log_decay[row], B[row], None if scale is None else scale[row])
+            y[row], state[slot] = _read(new, x[row], C[row], D), rounded(new, state.dtype, key)
+    return y, state
+
+
+def deferred_state_update(
+    state, recent, recent_decay, pending, slots, x, log_decay, B, C, scale=None, D=None, period=1,
+    rng_key=None,
+):  # fmt: skip
+    """Returns (y, new state, recent, recent_decay); the arguments are left as they were."""
+    state, recent, recent_decay = state.clone(), recent.clone(), recent_decay.clone()
+    y, width = x.new_zeros(*log_decay.shape, x.shape[2]), x.shape[1:].numel()
     for row, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
-        gain = x[row] if scale is None else x[row] * scale[row, :, None].to(x.dtype)
-        step = gain[:, :, None] * B[row, :, None, :]
-        decay = log_decay[row].exp()[:, None, None].to(state.dtype)
-        state[slot] = decay * state[slot] + step.to(state.dtype)
-        y[row] = torch.einsum("hpn,hn->hp", state[slot].to(x.dtype), C[row])
-        if D is not None:
-            y[row] += D[:, None].to(x.dtype) * x[row]
-    return y, state
+        key = None if rng_key is None else rng_key[row]
+        held, new = int(pending[slot]), state[slot].to(log_decay.dtype)
+        for entry, (decay, weight) in zip(recent[slot, :held], recent_decay[slot, :held]):
+            xs, Bs = entry[:width].view(x.shape[1:]), entry[width:].view(B.shape[1:])
+            new = _fold(new, xs, decay, Bs, weight)
+        weight = torch.ones_like(log_decay[row]) if scale is None else scale[row]
+        new = _fold(new, x[row], log_decay[row], B[row], weight)
+        y[row] = _read(new, x[row], C[row], D)
+        if held + 1 >= period:
+            state[slot] = rounded(new, state.dtype, key)
+        else:
+            recent[slot, held] = torch.cat((x[row].flatten(), B[row].flatten()))
+            recent_decay[slot, held] = torch.stack((log_decay[row], weight))
+    return y, state, recent, recent_decay
+
+
+def count_pending(pending, slots, period):
+    """Returns the new pending; the argument is left as it was."""
+    pending = pending.clone()
+    for slot in slots[slots >= 0].tolist():
+        pending[slot] = 0 if pending[slot] + 1 >= period else pending[slot] + 1
+    return pending
+
+
+def _keys(batch, g):
+    return torch.randint(-(2**63), 2**63 - 1, (batch, 4), generator=g)
 
 
 def state_update_inputs(
     batch=3, H=4, Hx=4, Gb=4, Gc=4, P=16, N=16, dtype=torch.float32, state_dtype=torch.float32,
-    slots=None, scale=True, D=True, decay=1.0, seed=0,
+    slots=None, scale=True, D=True, decay=1.0, noise=False, seed=0,
 ):  # fmt: skip
     """Random arguments of state_update."""
     g = torch.Generator().manual_seed(seed)
@@ -94,7 +170,40 @@ def state_update_inputs(
         "C": normal(batch, Gc, N).to(dtype),
         "scale": torch.rand(batch, H, generator=g).to(wide) if scale else None,
         "D": normal(H).to(wide) if D else None,
+        "rng_key": _keys(batch, g) if noise else None,
     }
+
+
+def recent_inputs(num_slots, H, width, dtype, pending, capacity, decay, g):
+    """recent, recent_decay and pending of every slot; what does not count is poison."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    pending = torch.tensor(pending, dtype=torch.int32).expand(num_slots).contiguous()
+    recent = torch.randn(num_slots, capacity, width, generator=g, dtype=torch.float64).to(dtype)
+    kept = torch.rand(num_slots, capacity, 2, H, generator=g).to(wide)
+    kept[:, :, 0] *= -decay
+    unused = torch.arange(capacity) >= pending[:, None]
+    recent[unused], kept[unused] = float("nan"), float("nan")
+    return {"recent": recent, "recent_decay": kept, "pending": pending}
+
+
+def deferred_state_update_inputs(period=4, capacity=7, pending=2, **change):
+    """Random arguments of deferred_state_update; pending: of every slot, or one for each."""
+    token = state_update_inputs(**change)
+    key = token.pop("rng_key")
+    slots, heads = token["state"].shape[:2]
+    width = token["x"].shape[1:].numel() + token["B"].shape[1:].numel()
+    g = torch.Generator().manual_seed(change.get("seed", 0) + 1)
+    recent = recent_inputs(
+        slots, heads, width, token["x"].dtype, pending, capacity, change.get("decay", 1.0), g
+    )
+    state = {"state": token.pop("state")}
+    return state | recent | token | {"period": period, "rng_key": key}
+
+
+def count_pending_inputs(period=4, slots=(5, -1, 0, 3, 1), pending=(0, 1, 2, 3, 4, 5, 6)):
+    """Arguments of count_pending."""
+    pending, slots = (torch.tensor(v, dtype=torch.int32) for v in (pending, slots))
+    return {"pending": pending, "slots": slots, "period": period}
 
 
 # ---- ssd_scan
@@ -295,7 +404,7 @@ def sample_inputs(
         "top_k": per_row(top_k, torch.int32),
         "top_p": per_row(top_p, torch.float32),
         "min_p": per_row(min_p, torch.float32),
-        "rng_key": torch.randint(-(2**63), 2**63 - 1, (batch, 4), generator=g),
+        "rng_key": _keys(batch, g),
     }
 
 
@@ -352,31 +461,35 @@ def causal_conv1d_inputs(
     }
 
 
-def conv_update(state, slots, x, weight, bias=None, silu=False):
+def conv_update(state, slots, lengths, x, weight, bias=None, silu=False):
     """Returns (y, new state); the argument is left as it was."""
-    state, y = state.clone(), torch.zeros_like(x)
-    for row, slot in enumerate(slots.tolist()):
+    state, y, width = state.clone(), torch.zeros_like(x), weight.shape[1]
+    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist())):
         if slot >= 0:
-            out, last = causal_conv1d(
-                x[row, None, None], weight, bias, state[slot, None], None, silu
-            )
-            y[row], state[slot] = out[0, 0], last[0]
+            past = state[slot, [(length + w) % width for w in range(width - 1)]]
+            y[row] = causal_conv1d(x[row, None, None], weight, bias, past[None], None, silu)[0][
+                0, 0
+            ]
+            state[slot, (length - 1) % width] = x[row]
     return y, state
 
 
 def conv_update_inputs(
-    batch=3, channels=24, width=4, dtype=torch.float32, bias=True, silu=True, slots=None, seed=0
-):
+    batch=3, channels=24, width=4, dtype=torch.float32, bias=True, silu=True, slots=None,
+    lengths=None, seed=0,
+):  # fmt: skip
     """Random arguments of conv_update."""
     g = torch.Generator().manual_seed(seed)
     slots = torch.randperm(batch + 2, generator=g)[:batch] if slots is None else torch.tensor(slots)
+    lengths = torch.randint(1, 40, (batch,), generator=g) if lengths is None else lengths
 
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     return {
-        "state": normal(batch + 2, width - 1, channels),
+        "state": normal(batch + 2, width, channels),
         "slots": slots.int(),
+        "lengths": torch.as_tensor(lengths).int(),
         "x": normal(batch, channels),
         "weight": normal(channels, width),
         "bias": normal(channels) if bias else None,
@@ -488,6 +601,272 @@ def softplus_inputs(shape=(5, 37), dtype=torch.float32, bias=True, seed=0):
     return {"x": x, "bias": torch.randn(shape[-1], generator=g).to(wide) if bias else None}
 
 
+# ---- discrete_mamba2_update, mamba2_update, mamba1_update
+
+
+def _recurrence(state, recent, recent_decay, pending, slots, token, period, rng_key):
+    """(y, state, recent, recent_decay) by whichever operator the arguments ask for."""
+    if recent is None:
+        return *state_update(state, slots, *token, rng_key), None, None
+    held = (recent, recent_decay, pending)
+    return deferred_state_update(state, *held, slots, *token, period, rng_key)
+
+
+def _no_padding(y, slots):
+    return y.masked_fill((slots < 0)[:, None], 0)
+
+
+def discrete_mamba2_update(
+    conv_state, state, recent, recent_decay, pending, slots, lengths, projected, conv_weight,
+    conv_bias, z_bias, D, period=1, rng_key=None,
+):  # fmt: skip
+    """Returns (out, conv_state, state, recent, recent_decay); the arguments are left as they were."""
+    H, P, N = state.shape[1:]
+    channels = conv_state.shape[2]
+    group = (channels - H * P) // 2
+    xBC, z, a = projected.split((channels, H * P, H), -1)
+    conv, conv_state = conv_update(conv_state, slots, lengths, xBC, conv_weight, conv_bias)
+    x, B, C = conv.split((H * P, group, group), -1)
+    x, B, C = x.unflatten(-1, (H, P)), B.unflatten(-1, (-1, N)), C.unflatten(-1, (-1, N))
+    log_decay = -softplus(a)
+    token = (x, log_decay, B, C, None, D.to(log_decay.dtype))
+    y, *states = _recurrence(state, recent, recent_decay, pending, slots, token, period, rng_key)
+    return _no_padding(gate(y.flatten(1), z, z_bias), slots), conv_state, *states
+
+
+def mamba2_update(
+    conv_state, state, recent, recent_decay, pending, slots, lengths, projected, conv_weight,
+    conv_bias, dt_bias, A_log, D, norm_weight, eps, period=1, rng_key=None,
+):  # fmt: skip
+    """Returns (out, conv_state, state, recent, recent_decay); the arguments are left as they were."""
+    H, P, N = state.shape[1:]
+    channels = conv_state.shape[2]
+    K = (channels - H * N) // (P + N)
+    z, xBC, dt = projected.split((H * P, channels, H), -1)
+    conv, conv_state = conv_update(conv_state, slots, lengths, xBC, conv_weight, conv_bias, True)
+    x, B, C = conv.split((K * P, K * N, H * N), -1)
+    x, B, C = x.unflatten(-1, (K, P)), B.unflatten(-1, (K, N)), C.unflatten(-1, (H, N))
+    wide = torch.float64 if dt.dtype == torch.float64 else torch.float32
+    delta = softplus(dt, dt_bias.to(wide))
+    token = (x, -delta * A_log.to(wide).exp(), B, C, delta, D.to(wide))
+    y, *states = _recurrence(state, recent, recent_decay, pending, slots, token, period, rng_key)
+    g = gate(y, z.unflatten(-1, (H, P)))
+    out = _normalised(g, eps).flatten(1) * norm_weight
+    return _no_padding(out, slots), conv_state, *states
+
+
+def mamba1_update(
+    conv_state, state, slots, lengths, projected, dt, conv_weight, conv_bias, dt_bias, A_log, D,
+    kv_dim,
+):  # fmt: skip
+    """Returns (out, conv_state, state); the arguments are left as they were."""
+    inner, N = A_log.shape
+    z, x, B, C = projected[:, : 2 * (inner + kv_dim)].split((inner, kv_dim, kv_dim, inner), -1)
+    x = share(x.unflatten(-1, (-1, N)), inner // N, 1).flatten(1)
+    x, conv_state = conv_update(conv_state, slots, lengths, x, conv_weight, conv_bias, True)
+    wide = torch.float64 if dt.dtype == torch.float64 else torch.float32
+    delta, A = softplus(dt, dt_bias.to(wide)), -A_log.to(wide).exp()
+    B, C = B.unflatten(-1, (-1, N)), C.unflatten(-1, (-1, N))
+    y, state = selective_update(state, slots, x, delta, A, B, C, D.to(wide))
+    return _no_padding(gate(y, z), slots), conv_state, state
+
+
+def _mixer_inputs(batch, channels, width, state, columns, dtype, state_dtype, slots, lengths, g):
+    """What every mixer's token starts with; a padding row's projection is poison."""
+    slots = torch.randperm(batch + 2, generator=g)[:batch] if slots is None else torch.tensor(slots)
+    lengths = torch.randint(1, 40, (batch,), generator=g) if lengths is None else lengths
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    projected = normal(batch, columns)
+    projected[slots < 0] = float("nan")
+    return normal, {
+        "conv_state": normal(batch + 2, width, channels).to(dtype),
+        "state": normal(batch + 2, *state).to(state_dtype),
+        "slots": slots.int(),
+        "lengths": torch.as_tensor(lengths).int(),
+        "projected": projected.to(dtype),
+        "conv_weight": (normal(channels, width) / width**0.5).to(dtype),
+        "conv_bias": (normal(channels) / 4).to(dtype),
+    }
+
+
+def _held(inputs, recent, width, pending, capacity, g):
+    """The arguments with recent, recent_decay and pending in their place."""
+    slots, heads = inputs["state"].shape[:2]
+    held = dict.fromkeys(("recent", "recent_decay", "pending"))
+    if recent:
+        dtype = inputs["projected"].dtype
+        held = recent_inputs(slots, heads, width, dtype, pending, capacity, 1.0, g)
+    first = {name: inputs.pop(name) for name in ("conv_state", "state")}
+    return first | held | inputs
+
+
+def discrete_mamba2_update_inputs(
+    batch=3, H=4, G=4, P=16, N=16, width=4, dtype=torch.float32, state_dtype=torch.float32,
+    slots=None, lengths=None, recent=True, period=4, capacity=7, pending=2, noise=False, seed=0,
+):  # fmt: skip
+    """Random arguments of discrete_mamba2_update."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    g = torch.Generator().manual_seed(seed)
+    inner, channels = H * P, H * P + 2 * G * N
+    common = (dtype, state_dtype, slots, lengths, g)
+    columns = channels + inner + H
+    normal, inputs = _mixer_inputs(batch, channels, width, (H, P, N), columns, *common)
+    return _held(inputs, recent, inner + G * N, pending, capacity, g) | {
+        "z_bias": normal(inner).to(dtype),
+        "D": normal(H).to(wide),
+        "period": period,
+        "rng_key": _keys(batch, g) if noise else None,
+    }
+
+
+def mamba2_update_inputs(
+    batch=3, H=4, K=2, P=16, N=16, width=4, dtype=torch.float32, state_dtype=torch.float32,
+    slots=None, lengths=None, recent=True, period=4, capacity=7, pending=2, noise=False, seed=0,
+):  # fmt: skip
+    """Random arguments of mamba2_update."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    g = torch.Generator().manual_seed(seed)
+    inner, channels = H * P, K * (P + N) + H * N
+    common = (dtype, state_dtype, slots, lengths, g)
+    columns = inner + channels + H
+    normal, inputs = _mixer_inputs(batch, channels, width, (H, P, N), columns, *common)
+    return _held(inputs, recent, K * (P + N), pending, capacity, g) | {
+        "dt_bias": normal(H).to(wide),
+        "A_log": normal(H).to(wide),
+        "D": normal(H).to(wide),
+        "norm_weight": normal(inner).to(dtype),
+        "eps": 1e-5,
+        "period": period,
+        "rng_key": _keys(batch, g) if noise else None,
+    }
+
+
+def mamba1_update_inputs(
+    batch=3, inner=96, kv_dim=32, N=16, rest=6, width=4, dtype=torch.float32,
+    state_dtype=torch.float32, slots=None, lengths=None, seed=0,
+):  # fmt: skip
+    """Random arguments of mamba1_update; `rest` unread columns are poison."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    g = torch.Generator().manual_seed(seed)
+    common = (dtype, state_dtype, slots, lengths, g)
+    columns = 2 * (inner + kv_dim) + rest
+    normal, inputs = _mixer_inputs(batch, inner, width, (inner, N), columns, *common)
+    inputs["projected"][:, columns - rest :] = float("nan")
+    tail = ("conv_weight", "conv_bias")
+    first = {name: value for name, value in inputs.items() if name not in tail}
+    return first | {
+        "dt": normal(batch, inner).to(dtype),
+        **{name: inputs[name] for name in tail},
+        "dt_bias": normal(inner).to(dtype),
+        "A_log": normal(inner, N).to(wide),
+        "D": normal(inner).to(wide),
+        "kv_dim": kv_dim,
+    }
+
+
+# ---- add_rms_norm, rotate
+
+
+def _normalised(x, eps):
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+
+
+def add_rms_norm(h, delta, weight, eps):
+    """Returns (y, h + delta)."""
+    h = h.clone() if delta is None else h + delta
+    return _normalised(h, eps) * weight, h
+
+
+def add_rms_norm_inputs(
+    shape=(5, 96), dtype=torch.float32, delta=True, eps=1e-5, magnitude=1.0, seed=0
+):
+    """Random arguments of add_rms_norm."""
+    g = torch.Generator().manual_seed(seed)
+    h, other = (magnitude * torch.randn(2, *shape, generator=g, dtype=torch.float64)).to(dtype)
+    weight = torch.randn(shape[-1], generator=g).to(dtype)
+    return {"h": h, "delta": other if delta else None, "weight": weight, "eps": eps}
+
+
+def rotate(x, positions, inv_freq):
+    """Returns the rotated x; the argument is left as it was."""
+    angle = (positions.float()[:, None, None] * inv_freq.float()).double()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    if x.dtype == torch.float64:
+        cos, sin = cos.double(), sin.double()
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def rotate_inputs(
+    tokens=5, heads=3, head_dim=64, positions=None, theta=5e5, dtype=torch.float32, seed=0
+):
+    """Random arguments of rotate."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, heads, head_dim, generator=g, dtype=torch.float64).to(dtype)
+    drawn = torch.randint(0, 131072, (tokens,), generator=g)
+    positions = drawn if positions is None else torch.tensor(positions)
+    inv_freq = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return {"x": x, "positions": positions.int(), "inv_freq": inv_freq}
+
+
+# ---- advance
+
+
+def advance(
+    token, logprob, stop_ids, last, slots, positions, lengths, remaining, rng_key, drawn, logprobs,
+    step,
+):  # fmt: skip
+    """Returns everything from `last` on, moved; the arguments are left as they were."""
+    moved = (last, slots, positions, lengths, remaining, rng_key, drawn, logprobs, step)
+    last, slots, positions, lengths, remaining, rng_key, drawn, logprobs, step = (
+        t.clone() for t in moved
+    )
+    t = int(step[0])
+    for row, slot in enumerate(slots.tolist()):
+        drawn[t, row] = token[row] if slot >= 0 else -2
+        if slot < 0:
+            continue
+        last[row], logprobs[t, row] = token[row], logprob[row]
+        remaining[row] -= 1
+        if token[row] < 0 or token[row] in stop_ids[row] or remaining[row] == 0:
+            slots[row], lengths[row] = -1, 0
+        else:
+            positions[row] += 1
+            lengths[row] += 1
+            rng_key[row, 3] += 1
+    step[0] += 1
+    return last, slots, positions, lengths, remaining, rng_key, drawn, logprobs, step
+
+
+def advance_inputs(rows=12, steps=5, t=2, stops=3, spare=2, alive=0.8, seed=0):
+    """Random arguments of advance: few tokens and little left, so that rows end for every reason."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ints(low, high, *shape, dtype=torch.int32):
+        return torch.randint(low, high, shape, generator=g).to(dtype)
+
+    slots = torch.randperm(rows + 3, generator=g)[:rows].int()
+    ended = torch.rand(rows, generator=g) >= alive
+    return {
+        "token": ints(-1, 9, rows, dtype=torch.int64),
+        "logprob": -torch.rand(rows, generator=g),
+        "stop_ids": ints(-1, 9, rows, stops, dtype=torch.int64),
+        "last": ints(0, 9, rows, dtype=torch.int64),
+        "slots": slots.masked_fill(ended, -1),
+        "positions": ints(0, 50, rows),
+        "lengths": ints(1, 50, rows),
+        "remaining": ints(1, 4, rows),
+        "rng_key": _keys(rows, g),
+        "drawn": ints(0, 9, steps, rows + spare, dtype=torch.int64),
+        "logprobs": torch.randn(steps, rows + spare, generator=g),
+        "step": torch.tensor([t], dtype=torch.int32),
+    }
+
+
 def append_kv_inputs(queries=(1, 1, 1), **change):
     """Random arguments of append_kv."""
     inputs = paged_attention_inputs(queries=queries, **change)
@@ -500,21 +879,79 @@ def append_kv_inputs(queries=(1, 1, 1), **change):
     return {"k_cache": k_cache, "v_cache": inputs["v_cache"], "k": k, "v": v, **rest}
 
 
+def linear(x, weight, bias=None):
+    """x W^T + b"""
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def linear_inputs(
+    rows=3, in_features=64, out_features=48, dtype=torch.float32, bias=True, shape=None, seed=0
+):
+    """Random arguments of linear."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    weight = normal(out_features, in_features) / math.sqrt(in_features)
+    return {
+        "x": normal(*((rows,) if shape is None else shape), in_features).to(dtype),
+        "weight": weight.to(dtype),
+        "bias": normal(out_features).to(dtype) if bias else None,
+    }
+
+
 # ---- all of them
 
 # Operator -> its definition, the maker of its inputs, the arguments it mutates.
 OPERATORS = {
     "ssd_scan": (ssd_scan, ssd_scan_inputs, ()),
     "state_update": (state_update, state_update_inputs, ("state",)),
+    "deferred_state_update": (
+        deferred_state_update,
+        deferred_state_update_inputs,
+        ("state", "recent", "recent_decay"),
+    ),
+    "count_pending": (count_pending, count_pending_inputs, ("pending",)),
     "selective_scan": (selective_scan, selective_scan_inputs, ()),
     "selective_update": (selective_update, selective_update_inputs, ("state",)),
     "causal_conv1d": (causal_conv1d, causal_conv1d_inputs, ()),
     "conv_update": (conv_update, conv_update_inputs, ("state",)),
+    "discrete_mamba2_update": (
+        discrete_mamba2_update,
+        discrete_mamba2_update_inputs,
+        ("conv_state", "state", "recent", "recent_decay"),
+    ),
+    "mamba2_update": (
+        mamba2_update,
+        mamba2_update_inputs,
+        ("conv_state", "state", "recent", "recent_decay"),
+    ),
+    "mamba1_update": (mamba1_update, mamba1_update_inputs, ("conv_state", "state")),
     "gate": (gate, gate_inputs, ()),
+    "linear": (linear, linear_inputs, ()),
     "softplus": (softplus, softplus_inputs, ()),
+    "add_rms_norm": (add_rms_norm, add_rms_norm_inputs, ("h",)),
+    "rotate": (rotate, rotate_inputs, ("x",)),
     "append_kv": (append_kv, append_kv_inputs, ("k_cache", "v_cache")),
     "paged_attention": (paged_attention, paged_attention_inputs, ()),
     "sample": (sample, sample_inputs, ()),
+    "advance": (
+        advance,
+        advance_inputs,
+        (
+            "last",
+            "slots",
+            "positions",
+            "lengths",
+            "remaining",
+            "rng_key",
+            "drawn",
+            "logprobs",
+            "step",
+        ),
+    ),
 }
 
 
@@ -528,7 +965,7 @@ def check(operator, name: str, device: str = "cpu", **case) -> dict:
     oracle = _outputs(definition(**{k: widen(v) for k, v in inputs.items()}))
     plain = _outputs(definition(**inputs))
     moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    actual = [*_outputs(operator(**moved)), *(moved[argument] for argument in mutated)]
+    actual = _outputs((*_outputs(operator(**moved)), *(moved[argument] for argument in mutated)))
     assert len(actual) == len(oracle), f"{name}: {len(oracle)} results expected, got {len(actual)}"
     for i, results in enumerate(zip(actual, oracle, plain)):
         assert_close(*results, f"{name}, result {i}")
@@ -536,4 +973,5 @@ def check(operator, name: str, device: str = "cpu", **case) -> dict:
 
 
 def _outputs(value):
-    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+    values = [value] if value is None or isinstance(value, Tensor) else value
+    return [v for v in values if v is not None]

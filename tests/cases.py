@@ -23,7 +23,13 @@ STATE_UPDATE_CASES = {
     "strong decay": {"decay": 40.0},
     "padding rows": {"batch": 4, "slots": [5, -1, 0, -7]},
     "only padding": {"batch": 2, "slots": [-1, -1]},
-}
+    "noise": {"state_dtype": torch.bfloat16, "noise": True},
+    "noise, bf16, padding": {
+        "dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "noise": True, "batch": 4,
+        "slots": [5, -1, 0, -7],
+    },
+    "noise, odd extents": {"state_dtype": torch.bfloat16, "noise": True, "P": 7, "N": 5},
+}  # fmt: skip
 
 SSD_SCAN_CASES = {
     "base": {},
@@ -173,7 +179,10 @@ CONV_UPDATE_CASES = {
     "empty batch": {"batch": 0},
     "many rows": {"batch": 70},
     "blocks of channels and a rest": {"channels": 600},
-    "padding rows": {"batch": 4, "slots": [5, -1, 0, -7]},
+    "padding rows": {"batch": 4, "slots": [5, -1, 0, -7], "lengths": [7, -3, 1, 0]},
+    "only padding": {"batch": 2, "slots": [-1, -1], "lengths": [0, 0]},
+    "every place in the ring": {"batch": 6, "lengths": [1, 2, 3, 4, 5, 8]},
+    "a long sequence": {"batch": 1, "lengths": [131072]},
 }
 
 SELECTIVE_SCAN_CASES = {
@@ -215,6 +224,177 @@ SELECTIVE_UPDATE_CASES = {
     "padding rows": {"batch": 4, "slots": [5, -1, 0, -7]},
 }
 
+DEFERRED_STATE_UPDATE_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 data and state": {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16},
+    "bf16 state, fp32 data": {"state_dtype": torch.bfloat16},
+    "writes, bf16 data and state": {
+        "dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "pending": 3,
+    },
+    "nothing pending": {"pending": 0},
+    "writes": {"pending": 3},
+    "period 1, nothing pending": {"period": 1, "pending": 0},
+    "period 1, pending": {"period": 1, "pending": [0, 1, 3, 5, 7], "slots": [4, 0, 1]},
+    "period 8, every pending": {
+        "period": 8, "pending": [0, 1, 2, 3, 4, 5, 6, 7, 3, 1], "batch": 8,
+        "slots": [7, 1, 0, 2, 3, 6, 4, 5],
+    },
+    "period 8, every pending, bf16": {
+        "period": 8, "pending": [0, 1, 2, 3, 4, 5, 6, 7, 3, 1], "batch": 8,
+        "slots": [7, 1, 0, 2, 3, 6, 4, 5], "dtype": torch.bfloat16, "state_dtype": torch.bfloat16,
+    },
+    "period 16, full": {"period": 16, "capacity": 15, "pending": 15},
+    "capacity 0": {"period": 1, "capacity": 0, "pending": 0},
+    "no scale": {"scale": False},
+    "no D": {"D": False},
+    "writes, no scale, no D": {"scale": False, "D": False, "pending": 3},
+    "batch 1": {"batch": 1},
+    "empty batch": {"batch": 0},
+    "many rows": {"batch": 70},
+    "kv sharing (kv, kv, H)": {"Hx": 2, "Gb": 2},
+    "kv sharing, writes": {"Hx": 2, "Gb": 2, "pending": 3},
+    "one group (H, 1, 1)": {"Gb": 1, "Gc": 1, "pending": [2, 3, 2, 3, 2]},
+    "all shared": {"Hx": 1, "Gb": 1, "Gc": 2, "pending": [2, 3, 2, 3, 2]},
+    "P 64, N 64 (Llamba-1B)": {
+        "P": 64, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "pending": [2, 3, 2, 3, 2],
+    },
+    "P 96 (Llamba-3B)": {
+        "P": 96, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "pending": [2, 3, 2, 3, 2],
+    },
+    "P 128, N 128": {
+        "P": 128, "N": 128, "H": 3, "Hx": 1, "Gb": 1, "Gc": 3, "pending": [2, 3, 2, 3, 2],
+    },
+    "P 128, N 16": {"P": 128, "N": 16, "pending": [2, 3, 2, 3, 2]},
+    "odd extents": {"P": 7, "N": 5, "pending": [2, 3, 2, 3, 2]},
+    "zero decay": {"decay": 0.0, "pending": [2, 3, 2, 3, 2]},
+    "strong decay": {"decay": 40.0, "pending": [2, 3, 2, 3, 2]},
+    "decay -1000": {"decay": 1000.0, "pending": [2, 3, 2, 3, 2]},
+    "padding rows": {"batch": 4, "slots": [5, -1, 0, -7], "pending": [2, 3, 2, 3, 2, 3]},
+    "only padding": {"batch": 2, "slots": [-1, -1]},
+    "noise": {"state_dtype": torch.bfloat16, "noise": True, "pending": [2, 3, 2, 3, 2]},
+    "noise, period 1": {"state_dtype": torch.bfloat16, "noise": True, "period": 1, "pending": 0},
+}  # fmt: skip
+
+COUNT_PENDING_CASES = {
+    "base": {},
+    "period 1": {"period": 1},
+    "period 16": {"period": 16, "pending": (15, 14, 0, 1, 15, 3, 2)},
+    "no rows": {"slots": ()},
+    "only padding": {"slots": (-1, -5)},
+}
+
+# Of both Mamba-2 mixers.
+MAMBA2_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 data and state": {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16},
+    "writes, bf16 data and state": {
+        "dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "pending": 3,
+    },
+    "nothing kept": {"recent": False, "period": 1},
+    "nothing kept, bf16": {
+        "recent": False, "period": 1, "dtype": torch.bfloat16, "state_dtype": torch.bfloat16,
+    },
+    "writes": {"pending": 3},
+    "period 1, pending": {"period": 1, "pending": [0, 1, 3, 5, 7], "slots": [4, 0, 1]},
+    "period 8, every pending": {
+        "period": 8, "pending": [0, 1, 2, 3, 4, 5, 6, 7, 3, 1], "batch": 8,
+        "slots": [7, 1, 0, 2, 3, 6, 4, 5],
+    },
+    "batch 1": {"batch": 1},
+    "empty batch": {"batch": 0},
+    "many rows": {"batch": 70},
+    "first tokens": {"lengths": [1, 2, 3]},
+    "width 2": {"width": 2},
+    "padding rows": {
+        "batch": 4, "slots": [5, -1, 0, -7], "lengths": [7, 0, 1, 0], "pending": [2, 3, 2, 3, 2, 3],
+    },
+    "only padding": {"batch": 2, "slots": [-1, -1], "lengths": [0, 0]},
+    "noise": {"state_dtype": torch.bfloat16, "noise": True, "pending": [2, 3, 2, 3, 2]},
+    "noise, nothing kept": {
+        "state_dtype": torch.bfloat16, "noise": True, "recent": False, "period": 1,
+    },
+}  # fmt: skip
+
+DISCRETE_MAMBA2_UPDATE_CASES = MAMBA2_CASES | {
+    "one group": {"G": 1},
+    "P 64, N 64 (Llamba-1B)": {"P": 64, "N": 64, "H": 2, "G": 2, "pending": [2, 3, 2, 3, 2]},
+    "P 96 (Llamba-3B)": {"P": 96, "N": 64, "H": 2, "G": 2, "pending": [2, 3, 2, 3, 2]},
+    "P 128 (Llamba-8B)": {"P": 128, "N": 64, "H": 2, "G": 2, "pending": [2, 3, 2, 3, 2]},
+}
+
+MAMBA2_UPDATE_CASES = MAMBA2_CASES | {
+    "no sharing": {"K": 4},
+    "one kv head": {"K": 1},
+    "P 64 (1B)": {"P": 64, "N": 64, "pending": [2, 3, 2, 3, 2]},
+    "P 128 (3B)": {"P": 128, "N": 128, "H": 3, "K": 1, "pending": [2, 3, 2, 3, 2]},
+    "N other than P": {"P": 32, "N": 16},
+}
+
+MAMBA1_UPDATE_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16 data and state": {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16},
+    "no sharing": {"kv_dim": 96},
+    "nothing unread": {"rest": 0},
+    "N 8": {"N": 8},
+    "several blocks of channels": {"inner": 768, "kv_dim": 256},
+    "batch 1": {"batch": 1},
+    "empty batch": {"batch": 0},
+    "many rows": {"batch": 40},
+    "first tokens": {"lengths": [1, 2, 3]},
+    "width 3": {"width": 3},
+    "padding rows": {"batch": 4, "slots": [5, -1, 0, -7], "lengths": [7, 0, 1, 0]},
+    "only padding": {"batch": 2, "slots": [-1, -1], "lengths": [0, 0]},
+}
+
+ADD_RMS_NORM_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "no delta": {"delta": False},
+    "no delta, bf16": {"delta": False, "dtype": torch.bfloat16},
+    "one row": {"shape": (96,)},
+    "three dimensions": {"shape": (2, 3, 64)},
+    "no rows": {"shape": (0, 96)},
+    "one channel": {"shape": (4, 1)},
+    "odd channels": {"shape": (3, 37)},
+    "many rows": {"shape": (300, 64)},
+    "SmolLM2": {"shape": (2, 576)},
+    "Llama-1B, bf16": {"shape": (3, 2048), "dtype": torch.bfloat16},
+    "Llama-8B, bf16": {"shape": (1, 4096), "dtype": torch.bfloat16},
+    "large eps": {"eps": 1.0},
+    "small values": {"magnitude": 1e-4},
+    "large values": {"magnitude": 1e4},
+}
+
+ROTATE_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "first positions": {"positions": [0, 1, 2, 3, 4]},
+    "the last position": {"tokens": 1, "positions": [131071]},
+    "no tokens": {"tokens": 0},
+    "many tokens": {"tokens": 100},
+    "one head": {"heads": 1},
+    "D 128, bf16": {"head_dim": 128, "dtype": torch.bfloat16},
+    "D 2": {"head_dim": 2},
+    "D 10": {"head_dim": 10},
+    "theta 1e4": {"theta": 1e4},
+}
+
+ADVANCE_CASES = {
+    "base": {},
+    "first step": {"t": 0},
+    "last step": {"t": 4},
+    "one row": {"rows": 1, "alive": 1.0},
+    "no rows": {"rows": 0},
+    "all rows ended": {"alive": 0.0},
+    "many rows": {"rows": 300},
+    "no stop ids": {"stops": 0},
+    "many stop ids": {"stops": 9},
+    "no spare columns": {"spare": 0},
+}
+
 GATE_CASES = {
     "base": {},
     "bf16": {"dtype": torch.bfloat16},
@@ -227,9 +407,30 @@ GATE_CASES = {
 
 # Rows that only a CUDA kernel can run, to be added to a table above.
 CUDA_CASES = {"fp16": {"dtype": torch.float16}}
+CUDA_STATE_CASES = CUDA_CASES | {
+    "fp16 data and state": {"dtype": torch.float16, "state_dtype": torch.float16},
+    "noise, fp16": {"dtype": torch.float16, "state_dtype": torch.float16, "noise": True},
+}
 CUDA_N_CASES = CUDA_CASES | {
     "N 20": {"N": 20},
     "N 100": {"N": 100, "length": 17},
     "N 200, bf16": {"N": 200, "length": 13, "dtype": torch.bfloat16},
     "N 256": {"N": 256, "length": 9},
+}
+
+LINEAR_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "bf16, no bias": {"dtype": torch.bfloat16, "bias": False},
+    "no rows": {"rows": 0},
+    "one row": {"rows": 1, "dtype": torch.bfloat16},
+    "8 rows": {"rows": 8, "dtype": torch.bfloat16},
+    "9 rows": {"rows": 9, "dtype": torch.bfloat16},
+    "16 rows": {"rows": 16, "dtype": torch.bfloat16},
+    "17 rows": {"rows": 17, "dtype": torch.bfloat16},
+    "several stages": {"in_features": 3072, "dtype": torch.bfloat16},
+    "several stages and a rest": {"in_features": 1120, "rows": 10, "dtype": torch.bfloat16},
+    "more tiles than blocks": {"out_features": 8224, "dtype": torch.bfloat16, "bias": False},
+    "odd features": {"in_features": 37, "out_features": 19, "dtype": torch.bfloat16},
+    "three dimensions": {"shape": (2, 3), "dtype": torch.bfloat16},
 }

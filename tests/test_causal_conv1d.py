@@ -51,6 +51,9 @@ def test_packed_and_strided_equal_separate_bitwise_cuda(dtype, shift):
         assert torch.equal(final_i[0], final[i])
 
 
+CUDA_UPDATES = CONV_UPDATE_CASES | CUDA_CASES
+
+
 @pytest.mark.parametrize("case", CONV_UPDATE_CASES.values(), ids=CONV_UPDATE_CASES.keys())
 def test_update_against_reference(case):
     before = conv_update_inputs(**case)
@@ -78,17 +81,42 @@ def test_equals_conv1d():
     torch.testing.assert_close(ops.causal_conv1d(**inputs)[0], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cuda("conv_update")
+@pytest.mark.parametrize("case", CUDA_UPDATES.values(), ids=CUDA_UPDATES.keys())
+def test_update_against_reference_cuda(case):
+    reference.check(ops.conv_update, "conv_update", "cuda", **case)
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scan_is_a_fold_of_updates_bit_for_bit(dtype):
-    inputs = causal_conv1d_inputs(dtype=dtype, channels=300)
+def test_scan_is_a_fold_of_updates_bit_for_bit(dtype, width):
+    """The rows start at different places of their rings."""
+    inputs = causal_conv1d_inputs(dtype=dtype, channels=300, width=width, length=10)
     y, final = ops.causal_conv1d(**inputs)
-    state, slots = inputs["initial_state"].clone(), torch.arange(2, dtype=torch.int32)
-    for t in range(19):
+    ring, slots = torch.full((2, width, 300), float("nan"), dtype=dtype), torch.tensor([1, 0]).int()
+    lengths, past = torch.tensor([6, 17], dtype=torch.int32), torch.arange(1, width)
+    entries = (slots.long()[:, None], (lengths[:, None] + past) % width)
+    ring[entries] = inputs["initial_state"]
+    for t in range(10):
+        lengths += 1
         step = ops.conv_update(
-            state, slots, inputs["x"][:, t], inputs["weight"], inputs["bias"], True
+            ring, slots, lengths, inputs["x"][:, t], inputs["weight"], inputs["bias"], True
         )
         assert torch.equal(step, y[:, t])
-    assert torch.equal(state, final)
+    assert torch.equal(ring[slots.long()[:, None], (lengths[:, None] + past) % width], final)
+
+
+def test_update_from_nothing_is_the_convolution():
+    inputs = causal_conv1d_inputs(initial_state=False, length=10)
+    y, _ = ops.causal_conv1d(**inputs)
+    ring, slots = torch.zeros(3, 4, 24), torch.tensor([2, 0], dtype=torch.int32)
+    for t in range(10):
+        lengths = torch.full((2,), t + 1, dtype=torch.int32)
+        step = ops.conv_update(
+            ring, slots, lengths, inputs["x"][:, t], inputs["weight"], inputs["bias"], True
+        )
+        assert torch.equal(step, y[:, t])
+    assert (ring[1] == 0).all()
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 10, 19])
@@ -177,10 +205,19 @@ def test_bad_offsets(offsets):
         ops.causal_conv1d(**inputs)
 
 
-def test_update_refuses_a_slot_twice_and_changes_nothing():
-    inputs = conv_update_inputs(slots=[0, 1, 1])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"slots": torch.tensor([0, 1, 1], dtype=torch.int32)}, "slots expected distinct, got 1 twice"),
+        ({"lengths": torch.tensor([3, 0, 1], dtype=torch.int32)}, r"lengths\[1\] expected at least 1, got 0"),
+        ({"lengths": torch.ones(2, dtype=torch.int32)}, r"lengths expected shape \(batch\) = \(3\)"),
+        ({"state": torch.zeros(5, 3, 24)}, r"state expected shape .* = \(\*, 4, 24\), got \(5, 3, 24\)"),
+    ],
+)  # fmt: skip
+def test_update_errors_change_nothing(change, words):
+    inputs = conv_update_inputs() | change
     before = inputs["state"].clone()
-    with pytest.raises(ValueError, match="conv_update: slots expected distinct, got 1 twice"):
+    with pytest.raises(ValueError, match=f"conv_update: {words}"):
         ops.conv_update(**inputs)
     assert torch.equal(inputs["state"], before)
 

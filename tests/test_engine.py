@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from reasoners import ops
+from reasoners.decode import DecodeLoop
 from reasoners.engine import Engine, Request
 from reasoners.model import CONFIGS, HybridLM
 from reasoners.sampling import SamplingParams, prompt_key
@@ -199,6 +200,7 @@ def test_out_of_pages_waits_and_changes_no_token(num_pages):
     engine.cache = type(engine.cache)(
         model, num_slots=6, max_length=64, num_pages=num_pages, page_size=4
     )
+    engine.loop = DecodeLoop(model, engine.cache, max_rows=8)
     assert collect(engine, requests) == expected
     assert_all_free(engine)
 

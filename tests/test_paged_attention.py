@@ -11,14 +11,23 @@ from reasoners.reference import append_kv_inputs, assert_close, paged_attention_
 CASES = pytest.mark.parametrize(
     "case", PAGED_ATTENTION_CASES.values(), ids=PAGED_ATTENTION_CASES.keys()
 )
+# What CUDA has instead of float64 is float16.
+ON_CUDA = {k: v for k, v in PAGED_ATTENTION_CASES.items() if v.get("dtype") != torch.float64} | {
+    f"{k}, fp16": {**PAGED_ATTENTION_CASES[k], "dtype": torch.float16}
+    for k in ("base", "group 5", "D 128, Llama-3.2-3B", "D 96", "odd D", "prefill after a prefix")
+}
+CUDA_CASES = pytest.mark.parametrize("case", ON_CUDA.values(), ids=ON_CUDA.keys())
+
+
+def to_device(inputs, device):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 
 def check(case, device="cpu"):
     inputs = paged_attention_inputs(**case)
     oracle = reference.paged_attention(**{k: widen(v) for k, v in inputs.items()})
     plain = reference.paged_attention(**inputs)
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    y = ops.paged_attention(**moved)
+    y = ops.paged_attention(**to_device(inputs, device))
     assert y.dtype == inputs["q"].dtype
     assert_close(y, oracle, plain, "y")
 
@@ -29,7 +38,7 @@ def test_against_reference(case):
 
 
 @pytest.mark.cuda("paged_attention")
-@CASES
+@CUDA_CASES
 def test_against_reference_cuda(case):
     check(case, "cuda")
 
@@ -80,6 +89,53 @@ def test_batch_mates_change_nothing(dtype):
     for row in range(len(LENGTHS)):
         alone, mine = row_of(inputs, row)
         assert torch.equal(ops.paged_attention(**alone), y[mine])
+
+
+@pytest.mark.cuda("paged_attention")
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_batch_mates_change_nothing_cuda(dtype, head_dim):
+    inputs = mixed_inputs(dtype=dtype, head_dim=head_dim)
+    y = ops.paged_attention(**to_device(inputs, "cuda"))
+    assert torch.equal(ops.paged_attention(**to_device(inputs, "cuda")), y)
+    for row in range(len(LENGTHS)):
+        alone, mine = row_of(inputs, row)
+        assert torch.equal(ops.paged_attention(**to_device(alone, "cuda")), y[mine])
+
+
+@pytest.mark.cuda("append_kv", "paged_attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_graph_follows_the_values_cuda(dtype):
+    """k, v and q are slices of one matrix; lengths and pages change between capture and replay."""
+    rows, heads, kv_heads, head_dim, page_size = 4, 6, 2, 64, 16
+    qkv = torch.randn(rows, heads + 2 * kv_heads, head_dim, device="cuda").to(dtype)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    caches = torch.randn(2, 12, kv_heads, page_size, head_dim, device="cuda").to(dtype)
+    table = torch.randperm(12, device="cuda").int().view(rows, 3)
+    starts, lengths = torch.arange(rows + 1, device="cuda").int(), ints(1, 0, 17, 30).cuda()
+
+    def step():
+        ops.append_kv(caches[0], caches[1], k, v, table, starts, lengths)
+        return ops.paged_attention(q, caches[0], caches[1], table, starts, lengths)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    before = caches.clone()
+    for changed in ((2, 1, 18, 31), (48, 33, 0, 16)):
+        qkv.normal_()
+        lengths.copy_(torch.tensor(changed))
+        table.copy_(torch.randperm(12).view(rows, 3))
+        caches.copy_(before)
+        graph.replay()
+        replayed = y.clone(), caches.clone()
+        caches.copy_(before)
+        assert torch.equal(step(), replayed[0]) and torch.equal(caches, replayed[1])
+        where = [t.cpu() for t in (table, starts, lengths)]
+        expected = reference.append_kv(*before.cpu(), k.cpu(), v.cpu(), *where)
+        assert torch.equal(torch.stack(expected), caches.cpu())
 
 
 def test_threads_change_nothing():
@@ -171,14 +227,25 @@ def test_nan_in_a_row_stays_in_the_row_and_is_seen():
 # ---- append_kv
 
 
-@CASES
-def test_append_against_reference(case):
+def check_append(case, device="cpu"):
     case = {k: v for k, v in case.items() if k not in ("scale", "magnitude", "heads")}
     inputs = append_kv_inputs(**{"queries": (1, 1, 1), **case})
     expected = reference.append_kv(**inputs)
-    assert ops.append_kv(**inputs) is None
+    moved = to_device(inputs, device)
+    assert ops.append_kv(**moved) is None
     for name, cache in zip(("k_cache", "v_cache"), expected):
-        torch.testing.assert_close(inputs[name], cache, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(moved[name].cpu(), cache, rtol=0, atol=0, equal_nan=True)
+
+
+@CASES
+def test_append_against_reference(case):
+    check_append(case)
+
+
+@pytest.mark.cuda("append_kv")
+@CUDA_CASES
+def test_append_against_reference_cuda(case):
+    check_append(case, "cuda")
 
 
 def test_append_many_tokens_on_several_threads():

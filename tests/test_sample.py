@@ -29,6 +29,44 @@ def test_against_reference_cuda(case):
     check(case, "cuda")
 
 
+@pytest.mark.cuda("sample")
+@CASES
+def test_cuda_equals_cpu(case):
+    inputs = sample_inputs(**case)
+    expected = ops.sample(**inputs)
+    on_cuda = {k: v.cuda() for k, v in inputs.items()}
+    token, logprob = ops.sample(**on_cuda)
+    assert token.tolist() == expected[0].tolist()
+    torch.testing.assert_close(logprob.cpu(), expected[1], rtol=1e-5, atol=1e-5)
+    again = ops.sample(**on_cuda)
+    assert torch.equal(again[0], token) and torch.equal(again[1], logprob)
+    # The end of every row is out of step with 16 bytes.
+    on_cuda["logits"] = torch.nn.functional.pad(on_cuda["logits"], (0, 1))[:, :-1]
+    assert ops.sample(**on_cuda)[0].tolist() == expected[0].tolist()
+
+
+@pytest.mark.cuda("sample")
+@pytest.mark.parametrize("vocabulary", [100, 2049, 70_001])
+@pytest.mark.parametrize(
+    "mix",
+    [{"temperature": 0.0}, {}, {"top_k": 5, "top_p": 0.9}, {"top_p": 0.0}, {"top_p": 0.999}, {"min_p": 0.5}],
+    ids=str,
+)  # fmt: skip
+def test_edges_on_cuda_equal_cpu(vocabulary, mix):
+    """NaN, infinities, nothing but -inf, equal logits, +0 beside -0, one token possible."""
+    nan, inf = float("nan"), float("inf")
+    inputs = sample_inputs(batch=10, vocabulary=vocabulary, **mix)
+    logits = inputs["logits"]
+    logits[0, -1], logits[1, 0], logits[2, 70] = nan, nan, inf
+    logits[3, [5, 6]], logits[4], logits[5, :-1] = inf, -inf, nan
+    logits[6, [70, 80, -1]], logits[7], logits[8] = 50.0, 0.0, -inf
+    logits[7, ::3], logits[8, 33] = -0.0, 1.0
+    expected = ops.sample(**inputs)
+    token, logprob = ops.sample(**{k: v.cuda() for k, v in inputs.items()})
+    assert token.tolist() == expected[0].tolist()
+    torch.testing.assert_close(logprob.cpu(), expected[1], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -126,6 +164,25 @@ def test_batch_order_and_threads_change_nothing():
             assert torch.equal(alone[0][0], token[row]) and torch.equal(alone[1][0], logprob[row])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.cuda("sample")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [3001, 30_000, 128_256])
+@pytest.mark.parametrize(
+    "mix",
+    [{}, {"top_k": 50, "top_p": 0.95}, {"top_k": 3000}, {"top_p": 0.9}, {"top_p": 0.999, "spread": 0.3}],
+    ids=str,
+)  # fmt: skip
+def test_batch_size_changes_nothing_on_cuda(vocabulary, dtype, mix):
+    """How many blocks serve a row depends on the batch; what the row gets does not, bit for bit."""
+    inputs = sample_inputs(batch=200, vocabulary=vocabulary, dtype=dtype, **mix)
+    inputs = {k: v.cuda() for k, v in inputs.items()}
+    token, logprob = ops.sample(**inputs)
+    for begin, end in [(row, row + 1) for row in range(0, 200, 23)] + [(0, 20), (150, 200)]:
+        part = ops.sample(**{k: v[begin:end] for k, v in inputs.items()})
+        assert torch.equal(part[0], token[begin:end])
+        assert torch.equal(part[1], logprob[begin:end])
 
 
 def test_strided_inputs_equal_contiguous():

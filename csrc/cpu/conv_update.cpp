@@ -1,4 +1,5 @@
-// One token of a depthwise causal convolution, in place on each row's slot of past inputs.
+// One token of a depthwise causal convolution, in place on each row's ring of past inputs: the
+// input at position t is entry t % width, so that a token costs one write and no shift.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -9,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/fast_exp.h"
+#include "cpu/operators.h"
 
 namespace reasoners {
 namespace {
@@ -17,12 +19,13 @@ constexpr int64_t kBlock = 256;
 constexpr int64_t kMaxWidth = 4;
 
 template <typename scalar_t>
-void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Tensor& weight,
-            const OptionalTensor& bias, bool silu, const Tensor& y) {
+void update(const Tensor& state, const Tensor& slots, const Tensor& lengths, const Tensor& x,
+            const Tensor& weight, const OptionalTensor& bias, bool silu, const Tensor& y) {
   using acc_t = at::opmath_type<scalar_t>;
   const int64_t batch = x.size(0), channels = x.size(1), width = weight.size(1);
-  const int64_t history = width - 1, blocks = (channels + kBlock - 1) / kBlock;
+  const int64_t blocks = (channels + kBlock - 1) / kBlock;
   const auto* slot_of = slots.const_data_ptr<int32_t>();
+  const auto* length_of = lengths.const_data_ptr<int32_t>();
   const auto* x_data = x.const_data_ptr<scalar_t>();
   const auto* weight_data = weight.const_data_ptr<scalar_t>();
   const auto* bias_data = bias ? bias->const_data_ptr<scalar_t>() : nullptr;
@@ -43,18 +46,16 @@ void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Ten
           std::fill(out, out + count, scalar_t(0));
           continue;
         }
-        scalar_t* past = state_data + slot_of[row] * history * channels + first;
+        scalar_t* ring = state_data + slot_of[row] * width * channels + first;
         const scalar_t* u = x_data + row * channels + first;
         for (int64_t c = 0; c < count; ++c)
           sum[c] = bias_data ? static_cast<acc_t>(bias_data[first + c]) : acc_t(0);
         for (int64_t w = 0; w < width; ++w) {
-          const scalar_t* input = w < history ? past + w * channels : u;
+          const scalar_t* input =
+              w + 1 < width ? ring + (length_of[row] + w) % width * channels : u;
           for (int64_t c = 0; c < count; ++c) sum[c] += taps[w][c] * static_cast<acc_t>(input[c]);
         }
-        for (int64_t w = 0; w < history; ++w) {
-          const scalar_t* next = w + 1 < history ? past + (w + 1) * channels : u;
-          std::copy(next, next + count, past + w * channels);
-        }
+        std::copy(u, u + count, ring + (length_of[row] - 1) % width * channels);
         if (silu)
           for (int64_t c = 0; c < count; ++c) sum[c] *= fast_sigmoid(sum[c]);
         for (int64_t c = 0; c < count; ++c) out[c] = static_cast<scalar_t>(sum[c]);
@@ -63,19 +64,23 @@ void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Ten
   });
 }
 
-Tensor conv_update(const Tensor& state, const Tensor& slots, const Tensor& x, const Tensor& weight,
-                   const OptionalTensor& bias, bool silu) {
-  check_conv_update(state, slots, x, weight, bias);
-  Check{"conv_update"}.slots(slots.contiguous(), state.size(0));
+}  // namespace
+
+Tensor cpu::conv_update(const Tensor& state, const Tensor& slots_in, const Tensor& lengths_in,
+                        const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        bool silu) {
+  check_conv_update(state, slots_in, lengths_in, x, weight, bias);
+  const Tensor slots = slots_in.contiguous(), lengths = lengths_in.contiguous();
+  Check{"conv_update"}.slots(slots, state.size(0));
+  Check{"conv_update"}.lengths(slots, lengths);
   auto y = at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "conv_update", [&] {
-    update<scalar_t>(state, slots.contiguous(), x.contiguous(), weight.contiguous(),
+    update<scalar_t>(state, slots, lengths, x.contiguous(), weight.contiguous(),
                      bias ? OptionalTensor(bias->contiguous()) : bias, silu, y);
   });
   return y;
 }
 
-TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("conv_update", &conv_update); }
+TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("conv_update", &cpu::conv_update); }
 
-}  // namespace
 }  // namespace reasoners

@@ -14,6 +14,7 @@
 
 #include "checks.h"
 #include "cpu/fast_exp.h"
+#include "cpu/operators.h"
 #include "rows.h"
 
 namespace reasoners {
@@ -30,10 +31,12 @@ void for_rows(const Tensor& x, const Function& function) {
                    });
 }
 
-Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_in) {
+}  // namespace
+
+Tensor cpu::gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_in) {
   check_gate(x_in, z_in, bias_in);
   const Tensor x = rows_of(x_in), z = rows_of(z_in);
-  const OptionalTensor bias = bias_in ? OptionalTensor(bias_in->contiguous()) : bias_in;
+  const OptionalTensor bias = cpu::contiguous(bias_in);
   auto y = at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "gate", [&] {
     using acc_t = at::opmath_type<scalar_t>;
@@ -55,10 +58,10 @@ Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_i
   return y;
 }
 
-Tensor softplus(const Tensor& x_in, const OptionalTensor& bias_in) {
+Tensor cpu::softplus(const Tensor& x_in, const OptionalTensor& bias_in) {
   check_softplus(x_in, bias_in);
   const Tensor x = rows_of(x_in);
-  const OptionalTensor bias = bias_in ? OptionalTensor(bias_in->contiguous()) : bias_in;
+  const OptionalTensor bias = cpu::contiguous(bias_in);
   auto y = at::empty(x.sizes(), x.options().dtype(wide_dtype(x.scalar_type())));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "softplus", [&] {
     using acc_t = at::opmath_type<scalar_t>;
@@ -78,9 +81,8 @@ Tensor softplus(const Tensor& x_in, const OptionalTensor& bias_in) {
 }
 
 TORCH_LIBRARY_IMPL(reasoners, CPU, m) {
-  m.impl("gate", &gate);
-  m.impl("softplus", &softplus);
+  m.impl("gate", &cpu::gate);
+  m.impl("softplus", &cpu::softplus);
 }
 
-}  // namespace
 }  // namespace reasoners

@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "cpu/fast_exp.h"
+#include "cpu/operators.h"
 #include "cpu/widened.h"
 
 namespace reasoners {
@@ -67,30 +68,26 @@ void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Ten
   });
 }
 
-Tensor selective_update(const Tensor& state, const Tensor& slots, const Tensor& x,
-                        const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                        const OptionalTensor& D) {
+}  // namespace
+
+Tensor cpu::selective_update(const Tensor& state, const Tensor& slots, const Tensor& x,
+                             const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                             const OptionalTensor& D) {
   check_selective_update(state, slots, x, delta, A, B, C, D);
   Check{"selective_update"}.slots(slots.contiguous(), state.size(0));
   auto y = at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "selective_update", [&] {
     using data_t = scalar_t;
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, state.scalar_type(), "selective_update", [&] {
-      if constexpr (std::is_same_v<data_t, double> != std::is_same_v<scalar_t, double>) {
-        TORCH_CHECK_TYPE(false,
-                         "selective_update: state and x expected both or neither float64, got ",
-                         state.scalar_type(), " and ", x.scalar_type());
-      } else {
+      if constexpr (std::is_same_v<data_t, double> == std::is_same_v<scalar_t, double>)
         update<data_t, scalar_t>(state, slots.contiguous(), x.contiguous(), delta.contiguous(),
-                                 A.contiguous(), B.contiguous(), C.contiguous(),
-                                 D ? OptionalTensor(D->contiguous()) : D, y);
-      }
+                                 A.contiguous(), B.contiguous(), C.contiguous(), cpu::contiguous(D),
+                                 y);
     });
   });
   return y;
 }
 
-TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("selective_update", &selective_update); }
+TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("selective_update", &cpu::selective_update); }
 
-}  // namespace
 }  // namespace reasoners

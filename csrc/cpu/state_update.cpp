@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/head_state.h"
+#include "cpu/operators.h"
 
 namespace reasoners {
 namespace {
@@ -21,7 +23,7 @@ namespace {
 template <typename scalar_t, typename state_t>
 void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Tensor& log_decay,
             const Tensor& B, const Tensor& C, const OptionalTensor& scale, const OptionalTensor& D,
-            Tensor& y) {
+            const OptionalTensor& rng_key, Tensor& y) {
   using acc_t = at::opmath_type<scalar_t>;
   const int64_t batch = y.size(0), heads = y.size(1), head_dim = y.size(2), state_dim = B.size(2);
   const int64_t x_share = heads / x.size(1), b_share = heads / B.size(1),
@@ -33,12 +35,15 @@ void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Ten
   const auto* c_data = C.const_data_ptr<scalar_t>();
   const auto* scale_data = scale ? scale->const_data_ptr<acc_t>() : nullptr;
   const auto* d_data = D ? D->const_data_ptr<acc_t>() : nullptr;
+  const auto* key_data = rng_key ? rng_key->const_data_ptr<int64_t>() : nullptr;
   auto* state_data = state.mutable_data_ptr<state_t>();
   auto* y_data = y.mutable_data_ptr<scalar_t>();
 
   at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> wide(2 * state_dim);
     acc_t *b = wide.data(), *c = wide.data() + state_dim;
+    RoundingNoise noise;
+    const int64_t size = head_dim * state_dim;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / heads, head = i % heads;
       scalar_t* out = y_data + i * head_dim;
@@ -56,49 +61,35 @@ void update(const Tensor& state, const Tensor& slots, const Tensor& x, const Ten
       const acc_t decay = std::exp(decay_data[i]);
       const acc_t weight = scale_data ? scale_data[i] : acc_t(1);
       const acc_t skip = d_data ? d_data[head] : acc_t(0);
-      state_t* s = state_data + (slot_of[row] * heads + head) * head_dim * state_dim;
-      for (int64_t p = 0; p < head_dim; ++p, s += state_dim) {
-        const acc_t input = static_cast<acc_t>(x_in[p]);
-        const acc_t gain = weight * input;
-        acc_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t n = 0; n < state_dim; ++n) {
-          const acc_t next = decay * static_cast<acc_t>(s[n]) + gain * b[n];
-          s[n] = static_cast<state_t>(next);
-          sum += next * c[n];
-        }
-        out[p] = static_cast<scalar_t>(sum + skip * input);
-      }
+      token_onto_head(state_data + (slot_of[row] * heads + head) * size, x_in, b, c, decay, weight,
+                      skip, key_data ? noise(key_data + 4 * row, head * size, size) : nullptr,
+                      head_dim, state_dim, out);
     }
   });
 }
 
-Tensor state_update(const Tensor& state, const Tensor& slots, const Tensor& x,
-                    const Tensor& log_decay, const Tensor& B, const Tensor& C,
-                    const OptionalTensor& scale, const OptionalTensor& D) {
-  check_state_update(state, slots, x, log_decay, B, C, scale, D);
+}  // namespace
+
+Tensor cpu::state_update(const Tensor& state, const Tensor& slots_in, const Tensor& x,
+                         const Tensor& log_decay, const Tensor& B, const Tensor& C,
+                         const OptionalTensor& scale, const OptionalTensor& D,
+                         const OptionalTensor& rng_key) {
+  check_state_update(state, slots_in, x, log_decay, B, C, scale, D, rng_key);
+  const Tensor slots = slots_in.contiguous();
   Check{"state_update"}.slots(slots, state.size(0));
   auto y = at::empty({x.size(0), log_decay.size(1), x.size(2)}, x.options());
-  const auto contiguous = [](const OptionalTensor& t) {
-    return t ? OptionalTensor(t->contiguous()) : t;
-  };
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "state_update", [&] {
     using data_t = scalar_t;
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, state.scalar_type(), "state_update", [&] {
-      if constexpr (std::is_same_v<data_t, double> != std::is_same_v<scalar_t, double>) {
-        TORCH_CHECK_TYPE(false, "state_update: state and x expected both or neither float64, got ",
-                         state.scalar_type(), " and ", x.scalar_type());
-      } else {
-        update<data_t, scalar_t>(state, slots.contiguous(), x.contiguous(), log_decay.contiguous(),
-                                 B.contiguous(), C.contiguous(), contiguous(scale), contiguous(D),
-                                 y);
-      }
+      if constexpr (std::is_same_v<data_t, double> == std::is_same_v<scalar_t, double>)
+        update<data_t, scalar_t>(state, slots, x.contiguous(), log_decay.contiguous(),
+                                 B.contiguous(), C.contiguous(), cpu::contiguous(scale),
+                                 cpu::contiguous(D), cpu::contiguous(rng_key), y);
     });
   });
   return y;
 }
 
-TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("state_update", &state_update); }
+TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("state_update", &cpu::state_update); }
 
-}  // namespace
 }  // namespace reasoners

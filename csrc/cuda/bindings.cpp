@@ -48,27 +48,41 @@ const T* data_or_null(const OptionalTensor& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
 }
 
+bool is_aligned_to_16(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
 TokenStrides token_strides(const Tensor& t) { return {t.stride(0), t.stride(1)}; }
 
-Tensor state_update(const Tensor& state, const Tensor& slots_in, const Tensor& x_in,
-                    const Tensor& log_decay_in, const Tensor& B_in, const Tensor& C_in,
-                    const OptionalTensor& scale_in, const OptionalTensor& D_in) {
-  check_state_update(state, slots_in, x_in, log_decay_in, B_in, C_in, scale_in, D_in);
-  const c10::cuda::CUDAGuard guard(x_in.device());
+// What a slot's state does not contain yet; nothing when recent is null.
+RecentTokens recent_tokens(const OptionalTensor& recent, const OptionalTensor& recent_decay,
+                           const OptionalTensor& pending, int64_t period) {
+  if (!recent) return {};
+  return {recent->mutable_data_ptr(), recent_decay->mutable_data_ptr<float>(),
+          pending->const_data_ptr<int32_t>(), static_cast<int>(recent->size(1)),
+          static_cast<int>(period)};
+}
+
+Tensor update_states(const Tensor& state, const RecentTokens& recent, const Tensor& slots_in,
+                     const Tensor& x_in, const Tensor& log_decay_in, const Tensor& B_in,
+                     const Tensor& C_in, const OptionalTensor& scale_in, const OptionalTensor& D_in,
+                     const OptionalTensor& rng_key_in) {
   const Tensor slots = slots_in.contiguous(), x = packed_rows(x_in),
                log_decay = packed_rows(log_decay_in), B = packed_rows(B_in), C = packed_rows(C_in);
-  const OptionalTensor scale = packed_rows(scale_in);
-  const OptionalTensor D = contiguous(D_in);
+  const OptionalTensor scale = packed_rows(scale_in), D = contiguous(D_in),
+                       rng_key = contiguous(rng_key_in);
   auto y = at::empty({x.size(0), log_decay.size(1), x.size(2)}, x.options());
   StateUpdateParams p{};
   p.state = state.mutable_data_ptr();
+  p.recent = recent;
   p.slots = slots.const_data_ptr<int32_t>();
   p.x = x.const_data_ptr();
   p.log_decay = log_decay.const_data_ptr<float>();
   p.B = B.const_data_ptr();
   p.C = C.const_data_ptr();
-  p.scale = data_or_null<float>(scale);
-  p.D = data_or_null<float>(D);
+  p.scale = scale ? scale->const_data_ptr<float>() : nullptr;
+  p.D = D ? D->const_data_ptr<float>() : nullptr;
+  p.rng_key = data_or_null<int64_t>(rng_key);
   p.y = y.mutable_data_ptr();
   p.x_stride = x.stride(0);
   p.log_decay_stride = log_decay.stride(0);
@@ -87,6 +101,363 @@ Tensor state_update(const Tensor& state, const Tensor& slots_in, const Tensor& x
   launch_state_update(p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
+}
+
+Tensor state_update(const Tensor& state, const Tensor& slots, const Tensor& x,
+                    const Tensor& log_decay, const Tensor& B, const Tensor& C,
+                    const OptionalTensor& scale, const OptionalTensor& D,
+                    const OptionalTensor& rng_key) {
+  check_state_update(state, slots, x, log_decay, B, C, scale, D, rng_key);
+  const c10::cuda::CUDAGuard guard(x.device());
+  return update_states(state, {}, slots, x, log_decay, B, C, scale, D, rng_key);
+}
+
+Tensor deferred_state_update(const Tensor& state, const Tensor& recent, const Tensor& recent_decay,
+                             const Tensor& pending, const Tensor& slots, const Tensor& x,
+                             const Tensor& log_decay, const Tensor& B, const Tensor& C,
+                             const OptionalTensor& scale, const OptionalTensor& D, int64_t period,
+                             const OptionalTensor& rng_key) {
+  check_deferred_state_update(state, recent, recent_decay, pending, slots, x, log_decay, B, C,
+                              scale, D, period, rng_key);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto tokens = recent_tokens(recent, recent_decay, pending, period);
+  return update_states(state, tokens, slots, x, log_decay, B, C, scale, D, rng_key);
+}
+
+// What the two fused mixers have in common.
+struct MixerTensors {
+  Tensor slots, lengths, projected, conv_weight, conv_bias, D, y;
+  OptionalTensor rng_key;
+  MixerUpdateParams p{};
+
+  MixerTensors(const char* op, const Tensor& conv_state, const Tensor& state,
+               const OptionalTensor& recent, const OptionalTensor& recent_decay,
+               const OptionalTensor& pending, const Tensor& slots_in, const Tensor& lengths_in,
+               const Tensor& projected_in, const Tensor& conv_weight_in, const Tensor& conv_bias_in,
+               const Tensor& D_in, int64_t period, const OptionalTensor& rng_key_in)
+      : slots(slots_in.contiguous()),
+        lengths(lengths_in.contiguous()),
+        projected(packed_rows(projected_in)),
+        conv_weight(conv_weight_in.contiguous()),
+        conv_bias(conv_bias_in.contiguous()),
+        D(D_in.contiguous()),
+        rng_key(contiguous(rng_key_in)) {
+    p.batch = projected.size(0);
+    p.heads = state.size(1);
+    p.head_dim = state.size(2);
+    p.state_dim = state.size(3);
+    p.width = conv_weight.size(1);
+    const int values = recent ? 16 / recent->element_size() : 2;
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        p.state_dim == 16 || p.state_dim == 32 || p.state_dim == 64 || p.state_dim == 128, op,
+        ": N expected 16, 32, 64 or 128 on CUDA, got ", p.state_dim);
+    TORCH_CHECK_NOT_IMPLEMENTED(p.head_dim % values == 0 && p.head_dim <= 128, op,
+                                ": P expected a multiple of ", values,
+                                " and at most 128 on CUDA, got ", p.head_dim);
+    y = at::empty({p.batch, p.heads * p.head_dim}, projected.options());
+    p.recent = recent_tokens(recent, recent_decay, pending, period);
+    p.conv_state = conv_state.mutable_data_ptr();
+    p.state = state.mutable_data_ptr();
+    p.slots = slots.const_data_ptr<int32_t>();
+    p.lengths = lengths.const_data_ptr<int32_t>();
+    p.projected = projected.const_data_ptr();
+    p.projected_stride = projected.stride(0);
+    p.conv_weight = conv_weight.const_data_ptr();
+    p.conv_bias = conv_bias.const_data_ptr();
+    p.D = D.const_data_ptr<float>();
+    p.rng_key = data_or_null<int64_t>(rng_key);
+    p.y = y.mutable_data_ptr();
+    p.dtype = dtype_of(projected);
+    p.state_dtype = dtype_of(state);
+  }
+};
+
+Tensor discrete_mamba2_update(const Tensor& conv_state, const Tensor& state,
+                              const OptionalTensor& recent, const OptionalTensor& recent_decay,
+                              const OptionalTensor& pending, const Tensor& slots,
+                              const Tensor& lengths, const Tensor& projected,
+                              const Tensor& conv_weight, const Tensor& conv_bias,
+                              const Tensor& z_bias_in, const Tensor& D, int64_t period,
+                              const OptionalTensor& rng_key) {
+  check_discrete_mamba2_update(conv_state, state, recent, recent_decay, pending, slots, lengths,
+                               projected, conv_weight, conv_bias, z_bias_in, D, period, rng_key);
+  const c10::cuda::CUDAGuard guard(projected.device());
+  MixerTensors t("discrete_mamba2_update", conv_state, state, recent, recent_decay, pending, slots,
+                 lengths, projected, conv_weight, conv_bias, D, period, rng_key);
+  auto& p = t.p;
+  const Tensor z_bias = z_bias_in.contiguous();
+  const int inner = p.heads * p.head_dim, channels = conv_state.size(2);
+  p.z_bias = z_bias.const_data_ptr();
+  p.x_heads = p.heads;
+  p.b_groups = p.c_groups = (channels - inner) / (2 * p.state_dim);
+  p.conv_offset = 0;
+  p.z_offset = channels;
+  p.a_offset = channels + inner;
+  launch_discrete_mamba2_update(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return t.y;
+}
+
+Tensor mamba2_update(const Tensor& conv_state, const Tensor& state, const OptionalTensor& recent,
+                     const OptionalTensor& recent_decay, const OptionalTensor& pending,
+                     const Tensor& slots, const Tensor& lengths, const Tensor& projected,
+                     const Tensor& conv_weight, const Tensor& conv_bias, const Tensor& dt_bias_in,
+                     const Tensor& A_log_in, const Tensor& D, const Tensor& norm_weight_in,
+                     double eps, int64_t period, const OptionalTensor& rng_key) {
+  check_mamba2_update(conv_state, state, recent, recent_decay, pending, slots, lengths, projected,
+                      conv_weight, conv_bias, dt_bias_in, A_log_in, D, norm_weight_in, eps, period,
+                      rng_key);
+  const c10::cuda::CUDAGuard guard(projected.device());
+  MixerTensors t("mamba2_update", conv_state, state, recent, recent_decay, pending, slots, lengths,
+                 projected, conv_weight, conv_bias, D, period, rng_key);
+  auto& p = t.p;
+  const Tensor dt_bias = dt_bias_in.contiguous(), A_log = A_log_in.contiguous(),
+               norm_weight = norm_weight_in.contiguous();
+  const int inner = p.heads * p.head_dim, channels = conv_state.size(2);
+  p.dt_bias = dt_bias.const_data_ptr<float>();
+  p.A_log = A_log.const_data_ptr<float>();
+  p.norm_weight = norm_weight.const_data_ptr();
+  p.eps = eps;
+  p.c_groups = p.heads;
+  p.x_heads = p.b_groups = (channels - p.heads * p.state_dim) / (p.head_dim + p.state_dim);
+  p.z_offset = 0;
+  p.conv_offset = inner;
+  p.a_offset = inner + channels;
+  launch_mamba2_update(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return t.y;
+}
+
+Tensor selective_update(const Tensor& state, const Tensor& slots_in, const Tensor& x_in,
+                        const Tensor& delta_in, const Tensor& A_in, const Tensor& B_in,
+                        const Tensor& C_in, const OptionalTensor& D_in) {
+  check_selective_update(state, slots_in, x_in, delta_in, A_in, B_in, C_in, D_in);
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor slots = slots_in.contiguous(), x = packed_rows(x_in), delta = packed_rows(delta_in),
+               A = A_in.contiguous(), B = packed_rows(B_in), C = packed_rows(C_in);
+  const OptionalTensor D = contiguous(D_in);
+  auto y = at::empty(x.sizes(), x.options());
+  SelectiveUpdateParams p{};
+  p.state = state.mutable_data_ptr();
+  p.slots = slots.const_data_ptr<int32_t>();
+  p.x = x.const_data_ptr();
+  p.delta = delta.const_data_ptr<float>();
+  p.A = A.const_data_ptr<float>();
+  p.B = B.const_data_ptr();
+  p.C = C.const_data_ptr();
+  p.D = D ? D->const_data_ptr<float>() : nullptr;
+  p.y = y.mutable_data_ptr();
+  p.x_stride = x.stride(0);
+  p.delta_stride = delta.stride(0);
+  p.b_stride = B.stride(0);
+  p.c_stride = C.stride(0);
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.b_groups = B.size(1);
+  p.c_groups = C.size(1);
+  p.state_dim = A.size(1);
+  p.dtype = dtype_of(x);
+  p.state_dtype = dtype_of(state);
+  launch_selective_update(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+Tensor mamba1_update(const Tensor& conv_state, const Tensor& state, const Tensor& slots_in,
+                     const Tensor& lengths_in, const Tensor& projected_in, const Tensor& dt_in,
+                     const Tensor& conv_weight_in, const Tensor& conv_bias_in,
+                     const Tensor& dt_bias_in, const Tensor& A_log_in, const Tensor& D_in,
+                     int64_t kv_dim) {
+  check_mamba1_update(conv_state, state, slots_in, lengths_in, projected_in, dt_in, conv_weight_in,
+                      conv_bias_in, dt_bias_in, A_log_in, D_in, kv_dim);
+  const c10::cuda::CUDAGuard guard(projected_in.device());
+  const int64_t state_dim = state.size(2);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      state_dim == 8 || state_dim == 16 || state_dim == 32 || state_dim == 64,
+      "mamba1_update: N expected 8, 16, 32 or 64 on CUDA, got ", state_dim);
+  const Tensor slots = slots_in.contiguous(), lengths = lengths_in.contiguous(),
+               projected = packed_rows(projected_in), dt = packed_rows(dt_in),
+               conv_weight = conv_weight_in.contiguous(), conv_bias = conv_bias_in.contiguous(),
+               dt_bias = dt_bias_in.contiguous(), A_log = A_log_in.contiguous(),
+               D = D_in.contiguous();
+  auto y = at::empty({projected.size(0), state.size(1)}, projected.options());
+  Mamba1UpdateParams p{};
+  p.conv_state = conv_state.mutable_data_ptr();
+  p.state = state.mutable_data_ptr();
+  p.slots = slots.const_data_ptr<int32_t>();
+  p.lengths = lengths.const_data_ptr<int32_t>();
+  p.projected = projected.const_data_ptr();
+  p.dt = dt.const_data_ptr();
+  p.conv_weight = conv_weight.const_data_ptr();
+  p.conv_bias = conv_bias.const_data_ptr();
+  p.dt_bias = dt_bias.const_data_ptr();
+  p.A_log = A_log.const_data_ptr<float>();
+  p.D = D.const_data_ptr<float>();
+  p.y = y.mutable_data_ptr();
+  p.projected_stride = projected.stride(0);
+  p.dt_stride = dt.stride(0);
+  p.batch = projected.size(0);
+  p.channels = state.size(1);
+  p.kv_dim = kv_dim;
+  p.state_dim = state_dim;
+  p.width = conv_weight.size(1);
+  p.dtype = dtype_of(projected);
+  p.state_dtype = dtype_of(state);
+  launch_mamba1_update(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+Tensor conv_update(const Tensor& state, const Tensor& slots_in, const Tensor& lengths_in,
+                   const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& bias_in,
+                   bool silu) {
+  check_conv_update(state, slots_in, lengths_in, x_in, weight_in, bias_in);
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor slots = slots_in.contiguous(), lengths = lengths_in.contiguous(),
+               x = packed_rows(x_in), weight = weight_in.contiguous();
+  const OptionalTensor bias = contiguous(bias_in);
+  auto y = at::empty(x.sizes(), x.options());
+  ConvUpdateParams p{};
+  p.state = state.mutable_data_ptr();
+  p.slots = slots.const_data_ptr<int32_t>();
+  p.lengths = lengths.const_data_ptr<int32_t>();
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  p.x_stride = x.stride(0);
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.width = weight.size(1);
+  p.silu = silu;
+  p.dtype = dtype_of(x);
+  launch_conv_update(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_in) {
+  check_linear(x, weight, bias_in);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const int64_t depth = x.size(-1), columns = weight.size(0), rows = depth ? x.numel() / depth : 0;
+  const Tensor flat = packed_rows(x.reshape({rows, depth}));
+  const auto shape = [&](const Tensor& y) {
+    auto sizes = x.sizes().vec();
+    sizes.back() = columns;
+    return y.reshape(sizes);
+  };
+  const bool streams = rows > 0 && rows <= 4 && x.scalar_type() != at::kFloat &&
+                       columns % 16 == 0 && depth % 16 == 0 && depth > 0 &&
+                       flat.stride(0) % 8 == 0 && weight.is_contiguous() &&
+                       is_aligned_to_16(flat) && is_aligned_to_16(weight);
+  if (!streams) {
+    // cuBLAS splits long sums where few rows would leave the device idle, which changes their
+    // order. With this many rows it does not (H100, shapes of tests/test_linear.py), so there are
+    // as many; what stands in the others is no matter.
+    const int64_t whole = depth >= 2 * columns ? 192 : depth >= columns ? 24 : 0;
+    if (x.scalar_type() == at::kFloat || rows >= whole || rows == 0)
+      return shape(at::linear(flat, weight, bias_in));
+    auto padded = at::empty({whole, depth}, x.options());
+    padded.narrow(0, 0, rows).copy_(flat);
+    return shape(at::linear(padded, weight, bias_in).narrow(0, 0, rows));
+  }
+  const OptionalTensor bias = contiguous(bias_in);
+  auto y = at::empty({rows, columns}, x.options());
+  LinearParams p{};
+  p.x = flat.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  p.x_stride = flat.stride(0);
+  p.rows = rows;
+  p.columns = columns;
+  p.depth = depth;
+  p.dtype = dtype_of(x);
+  launch_linear(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return shape(y);
+}
+
+Tensor add_rms_norm(const Tensor& h, const OptionalTensor& delta_in, const Tensor& weight_in,
+                    double eps) {
+  check_add_rms_norm(h, delta_in, weight_in, eps);
+  const c10::cuda::CUDAGuard guard(h.device());
+  const Tensor weight = weight_in.contiguous();
+  const int64_t dim = h.size(-1);
+  const OptionalTensor delta =
+      delta_in ? OptionalTensor(packed_rows(delta_in->reshape({-1, dim}))) : delta_in;
+  auto y = at::empty(h.sizes(), h.options());
+  AddRmsNormParams p{};
+  p.h = h.mutable_data_ptr();
+  p.delta = delta ? delta->const_data_ptr() : nullptr;
+  p.weight = weight.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.delta_stride = delta ? delta->stride(0) : 0;
+  p.rows = dim ? h.numel() / dim : 0;
+  p.dim = dim;
+  p.eps = eps;
+  p.dtype = dtype_of(h);
+  launch_add_rms_norm(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+void rotate(const Tensor& x, const Tensor& positions_in, const Tensor& inv_freq_in) {
+  check_rotate(x, positions_in, inv_freq_in);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor positions = positions_in.contiguous(), inv_freq = inv_freq_in.contiguous();
+  RotateParams p{};
+  p.x = x.mutable_data_ptr();
+  p.positions = positions.const_data_ptr<int32_t>();
+  p.inv_freq = inv_freq.const_data_ptr<float>();
+  p.x_stride = x.stride(0);
+  p.tokens = x.size(0);
+  p.heads = x.size(1);
+  p.head_dim = x.size(2);
+  p.dtype = dtype_of(x);
+  launch_rotate(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void count_pending(const Tensor& pending, const Tensor& slots_in, int64_t period) {
+  check_count_pending(pending, slots_in, period);
+  const c10::cuda::CUDAGuard guard(pending.device());
+  const Tensor slots = slots_in.contiguous();
+  launch_count_pending({pending.mutable_data_ptr<int32_t>(), slots.const_data_ptr<int32_t>(),
+                        static_cast<int>(slots.size(0)), static_cast<int>(period)},
+                       at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& stop_ids_in,
+             const Tensor& last, const Tensor& slots, const Tensor& positions,
+             const Tensor& lengths, const Tensor& remaining, const Tensor& rng_key,
+             const Tensor& drawn, const Tensor& logprobs, const Tensor& step) {
+  check_advance(token_in, logprob_in, stop_ids_in, last, slots, positions, lengths, remaining,
+                rng_key, drawn, logprobs, step);
+  const c10::cuda::CUDAGuard guard(token_in.device());
+  const Tensor token = token_in.contiguous(), logprob = logprob_in.contiguous(),
+               stop_ids = packed_rows(stop_ids_in);
+  AdvanceParams p{};
+  p.token = token.const_data_ptr<int64_t>();
+  p.logprob = logprob.const_data_ptr<float>();
+  p.stop_ids = stop_ids.const_data_ptr<int64_t>();
+  p.last = last.mutable_data_ptr<int64_t>();
+  p.slots = slots.mutable_data_ptr<int32_t>();
+  p.positions = positions.mutable_data_ptr<int32_t>();
+  p.lengths = lengths.mutable_data_ptr<int32_t>();
+  p.remaining = remaining.mutable_data_ptr<int32_t>();
+  p.rng_key = rng_key.mutable_data_ptr<int64_t>();
+  p.drawn = drawn.mutable_data_ptr<int64_t>();
+  p.logprobs = logprobs.mutable_data_ptr<float>();
+  p.step = step.mutable_data_ptr<int32_t>();
+  p.stop_ids_stride = stop_ids.stride(0);
+  p.drawn_stride = drawn.stride(0);
+  p.logprobs_stride = logprobs.stride(0);
+  p.rows = token.size(0);
+  p.num_stop_ids = stop_ids.size(1);
+  launch_advance(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x_in, const Tensor& log_decay_in,
@@ -251,13 +622,114 @@ Tensor softplus(const Tensor& x_in, const OptionalTensor& bias_in) {
   return y;
 }
 
+void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in, const Tensor& v_in,
+               const Tensor& page_table_in, const Tensor& cu_seqlens_q, const Tensor& kv_lengths) {
+  check_append_kv(k_cache, v_cache, k_in, v_in, page_table_in, cu_seqlens_q, kv_lengths);
+  const c10::cuda::CUDAGuard guard(k_cache.device());
+  const Tensor k = packed_rows(k_in), v = packed_rows(v_in),
+               page_table = packed_rows(page_table_in), starts = cu_seqlens_q.contiguous(),
+               lengths = kv_lengths.contiguous();
+  AppendKvParams p{};
+  p.k_cache = k_cache.mutable_data_ptr();
+  p.v_cache = v_cache.mutable_data_ptr();
+  p.k = k.const_data_ptr();
+  p.v = v.const_data_ptr();
+  p.page_table = page_table.const_data_ptr<int32_t>();
+  p.cu_seqlens_q = starts.const_data_ptr<int32_t>();
+  p.kv_lengths = lengths.const_data_ptr<int32_t>();
+  p.k_stride = k.stride(0);
+  p.v_stride = v.stride(0);
+  p.table_stride = page_table.stride(0);
+  p.tokens = k.size(0);
+  p.rows = lengths.numel();
+  p.kv_heads = k_cache.size(1);
+  p.page_size = k_cache.size(2);
+  p.head_dim = k_cache.size(3);
+  p.dtype = dtype_of(k_cache);
+  launch_append_kv(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
+                       const Tensor& page_table_in, const Tensor& cu_seqlens_q,
+                       const Tensor& kv_lengths, double scale) {
+  check_paged_attention(q_in, k_cache, v_cache, page_table_in, cu_seqlens_q, kv_lengths);
+  const c10::cuda::CUDAGuard guard(q_in.device());
+  const Tensor q = packed_rows(q_in), page_table = packed_rows(page_table_in),
+               starts = cu_seqlens_q.contiguous(), lengths = kv_lengths.contiguous();
+  auto out = at::empty(q.sizes(), q.options());
+  PagedAttentionParams p{};
+  p.q = q.const_data_ptr();
+  p.k_cache = k_cache.const_data_ptr();
+  p.v_cache = v_cache.const_data_ptr();
+  p.page_table = page_table.const_data_ptr<int32_t>();
+  p.cu_seqlens_q = starts.const_data_ptr<int32_t>();
+  p.kv_lengths = lengths.const_data_ptr<int32_t>();
+  p.out = out.mutable_data_ptr();
+  p.q_stride = q.stride(0);
+  p.table_stride = page_table.stride(0);
+  p.tokens = q.size(0);
+  p.rows = lengths.numel();
+  p.heads = q.size(1);
+  p.kv_heads = k_cache.size(1);
+  p.page_size = k_cache.size(2);
+  p.head_dim = q.size(2);
+  p.scale = scale;
+  p.dtype = dtype_of(q);
+  launch_paged_attention(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& temperature_in,
+                                  const Tensor& top_k_in, const Tensor& top_p_in,
+                                  const Tensor& min_p_in, const Tensor& rng_key_in) {
+  check_sample(logits_in, temperature_in, top_k_in, top_p_in, min_p_in, rng_key_in);
+  const c10::cuda::CUDAGuard guard(logits_in.device());
+  const Tensor logits = packed_rows(logits_in), temperature = temperature_in.contiguous(),
+               top_k = top_k_in.contiguous(), top_p = top_p_in.contiguous(),
+               min_p = min_p_in.contiguous(), rng_key = rng_key_in.contiguous();
+  auto token = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
+  auto logprob = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+  SampleParams p{};
+  p.logits = logits.const_data_ptr();
+  p.temperature = temperature.const_data_ptr<float>();
+  p.top_k = top_k.const_data_ptr<int32_t>();
+  p.top_p = top_p.const_data_ptr<float>();
+  p.min_p = min_p.const_data_ptr<float>();
+  p.rng_key = rng_key.const_data_ptr<int64_t>();
+  p.token = token.mutable_data_ptr<int64_t>();
+  p.logprob = logprob.mutable_data_ptr<float>();
+  p.logits_stride = logits.stride(0);
+  p.batch = logits.size(0);
+  p.vocabulary = logits.size(1);
+  p.dtype = dtype_of(logits);
+  launch_sample(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {token, logprob};
+}
+
 TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("state_update", &state_update);
+  m.impl("deferred_state_update", &deferred_state_update);
+  m.impl("count_pending", &count_pending);
+  m.impl("discrete_mamba2_update", &discrete_mamba2_update);
+  m.impl("mamba2_update", &mamba2_update);
+  m.impl("selective_update", &selective_update);
+  m.impl("mamba1_update", &mamba1_update);
+  m.impl("conv_update", &conv_update);
+  m.impl("linear", &linear);
+  m.impl("add_rms_norm", &add_rms_norm);
+  m.impl("rotate", &rotate);
+  m.impl("advance", &advance);
   m.impl("ssd_scan", &ssd_scan);
   m.impl("selective_scan", &selective_scan);
   m.impl("causal_conv1d", &causal_conv1d);
   m.impl("gate", &gate);
   m.impl("softplus", &softplus);
+  m.impl("append_kv", &append_kv);
+  m.impl("paged_attention", &paged_attention);
+  m.impl("sample", &sample);
 }
 
 }  // namespace

@@ -7,10 +7,10 @@
 // long sequences and many short ones are thus the same work. A second, small launch writes the
 // final states, one thread per (sequence, place in the history, channels).
 
+#include "activation.cuh"
 #include "convert.cuh"
 #include "kernels.h"
 #include "scan.cuh"
-#include "silu.cuh"
 
 namespace reasoners {
 namespace {

@@ -4,9 +4,10 @@
 // many. Every operation is one that the compiler may not fuse with its neighbour, so that both ways
 // round alike and an element's bits do not depend on where in the tensor it stands.
 
+#include "activation.cuh"
 #include "convert.cuh"
 #include "kernels.h"
-#include "silu.cuh"
+#include "launch.cuh"
 
 namespace reasoners {
 namespace {
@@ -20,6 +21,8 @@ unsigned blocks_for(int64_t threads) {
 template <typename data_t, int kVec>
 __global__ void __launch_bounds__(kThreads) gate_kernel(const GateParams p) {
   using Some = Vec<data_t, kVec>;
+  let_next_start();
+  wait_for_inputs();
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, vectors = p.channels / kVec;
   const int64_t row = at / vectors, channel = (at - row * vectors) * kVec;
   if (row >= p.rows) return;
@@ -51,9 +54,10 @@ void dispatch_gate(const GateParams& p, cudaStream_t stream) {
                      is_aligned<Some>(p.y);
   const int64_t elements = p.rows * p.channels;
   if (whole)
-    gate_kernel<data_t, kVec><<<blocks_for(elements / kVec), kThreads, 0, stream>>>(p);
+    launch_overlapping(gate_kernel<data_t, kVec>, blocks_for(elements / kVec), kThreads, 0, stream,
+                       p);
   else
-    gate_kernel<data_t, 1><<<blocks_for(elements), kThreads, 0, stream>>>(p);
+    launch_overlapping(gate_kernel<data_t, 1>, blocks_for(elements), kThreads, 0, stream, p);
 }
 
 template <typename data_t, int kVec>
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) softplus_kernel(const SoftplusParams
   for (int k = 0; k < kVec; ++k) {
     const float v = p.bias ? __fadd_rn(to_float(x.at[k]), p.bias[channel + k]) : to_float(x.at[k]);
     // max(v, 0) drops a NaN, the logarithm brings it back.
-    y.at[k] = __fadd_rn(fmaxf(v, 0.f), log1pf(expf(-fabsf(v))));
+    y.at[k] = softplus(v);
   }
   *reinterpret_cast<Vec<float, kVec>*>(p.y + row * p.channels + channel) = y;
 }

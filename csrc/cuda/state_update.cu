@@ -1,89 +1,148 @@
-// One token of S = exp(log_decay) S + scale x B^T, y = S C + D x, in place on each row's slot.
-//
-// A block serves one (row, head) and a tile of the head's P rows. kLanes neighbouring threads hold
-// one row of the (P, N) state, kVec entries each per turn, so that a warp reads and writes whole
-// 128-byte lines; the product with C is reduced over the lanes by shuffles in a fixed order. The
-// state is read and written once and nothing else of size moves: the floor is 2 x state bytes over
-// the bandwidth. A negative slot is a padding row: zeros out, no state touched.
-//
-//   N         <= 16   <= 32   <= 64   more       (kVec = 4; kVec = 1 and 32 lanes if N % 4 != 0)
-//   kLanes      4       8      16      32        rows of P in flight per block: 128 / kLanes
+// One token of S = exp(log_decay) S + scale x B^T, y = S C + D x, in place on each row's slot, with
+// the state written at once (state_update) or every few tokens (deferred_state_update): see
+// state_step.cuh and state_stream.cuh. State dimensions other than 16, 32, 64 and 128 take the loop
+// at the end, a warp to a row of P, which is right and no more.
 
-#include "convert.cuh"
-#include "kernels.h"
+#include "state_stream.cuh"
 
 namespace reasoners {
 namespace {
 
-constexpr int kThreads = 128;
+template <typename data_t>
+struct Bare {
+  StateUpdateParams p;
 
-template <typename data_t, typename state_t, int kLanes, int kVec>
-__global__ void __launch_bounds__(kThreads) state_update_kernel(const StateUpdateParams p) {
-  const int64_t row = blockIdx.x / p.heads;
-  const int head = blockIdx.x % p.heads;
-  const int lane = threadIdx.x % kLanes;
-  constexpr int kRows = kThreads / kLanes;
-  const int first = blockIdx.y * kRows + threadIdx.x / kLanes;
-  const int stride = gridDim.y * kRows;
-  auto* y = static_cast<data_t*>(p.y) + (row * p.heads + head) * p.head_dim;
+  static constexpr bool kConvolves = false, kGates = false;
 
-  const int64_t slot = p.slots[row];
-  if (slot < 0) {
-    if (lane == 0)
-      for (int i = first; i < p.head_dim; i += stride) y[i] = from_float<data_t>(0.f);
-    return;
+  __host__ __device__ int tiles() const { return (p.head_dim + kMaxHeadDim - 1) / kMaxHeadDim; }
+  __device__ float log_decay(int64_t row, int head) const {
+    return p.log_decay[row * p.log_decay_stride + head];
   }
-  const auto* x = static_cast<const data_t*>(p.x) + row * p.x_stride +
-                  int64_t(head / (p.heads / p.x_heads)) * p.head_dim;
-  const auto* b = static_cast<const data_t*>(p.B) + row * p.b_stride +
-                  int64_t(head / (p.heads / p.b_groups)) * p.state_dim;
-  const auto* c = static_cast<const data_t*>(p.C) + row * p.c_stride +
-                  int64_t(head / (p.heads / p.c_groups)) * p.state_dim;
-  const float decay = expf(p.log_decay[row * p.log_decay_stride + head]);
-  const float scale = p.scale ? p.scale[row * p.scale_stride + head] : 1.f;
-  const float skip = p.D ? p.D[head] : 0.f;
-  auto* state =
-      static_cast<state_t*>(p.state) + (slot * p.heads + head) * int64_t(p.head_dim) * p.state_dim;
+  __device__ float scale(int64_t row, int head) const {
+    return p.scale ? p.scale[row * p.scale_stride + head] : 1.f;
+  }
+  __device__ float skip(int head) const { return p.D ? p.D[head] : 0.f; }
+  __device__ const data_t* x(int64_t row, const HeadPlace& place) const {
+    return static_cast<const data_t*>(p.x) + row * p.x_stride + int64_t(place.x) * p.head_dim;
+  }
+  __device__ const data_t* B(int64_t row, const HeadPlace& place) const {
+    return static_cast<const data_t*>(p.B) + row * p.b_stride + int64_t(place.b) * p.state_dim;
+  }
+  __device__ const data_t* C(int64_t row, const HeadPlace& place) const {
+    return static_cast<const data_t*>(p.C) + row * p.c_stride + int64_t(place.c) * p.state_dim;
+  }
+  __device__ const data_t* z(int64_t, int) const { return nullptr; }
 
-  for (int i = first; i < p.head_dim; i += stride) {
-    const float input = to_float(x[i]);
-    const float gain = scale * input;
-    state_t* s = state + int64_t(i) * p.state_dim;
-    float sum = 0.f;
-    for (int n = lane * kVec; n < p.state_dim; n += kLanes * kVec) {
-      auto entries = *reinterpret_cast<const Vec<state_t, kVec>*>(s + n);
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) {
-        const float next = decay * to_float(entries.at[k]) + gain * to_float(b[n + k]);
-        entries.at[k] = from_float<state_t>(next);
-        sum += next * to_float(c[n + k]);
-      }
-      *reinterpret_cast<Vec<state_t, kVec>*>(s + n) = entries;
+  // No convolution: a value is its input.
+  struct Nothing {};
+  using Constants = Nothing;
+  using Past = Nothing;
+  __device__ int entry(int64_t) const { return 0; }
+  __device__ int channel(const HeadPlace&, int) const { return 0; }
+  __device__ Nothing constants(const HeadPlace&, int) const { return {}; }
+  static constexpr int kMaxPast = 0;
+  __device__ int length(int64_t) const { return 0; }
+  __device__ Nothing past(int64_t, int64_t, const HeadPlace&, int) const { return {}; }
+  __device__ Nothing past_of(const data_t*, int) const { return {}; }
+  __device__ float value(Nothing, data_t input, Nothing, int, int64_t) const {
+    return to_float(input);
+  }
+  bool aligned() const {
+    constexpr int kChunk = 16 / sizeof(data_t);
+    const auto fits = [](int64_t count) { return count % kChunk == 0; };
+    return fits(p.x_stride) && fits(p.b_stride) && fits(p.c_stride) && is_aligned<uint4>(p.x) &&
+           is_aligned<uint4>(p.B) && is_aligned<uint4>(p.C) && is_aligned<uint4>(p.state) &&
+           is_aligned<uint4>(p.recent.tokens);
+  }
+  __device__ void store(int64_t row, int head, int channel, float y) const {
+    static_cast<data_t*>(p.y)[(row * p.heads + head) * p.head_dim + channel] =
+        from_float<data_t>(y);
+  }
+  __device__ Nothing output_constants(int, int) const { return {}; }
+  template <typename Sync>
+  __device__ void finish(float*, const Sync&, Nothing, int64_t row, int head, int i, bool valid,
+                         float y, float) const {
+    if (valid) store(row, head, i, y);
+  }
+};
+
+template <typename state_t>
+__device__ state_t narrow_one(float v, const int64_t* rng_key, uint32_t index) {
+  if constexpr (sizeof(state_t) == 2) {
+    if (rng_key) {
+      const PhiloxBlock block = NoiseStream(rng_key).block(0x80000000u | index / 8);
+      const uint32_t words[] = {block.a, block.b, block.c, block.d};
+      const uint32_t word = words[index % 8 / 2];
+      const uint32_t noise = index % 2 ? word >> 16 : word & 0xffff;
+      const unsigned short bits = round_stochastically(v, noise, state_t{});
+      return *reinterpret_cast<const state_t*>(&bits);
     }
-    // The lanes of one row agree on `i`, so they are all here; other rows of the warp may not be.
-    const unsigned mates = (kLanes == 32 ? ~0u : (1u << kLanes) - 1)
-                           << (threadIdx.x % 32 / kLanes * kLanes);
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2)
-      sum += __shfl_xor_sync(mates, sum, offset, kLanes);
-    if (lane == 0) y[i] = from_float<data_t>(sum + skip * input);
   }
+  return from_float<state_t>(v);
 }
 
-template <typename data_t, typename state_t, int kLanes, int kVec>
-void launch(const StateUpdateParams& p, cudaStream_t stream) {
-  const int rows = kThreads / kLanes;
-  const dim3 grid(p.batch * p.heads, min((p.head_dim + rows - 1) / rows, 8));
-  state_update_kernel<data_t, state_t, kLanes, kVec><<<grid, kThreads, 0, stream>>>(p);
+template <typename data_t, typename state_t>
+__global__ void __launch_bounds__(128) any_width_kernel(const Bare<data_t> mixer) {
+  const auto& p = mixer.p;
+  const int64_t row = blockIdx.x / p.heads, slot = p.slots[row];
+  const int head = blockIdx.x % p.heads, lane = threadIdx.x % 32;
+  const HeadPlace place = place_of(p, head);
+  const int b_at = p.x_heads * p.head_dim, row_size = b_at + p.b_groups * p.state_dim;
+  const data_t *x = mixer.x(row, place), *b = mixer.B(row, place), *c = mixer.C(row, place);
+  const float log_decay = mixer.log_decay(row, head), scale = mixer.scale(row, head);
+  const int64_t* rng_key = p.rng_key ? p.rng_key + row * 4 : nullptr;
+
+  const int pending = slot >= 0 && p.recent.pending ? p.recent.pending[slot] : 0;
+  const bool writes = p.recent.pending == nullptr || pending + 1 >= p.recent.period;
+  const int64_t oldest = slot * p.recent.capacity;
+  auto* tokens = static_cast<data_t*>(p.recent.tokens) + oldest * row_size;
+  float* decays = p.recent.decays + oldest * 2 * p.heads + head;
+  for (int i = threadIdx.x / 32; i < p.head_dim; i += blockDim.x / 32) {
+    float sum = 0.f;
+    if (slot >= 0) {
+      const float input = to_float(x[i]);
+      const int64_t first = ((slot * p.heads + head) * p.head_dim + i) * p.state_dim;
+      auto* s = static_cast<state_t*>(p.state) + first;
+      for (int n = lane; n < p.state_dim; n += 32) {
+        float next = to_float(s[n]);
+        for (int j = 0; j < pending; ++j) {
+          const data_t* old = tokens + int64_t(j) * row_size;
+          const float* entry = decays + int64_t(j) * 2 * p.heads;
+          next = expf(entry[0]) * next + entry[p.heads] * to_float(old[place.x * p.head_dim + i]) *
+                                             to_float(old[b_at + place.b * p.state_dim + n]);
+        }
+        next = expf(log_decay) * next + scale * input * to_float(b[n]);
+        if (writes)
+          s[n] = narrow_one<state_t>(next, rng_key, (head * p.head_dim + i) * p.state_dim + n);
+        sum += next * to_float(c[n]);
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+      sum += mixer.skip(head) * input;
+    }
+    if (lane == 0) mixer.store(row, head, i, sum);
+  }
+  if (slot < 0 || writes) return;
+  data_t* entry = tokens + int64_t(pending) * row_size;
+  if (place.owns_x)
+    for (int i = threadIdx.x; i < p.head_dim; i += blockDim.x)
+      entry[place.x * p.head_dim + i] = x[i];
+  if (place.owns_b)
+    for (int n = threadIdx.x; n < p.state_dim; n += blockDim.x)
+      entry[b_at + place.b * p.state_dim + n] = b[n];
+  if (threadIdx.x == 0) {
+    decays[int64_t(pending) * 2 * p.heads] = log_decay;
+    decays[(int64_t(pending) * 2 + 1) * p.heads] = scale;
+  }
 }
 
 template <typename data_t, typename state_t>
 void dispatch_width(const StateUpdateParams& p, cudaStream_t stream) {
-  if (p.state_dim % 4 != 0) return launch<data_t, state_t, 32, 1>(p, stream);
-  if (p.state_dim <= 16) return launch<data_t, state_t, 4, 4>(p, stream);
-  if (p.state_dim <= 32) return launch<data_t, state_t, 8, 4>(p, stream);
-  if (p.state_dim <= 64) return launch<data_t, state_t, 16, 4>(p, stream);
-  launch<data_t, state_t, 32, 4>(p, stream);
+  const Bare<data_t> mixer{p};
+  // Recent tokens come 16 bytes at a time there.
+  const bool whole = p.recent.pending == nullptr || p.head_dim * sizeof(data_t) % 16 == 0;
+  if (!whole || !launch_state<Bare<data_t>, data_t, state_t>(mixer, stream))
+    any_width_kernel<data_t, state_t><<<int64_t(p.batch) * p.heads, 128, 0, stream>>>(mixer);
 }
 
 template <typename data_t>

@@ -1,0 +1,558 @@
+// From logits to a token: temperature, top-k, top-p, min-p, and Gumbel-max over what is kept.
+//
+// A cluster of 1 to 8 blocks serves a row: many for a few rows, few for many rows, but enough that
+// the row stays in their shared memory and is read from global memory once. One block a row took
+// 66 us for a row of 128,256 bfloat16 (92 with top-k 50 and top-p 0.95), and 240 (332) for 512 of
+// them, of which every pass came from cache again, where 44 is the time to read them.
+//   1. While a block loads its part: the maximum and its lowest id.
+//   2. top-k and top-p are thresholds on the logit, found digit by digit (11 bits, highest first)
+//      on how many values of the type lie between a logit and the maximum: a histogram of what
+//      agrees with the digits found so far, summed from the top until enough is above. Enough is a
+//      count for top-k; for top-p it is a mass, in fixed point, so that atomics may add it in any
+//      order and give the same bits. The highest digits are guessed to be 0, which for bfloat16
+//      leaves one pass for all that is above 2^-16 of a positive maximum. Of k disjoint parts of
+//      the row each has a token as high as the least of their maxima: top-k counts none below.
+//   3. The winner of z + Gumbel noise, and log-sum-exp of the raw logits. Noise belongs to the
+//      token (philox.h), so that no order of evaluation can change the choice. It is drawn four
+//      tokens at a time, and only where the largest possible noise could win. As
+//      -log(-log(1 - v)) <= -log(v), the least of the four uniforms tells by one exponential
+//      whether any of them can win; logarithms are taken only then.
+// Nothing is sorted. Neither token nor log-probability depends on the number of blocks: maxima,
+// counts and fixed point have no order, and what log-sum-exp adds in float32 are always the same
+// lanes of kGroups parts of the row, in the same order.
+
+#include <algorithm>
+#include <cmath>
+
+#include "convert.cuh"
+#include "kernels.h"
+#include "philox.h"
+
+namespace reasoners {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kLogMostBlocks = 3;
+constexpr int kMostBlocks = 1 << kLogMostBlocks;  // of a cluster; more are not portable
+constexpr int kGroups = kMostBlocks;
+constexpr int kParts = 4;              // of a warp, for the bound of top-k
+constexpr int kResident = 264;         // blocks, two on each of 132 multiprocessors
+constexpr int kStageBytes = 88 << 10;  // so that two blocks fit
+constexpr int kDigit = 11;
+constexpr int kBins = 1 << kDigit;
+constexpr int kBinsOfThread = kBins / kThreads;
+constexpr unsigned kAll = ~0u;
+constexpr float kInfinity = INFINITY;
+constexpr float kLog2E = 0x1.715476p+0f;
+static_assert(kBins % kThreads == 0 && kWarps <= 32 && kThreads % kMostBlocks == 0);
+
+// The maximum of a part of the row, its lowest id, and the least maximum of its kParts parts.
+struct Summary {
+  float max;
+  int id;
+  float least;
+};
+
+// The best score of a part of the row, its lowest id, and the logit there.
+struct Best {
+  float score;
+  int id;
+  float logit;
+};
+
+__device__ inline Summary combine(const Summary& a, const Summary& b) {
+  const int id = a.max > b.max ? a.id : a.max < b.max ? b.id : min(a.id, b.id);
+  return {fmaxf(a.max, b.max), id, fminf(a.least, b.least)};
+}
+__device__ inline Summary from_lane(const Summary& a, int offset) {
+  return {__shfl_xor_sync(kAll, a.max, offset), __shfl_xor_sync(kAll, a.id, offset),
+          __shfl_xor_sync(kAll, a.least, offset)};
+}
+
+__device__ inline Best combine(const Best& a, const Best& b) {
+  const bool first = a.score > b.score || (a.score == b.score && a.id < b.id);
+  return first ? a : b;
+}
+__device__ inline Best from_lane(const Best& a, int offset) {
+  return {__shfl_xor_sync(kAll, a.score, offset), __shfl_xor_sync(kAll, a.id, offset),
+          __shfl_xor_sync(kAll, a.logit, offset)};
+}
+
+__device__ inline float combine(float a, float b) { return a + b; }
+__device__ inline float from_lane(float a, int offset) { return __shfl_xor_sync(kAll, a, offset); }
+
+// The combination over lanes that differ in the bits [kFrom, kTo), the same bits in each of them.
+template <int kFrom = 1, int kTo = 32, typename T>
+__device__ T combine_lanes(T mine) {
+#pragma unroll
+  for (int offset = kFrom; offset < kTo; offset *= 2) mine = combine(mine, from_lane(mine, offset));
+  return mine;
+}
+
+// 2^x to about 2 ulp; below 2^-126 it is 0.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Barrier of one cluster's blocks. arrive_first tells only that the block runs.
+__device__ inline void arrive_first() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ inline void arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ inline void wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// What has the address `mine` in this block's shared memory, in that of another one.
+template <typename T>
+__device__ inline T* in_block(T* mine, int block) {
+  T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(block));
+  return there;
+}
+
+// Integers in the order of the logits, and back. A bfloat16 is a float32 whose lower half is 0.
+template <typename data_t>
+struct Key {
+  static constexpr int kBits = 8 * sizeof(data_t);
+  static constexpr int kGuess = kBits == 16 ? kDigit : 2 * kDigit;  // bits that may not be 0
+  __device__ static uint32_t of(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return (bits ^ (bits >> 31 ? ~0u : 0x80000000u)) >> (32 - kBits);
+  }
+  __device__ static float value(uint32_t key) {
+    const uint32_t bits = key << (32 - kBits);
+    return __uint_as_float(key >> (kBits - 1) ? bits ^ 0x80000000u : ~bits & (~0u << (32 - kBits)));
+  }
+};
+
+struct Shared {
+  uint32_t low[kBins + 1], high[kBins + 1];  // the two halves of every bin's weight; then the rest
+  Summary summaries[kMostBlocks * kWarps];
+  Best bests[kMostBlocks * kWarps];
+  float sums[kGroups * kWarps];
+  uint64_t of_warps[kWarps];
+  NoiseStream noise;
+  uint64_t above;   // weight above the chosen bin
+  uint32_t prefix;  // the digits found so far
+  uint32_t bar;     // key of a score that was reached
+};
+constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
+
+struct Geometry {
+  int blocks;  // of a row's cluster
+  int log_blocks;
+  int units_per_group;  // units of 16 bytes
+  int staged;           // units that a block keeps in shared memory
+};
+
+template <typename data_t, bool kAligned>
+class Row {
+ public:
+  static constexpr int kUnit = 16 / sizeof(data_t);
+
+  __device__ Row(const SampleParams& p, const Geometry& g, char* memory)
+      : g_(g),
+        rank_(blockIdx.x & (g.blocks - 1)),
+        row_(blockIdx.x >> g.log_blocks),
+        size_(p.vocabulary),
+        units_((p.vocabulary + kUnit - 1) / kUnit),
+        first_(rank_ * (kGroups >> g.log_blocks) * g.units_per_group),
+        logits_(static_cast<const data_t*>(p.logits) + row_ * p.logits_stride),
+        shared_(*reinterpret_cast<Shared*>(memory)),
+        stage_(reinterpret_cast<Unit*>(memory + kSharedBytes)) {}
+
+  __device__ void run(const SampleParams& p) {
+    if (threadIdx.x == 0) shared_.bar = Key<float>::of(-kInfinity);
+    if (g_.blocks > 1) arrive_first();
+    const float temperature = p.temperature[row_], top_p = p.top_p[row_], min_p = p.min_p[row_];
+    const int top_k = p.top_k[row_];
+    summarize(p.rng_key + 4 * row_);
+    // Clamped so that neither 0 * infinity nor infinity * 0 can arise.
+    constexpr float kSmallest = 0x1p-126f, kLargest = 0x1p126f;
+    scale_ = fminf(fmaxf(1 / temperature, kSmallest), kLargest);
+
+    // Whoever wins scores no less than the most probable token, so that one sets the bar. A greedy
+    // row's is too high for anyone else.
+    const bool finite = fabsf(summary_.max) < kInfinity;
+    Best best{-kInfinity, size_, 0.f};
+    float kept = -kInfinity, kept_z = -kInfinity, bar = kInfinity;
+    if (temperature > 0 && finite) {
+      if (top_k > 0 && top_k < size_) {
+        const bool bounded = top_k <= kParts * kWarps * g_.blocks;
+        kept = threshold<false>(top_k, bounded ? summary_.least : kept);
+      }
+      if (top_p < 1) kept = threshold<true>(top_p, kept);
+      if (min_p > 0) kept_z = fminf(logf(min_p), 0.f);
+      const PhiloxBlock words = shared_.noise.block(summary_.id / 4);
+      bar = noise_gumbel(choose(words.a, words.b, words.c, words.d, summary_.id % 4));
+    } else {
+      best = {kInfinity, summary_.id, summary_.max};
+    }
+    draw(kept, kept_z, bar, best);
+    finish(p, best, finite);
+  }
+
+ private:
+  using Unit = Vec<data_t, kUnit>;
+
+  __device__ float z(float x) const { return (x - summary_.max) * scale_; }
+
+  __device__ void sync() const {
+    if (g_.blocks == 1) return __syncthreads();
+    arrive();
+    wait();
+  }
+
+  // Past the row's end is -inf.
+  __device__ Unit fetch(int index) const {
+    const int64_t begin = int64_t{index} * kUnit;
+    if constexpr (kAligned) {
+      return *reinterpret_cast<const Unit*>(logits_ + begin);
+    } else {
+      Unit unit;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i)
+        unit.at[i] = begin + i < size_ ? logits_[begin + i] : from_float<data_t>(-kInfinity);
+      return unit;
+    }
+  }
+
+  // Calls visit(first token, its kUnit logits) on this thread's units of a group, in rising order,
+  // kAhead of them loaded together. A thread's units are always the same, so that it need not wait
+  // for others to read what it has staged.
+  template <int kAhead, bool kStage = false, typename visit_t>
+  __device__ void for_units(int group, visit_t visit) const {
+    const int end = min((group + 1) * g_.units_per_group, units_);
+    for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
+         unit += kAhead * kThreads) {
+      Unit units[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int at = unit + k * kThreads;
+        if (at >= end) break;
+        units[k] = !kStage && at - first_ < g_.staged ? stage_[at - first_] : fetch(at);
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int at = unit + k * kThreads;
+        if (at >= end) break;
+        if (kStage && at - first_ < g_.staged) stage_[at - first_] = units[k];
+        float x[kUnit];
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) x[i] = to_float(units[k].at[i]);
+        visit(at * kUnit, x);
+      }
+    }
+  }
+  template <typename visit_t>
+  __device__ void for_groups(visit_t visit) const {
+    const int groups = kGroups >> g_.log_blocks;
+    for (int group = rank_ * groups; group < (rank_ + 1) * groups; ++group) visit(group);
+  }
+
+  __device__ static float maximum(const float (&x)[kUnit]) {  // passes over NaN
+    float top = x[0];
+#pragma unroll
+    for (int i = 1; i < kUnit; ++i) top = fmaxf(top, x[i]);
+    return top;
+  }
+
+  __device__ void summarize(const int64_t* rng_key) {
+    const int64_t key[] = {rng_key[0], rng_key[1], rng_key[2], rng_key[3]};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Summary mine{-kInfinity, size_, kInfinity};
+    for_groups([&](int group) {
+      for_units<4, true>(group, [&](int begin, const float (&x)[kUnit]) {
+        const float top = maximum(x);
+        if (top > mine.max) {
+          mine.max = top;
+#pragma unroll
+          for (int i = kUnit - 1; i >= 0; --i)
+            if (x[i] == top) mine.id = begin + i;
+        }
+      });
+    });
+    if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
+    mine = combine_lanes<1, 32 / kParts>(mine);
+    mine.least = mine.max;
+    mine = combine_lanes<32 / kParts, 32>(mine);
+    if (g_.blocks > 1) wait();  // all blocks run
+    if (lane < g_.blocks) *in_block(&shared_.summaries[rank_ * kWarps + warp], lane) = mine;
+    sync();
+    Summary all{-kInfinity, size_, kInfinity};
+    for (int i = lane; i < g_.blocks * kWarps; i += 32) all = combine(all, shared_.summaries[i]);
+    summary_ = combine_lanes(all);
+  }
+
+  // The logit such that the tokens at or above it are the fewest whose weight reaches the target,
+  // among those at or above `kept`. Weights are 1 and the target is `wanted` tokens, or they are
+  // exp(z) in fixed point and the target is the share `wanted` of all of it.
+  template <bool exponential>
+  __device__ float threshold(double wanted, float kept) const {
+    using K = Key<data_t>;
+    // The sum of the row fits 63 bits.
+    const int point = 30 + __clz(size_);
+    const float unit = __uint_as_float(static_cast<uint32_t>(point + 127) << 23);
+    const uint32_t highest = K::of(summary_.max + 0.f);  // of +0, should the maximum be -0
+    uint64_t above = 0, target = exponential ? 0 : static_cast<uint64_t>(wanted);
+    uint32_t prefix = 0;
+    int left = K::kGuess;
+    bool guess = true;
+    while (left > 0) {
+      const int bits = min(left, kDigit), shift = left - bits;
+      for (int i = threadIdx.x; i <= kBins; i += kThreads) shared_.low[i] = shared_.high[i] = 0;
+      __syncthreads();
+      uint64_t rest = 0;
+      for_groups([&](int group) {
+        for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
+          if (maximum(x) < kept) return;
+#pragma unroll
+          for (int i = 0; i < kUnit; ++i) {
+            if (!(x[i] >= kept) || begin + i >= size_) continue;
+            const uint32_t below = highest - K::of(x[i]);
+            const bool agrees = (left < 32 ? below >> left : 0) == prefix;
+            const uint32_t bin = (below >> shift) & ((1u << bits) - 1);
+            if (exponential) {
+              if (!agrees && !guess) continue;
+              const uint64_t mass = __float2ull_rn(expf(z(x[i])) * unit);
+              if (!agrees) {
+                rest += mass;
+              } else if (mass > 0) {
+                add(bin, mass);
+              }
+            } else if (agrees) {
+              atomicAdd(&shared_.low[bin], 1u);
+            }
+          }
+        });
+      });
+      if (exponential && guess) {
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) rest += __shfl_xor_sync(kAll, rest, offset);
+        if (threadIdx.x % 32 == 0 && rest > 0) add(kBins, rest);
+      }
+      sync();
+      if (g_.blocks > 1) gather<exponential>();
+      // Thread t sums the bins from the top to those of its own.
+      uint64_t own[kBinsOfThread], sum = 0, total;
+#pragma unroll
+      for (int i = 0; i < kBinsOfThread; ++i)
+        sum += own[i] = weight(threadIdx.x * kBinsOfThread + i);
+      if (exponential) rest = weight(kBins);
+      uint64_t before = above + sum_before(sum, total);
+      if (guess) {
+        if (exponential) {
+          // At least 1: the maximum stays.
+          const double share = ceil(wanted * static_cast<double>(total + rest));
+          target = share > 1 ? static_cast<uint64_t>(share) : 1;
+        }
+        guess = false;
+        if (total < target) {
+          left = K::kBits;
+          continue;
+        }
+      }
+      if (before < target && before + sum >= target) {  // in one thread of all
+        int bin = 0;
+#pragma unroll
+        for (int i = 0; i < kBinsOfThread - 1; ++i) {
+          if (bin < i || before + own[i] >= target) continue;
+          before += own[i];
+          ++bin;
+        }
+        shared_.prefix = prefix << bits | static_cast<uint32_t>(threadIdx.x * kBinsOfThread + bin);
+        shared_.above = before;
+      }
+      __syncthreads();
+      prefix = shared_.prefix;
+      above = shared_.above;
+      left = shift;
+    }
+    return K::value(highest - prefix);
+  }
+
+  // A 64-bit sum in two native 32-bit atomics; carries are counted by whoever causes them.
+  __device__ void add(uint32_t bin, uint64_t mass) const {
+    const uint32_t low = static_cast<uint32_t>(mass);
+    uint32_t high = static_cast<uint32_t>(mass >> 32);
+    high += atomicAdd(&shared_.low[bin], low) + low < low;
+    if (high > 0) atomicAdd(&shared_.high[bin], high);
+  }
+  __device__ uint64_t weight(int bin) const {
+    return uint64_t{shared_.high[bin]} << 32 | shared_.low[bin];
+  }
+
+  // Every bin becomes its sum over the blocks. A block sums a part of the bins for all: a thread
+  // for each bin and block, which reads the bin there and writes the sum there.
+  template <bool exponential>
+  __device__ void gather() const {
+    const int other = threadIdx.x & (g_.blocks - 1);
+    uint32_t *low = in_block(shared_.low, other), *high = in_block(shared_.high, other);
+    const auto gather_bin = [&](int bin) {
+      uint64_t sum = low[bin];
+      if (exponential) sum |= uint64_t{high[bin]} << 32;
+      for (int offset = 1; offset < g_.blocks; offset *= 2)
+        sum += __shfl_xor_sync(kAll, sum, offset);
+      low[bin] = static_cast<uint32_t>(sum);
+      if (exponential) high[bin] = static_cast<uint32_t>(sum >> 32);
+    };
+#pragma unroll
+    for (int i = 0; i < kBinsOfThread; ++i)
+      gather_bin((rank_ * kBins + i * kThreads + threadIdx.x) >> g_.log_blocks);
+    if (exponential && rank_ == 0 && threadIdx.x < 32) gather_bin(kBins);
+    sync();
+  }
+
+  // The sum of the threads before this one, and of all.
+  __device__ uint64_t sum_before(uint64_t mine, uint64_t& total) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto scan = [&](uint64_t value) {
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const uint64_t other = __shfl_up_sync(kAll, value, offset);
+        if (lane >= offset) value += other;
+      }
+      return value;
+    };
+    const uint64_t in_warp = scan(mine);
+    if (lane == 31) shared_.of_warps[warp] = in_warp;
+    __syncthreads();
+    const uint64_t of_warps = scan(lane < kWarps ? shared_.of_warps[lane] : 0);
+    total = __shfl_sync(kAll, of_warps, 31);
+    const uint64_t warps_before = __shfl_sync(kAll, of_warps, max(warp - 1, 0));
+    return (warp > 0 ? warps_before : 0) + in_warp - mine;
+  }
+
+  // One of four, without an array that would live in memory.
+  template <typename T>
+  __device__ static T choose(T a, T b, T c, T d, int i) {
+    return i < 2 ? (i == 0 ? a : b) : (i == 2 ? c : d);
+  }
+
+  // This block's part of log-sum-exp, and its best score if one reaches the bar.
+  __device__ void draw(float kept, float kept_z, float bar, Best& best) const {
+    const NoiseStream noise = shared_.noise;
+    constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    volatile uint32_t& reached = shared_.bar;  // anyone's in this block, at whatever time
+    for_groups([&](int group) {
+      float sum = 0;
+      for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i)
+          sum += exp2_fast((x[i] - summary_.max) * kLog2E);  // NaN stays
+        bar = fmaxf(bar, Key<float>::value(reached));
+#pragma unroll
+        for (int quad = 0; quad < kUnit; quad += 4) {
+          const float top = fmaxf(fmaxf(x[quad], x[quad + 1]), fmaxf(x[quad + 2], x[quad + 3]));
+          const float lead = z(top) - bar;
+          if (top < kept || z(top) < kept_z || lead + (kMaxGumbel + kSlack) < 0) continue;
+          const PhiloxBlock words = noise.block((begin + quad) / 4);
+          const uint32_t least = min(min(words.a, words.b), min(words.c, words.d));
+          if (noise_uniform(least) > exp2_fast((lead + kSlack) * kLog2E)) continue;
+#pragma unroll 1  // seldom run: short code is worth more
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t word = choose(words.a, words.b, words.c, words.d, i);
+            const float at = choose(x[quad], x[quad + 1], x[quad + 2], x[quad + 3], i), zi = z(at);
+            if (at < kept || zi < kept_z) continue;
+            // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its
+            // logarithm.
+            const int bits = __float_as_int(noise_uniform(word)) - 0x3f800000;
+            const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
+            if (zi - log_v + kSlack < bar) continue;
+            const float score = zi + noise_gumbel(word);
+            if (score > best.score) {
+              best = {score, begin + quad + i, at};
+              if (score > bar) {
+                bar = score;
+                atomicMax(&shared_.bar, Key<float>::of(score));
+              }
+            }
+          }
+        }
+      });
+      sum = combine_lanes(sum);
+      if (lane == 0) *in_block(&shared_.sums[group * kWarps + warp], 0) = sum;
+    });
+    best = combine_lanes(best);
+    if (lane == 0) *in_block(&shared_.bests[rank_ * kWarps + warp], 0) = best;
+    sync();
+  }
+
+  __device__ void finish(const SampleParams& p, Best best, bool finite) const {
+    const int lane = threadIdx.x;
+    if (rank_ > 0 || lane >= 32) return;
+    best = {-kInfinity, size_, 0.f};
+    for (int i = lane; i < g_.blocks * kWarps; i += 32) best = combine(best, shared_.bests[i]);
+    best = combine_lanes(best);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups * kWarps; i += 32) sum += shared_.sums[i + lane];
+    sum = combine_lanes(sum);
+    if (lane > 0) return;
+    const bool fine = finite && !isnan(sum);
+    p.token[row_] = fine ? best.id : -1;
+    p.logprob[row_] = fine ? best.logit - summary_.max - logf(sum) : NAN;
+  }
+
+  const Geometry& g_;
+  int rank_, row_;  // this block's place in the cluster, and the cluster's row
+  int size_, units_;
+  int first_;  // this block's first unit
+  const data_t* logits_;
+  Shared& shared_;
+  Unit* stage_;
+  Summary summary_;
+  float scale_;
+};
+
+template <typename data_t, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 2)
+    sample_kernel(const SampleParams p, const Geometry g) {
+  extern __shared__ __align__(16) char memory[];
+  Row<data_t, kAligned>(p, g, memory).run(p);
+}
+
+template <typename data_t>
+void dispatch(const SampleParams& p, cudaStream_t stream) {
+  constexpr int kUnit = 16 / sizeof(data_t);
+  const auto all = reinterpret_cast<uintptr_t>(p.logits) |
+                   uintptr_t(sizeof(data_t) * p.logits_stride) |
+                   uintptr_t(sizeof(data_t) * p.vocabulary);
+  auto* const kernel = all % 16 == 0 ? sample_kernel<data_t, true> : sample_kernel<data_t, false>;
+
+  Geometry g{kMostBlocks, kLogMostBlocks};
+  g.units_per_group =
+      static_cast<int>((int64_t{p.vocabulary} + kGroups * kUnit - 1) / (kGroups * kUnit));
+  const auto units = [&] { return kGroups / g.blocks * int64_t{g.units_per_group}; };
+  constexpr int kMostStaged = kStageBytes / 16;
+  while (g.blocks > 1 && int64_t{p.batch} * g.blocks > kResident && 2 * units() <= kMostStaged)
+    g.blocks = 1 << --g.log_blocks;
+  g.staged = static_cast<int>(std::min<int64_t>(units(), kMostStaged));
+
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       kSharedBytes + kStageBytes);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = g.blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = p.batch * g.blocks;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes + 16 * g.staged;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, p, g);
+}
+
+}  // namespace
+
+void launch_sample(const SampleParams& p, cudaStream_t stream) {
+  if (p.batch == 0) return;
+  if (p.dtype == DType::kFloat32) return dispatch<float>(p, stream);
+  dispatch<__nv_bfloat16>(p, stream);
+}
+
+}  // namespace reasoners

@@ -1,0 +1,396 @@
+// One token of S = exp(log_decay) S + scale x B^T, y = S C + D x for one (row, head), in place on
+// the row's slot: the body that state_update.cu, discrete_mamba2_update.cu and mamba2_update.cu
+// share.
+//
+// The state is all that moves, so its loads are issued first, 16 bytes a thread and kPasses deep,
+// and everything else (the mixer's convolution, the recent tokens, decays) is fetched in their
+// shadow. A block owns the whole (P, N) state of a head: with 2 P threads, kLanes neighbours on a
+// row of P and kPasses rows a thread, the block's addresses are one linear stream. y is reduced
+// over a row's lanes by shuffles in a fixed order and leaves through shared memory, so that gates
+// and norms see whole heads. A `Mixer` says where x, B, C, decay and scale come from and what
+// becomes of y.
+//
+// Deferred writes. A slot may hold `pending` recent tokens that its stored state S0 does not
+// contain yet. With w_j = exp(sum of the decays after j) scale_j, all the tokens together are
+//   S = w_0 S0 + sum_j w_j x_j B_j^T,   y = w_0 S0 C + sum_j w_j (B_j . C) x_j + D x.
+// Every `period`-th token writes S (left form); the others only read S0 (right form) and store
+// their x, B and decay. That moves 1 + 1 / period states per token instead of 2, plus the recent
+// tokens: at N = 64 in 16 bits period / 2 tokens of 256 bytes beside a state of 8192, least at 8.
+//
+//   N      lanes, passes (fp32)    lanes, passes (16 bit)     threads: 2 P
+//   16          4, 2                     2, 1                 state registers: kPasses * 4
+//   32          8, 4                     4, 2
+//   64         16, 8                     8, 4
+//   128        32, 16                   16, 8
+#pragma once
+
+#include "activation.cuh"
+#include "convert.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "philox.h"
+
+namespace reasoners {
+
+constexpr int kMaxHeadDim = 128;  // rows of P that a block covers
+constexpr int kMaxRecent = 15;    // recent tokens a slot may hold
+
+// 16 bytes of state, read once and written once: both bypass what the caches keep.
+__device__ inline uint4 load_state(const void* address) {
+  return __ldcs(static_cast<const uint4*>(address));
+}
+__device__ inline void store_state(void* address, uint4 value) {
+  __stcs(static_cast<uint4*>(address), value);
+}
+
+template <int kVec>
+struct Floats {
+  float at[kVec];
+};
+
+__device__ inline Floats<4> widen(uint4 raw, float) {
+  return {{__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
+           __uint_as_float(raw.w)}};
+}
+__device__ inline Floats<8> widen(uint4 raw, __nv_bfloat16) {
+  Floats<8> v;
+  const uint32_t words[] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v.at[2 * i] = __uint_as_float(words[i] << 16);
+    v.at[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+  return v;
+}
+__device__ inline Floats<8> widen(uint4 raw, __half) {
+  Floats<8> v;
+  const uint32_t words[] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v.at[2 * i] = __half2float(__ushort_as_half(words[i] & 0xffff));
+    v.at[2 * i + 1] = __half2float(__ushort_as_half(words[i] >> 16));
+  }
+  return v;
+}
+
+__device__ inline uint32_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
+__device__ inline uint32_t bits_of(__half v) { return __half_as_ushort(v); }
+
+// To the nearest value of the state's type.
+__device__ inline uint4 narrow(const Floats<4>& v, float) {
+  return {__float_as_uint(v.at[0]), __float_as_uint(v.at[1]), __float_as_uint(v.at[2]),
+          __float_as_uint(v.at[3])};
+}
+template <typename state_t>
+__device__ inline uint4 narrow(const Floats<8>& v, state_t) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    words[i] = bits_of(from_float<state_t>(v.at[2 * i])) |
+               bits_of(from_float<state_t>(v.at[2 * i + 1])) << 16;
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// To one of the two neighbours, so that the mean over `noise` (16 bits) is the value itself.
+__device__ inline uint32_t round_stochastically(float v, uint32_t noise, __nv_bfloat16) {
+  const uint32_t bits = __float_as_uint(v);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits_of(__float2bfloat16_rn(v));
+  return (bits + noise) >> 16;
+}
+__device__ inline uint32_t round_stochastically(float v, uint32_t noise, __half) {
+  const uint32_t low = bits_of(__float2half_rz(v));
+  const float lo = __half2float(__ushort_as_half(low));
+  const float hi = __half2float(__ushort_as_half(low + 1));
+  return low + (noise * 0x1p-16f < (v - lo) / (hi - lo));  // a NaN or infinite quotient: low
+}
+// `index`: of the first of the 8 entries in its slot; one block of random bits serves them.
+template <typename state_t>
+__device__ inline uint4 narrow(const Floats<8>& v, const NoiseStream& noise, uint32_t index,
+                               state_t type) {
+  const PhiloxBlock random = noise.block(0x80000000u | index / 8);
+  const uint32_t words[] = {random.a, random.b, random.c, random.d};
+  uint32_t out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    out[i] = round_stochastically(v.at[2 * i], words[i] & 0xffff, type) |
+             round_stochastically(v.at[2 * i + 1], words[i] >> 16, type) << 16;
+  return {out[0], out[1], out[2], out[3]};
+}
+__device__ inline uint4 narrow(const Floats<4>& v, const NoiseStream&, uint32_t, float type) {
+  return narrow(v, type);  // checks.h refuses random rounding of a state that is not rounded
+}
+
+// Which of the x heads, B and C groups a head reads, and whether it is the first of those that do.
+struct HeadPlace {
+  int head, x, b, c;
+  bool owns_x, owns_b, owns_c;
+};
+template <typename Params>
+__device__ inline HeadPlace place_of(const Params& p, int head) {
+  const int x_share = p.heads / p.x_heads, b_share = p.heads / p.b_groups,
+            c_share = p.heads / p.c_groups;
+  const int x = head / x_share, b = head / b_share, c = head / c_share;
+  return {head, x, b, c, x * x_share == head, b * b_share == head, c * c_share == head};
+}
+
+// One head's token, in shared memory, and the threads that work on it: 2 P of them for P rows.
+template <typename data_t, int kStateDim>
+struct HeadToken {
+  float* values;         // x (P), B (N), C (N)
+  const data_t* recent;  // (pending, P + N): the recent tokens' x and B
+  float* y;              // (P)
+  float* weight;         // (pending + 1): w_j of the recent tokens, then of this one
+  float* coefficient;    // (pending + 1): w_j (B_j . C)
+  float* kept;           // (1): w_0
+  int rows, pending, threads;
+  float scale;
+
+  __device__ const float* x() const { return values; }
+  __device__ const float* b() const { return values + rows; }
+  __device__ const float* c() const { return values + rows + kStateDim; }
+  __device__ const data_t* recent_x(int j) const { return recent + j * (rows + kStateDim); }
+  __device__ const data_t* recent_b(int j) const { return recent_x(j) + rows; }
+};
+
+// The weights, by the first warp. Lane j has the decay and the scale of recent token j; the decay
+// from it to now is the sum of the decays after it.
+template <typename Token>
+__device__ inline void weigh(const Token& token, float decay, float scale, float log_decay) {
+  const int lane = threadIdx.x;
+  float total = lane < token.pending ? decay : lane == token.pending ? log_decay : 0.f;
+#pragma unroll
+  for (int offset = 1; offset <= kMaxRecent; offset *= 2) {
+    const float next = __shfl_down_sync(~0u, total, offset);
+    if (lane + offset < 32) total += next;
+  }
+  const float after = __shfl_down_sync(~0u, total, 1);
+  if (lane < token.pending) token.weight[lane] = expf(after) * scale;
+  if (lane == token.pending) token.weight[lane] = token.scale;
+  if (lane == 0) *token.kept = expf(total);
+}
+
+// S from S0 = load(pass) and all tokens, to store(pass, S); y = S C.
+template <typename state_t, int kStateDim, typename Token, typename Load, typename Store>
+__device__ inline void write_state(const Token& token, const Load& load, const Store& store) {
+  constexpr int kVec = 16 / sizeof(state_t), kLanes = kStateDim / kVec;
+  constexpr int kPasses = kStateDim / (2 * kVec);
+  const int lane = threadIdx.x % kLanes, step = token.threads / kLanes;
+  const float kept = *token.kept;
+  float b[kVec], c[kVec];
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) {
+    b[k] = token.scale * token.b()[lane * kVec + k];
+    c[k] = token.c()[lane * kVec + k];
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int row = pass * step + threadIdx.x / kLanes;
+    auto s = widen(load(pass), state_t{});
+    const float x = token.x()[row];
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) s.at[k] = kept * s.at[k] + x * b[k];
+    for (int j = 0; j < token.pending; ++j) {
+      const float gain = token.weight[j] * to_float(token.recent_x(j)[row]);
+      const auto* old = token.recent_b(j) + lane * kVec;
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) s.at[k] += gain * to_float(old[k]);
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) sum += s.at[k] * c[k];
+    store(pass, s);
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+      sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
+    if (lane == 0) token.y[row] = sum;
+  }
+}
+
+// y = w_0 S0 C, and the coefficients of the tokens, this one included: a warp a token.
+template <typename state_t, int kStateDim, typename Token, typename Load>
+__device__ inline void read_state(const Token& token, const Load& load) {
+  constexpr int kVec = 16 / sizeof(state_t), kLanes = kStateDim / kVec;
+  constexpr int kPasses = kStateDim / (2 * kVec);
+  const int lane = threadIdx.x % kLanes, step = token.threads / kLanes;
+  const float kept = *token.kept;
+  float c[kVec];
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) c[k] = token.c()[lane * kVec + k];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const auto s = widen(load(pass), state_t{});
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) sum += s.at[k] * c[k];
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+      sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
+    if (lane == 0) token.y[pass * step + threadIdx.x / kLanes] = kept * sum;
+  }
+  for (int j = threadIdx.x / 32; j <= token.pending; j += token.threads / 32) {
+    float dot = 0.f;
+    for (int n = threadIdx.x % 32; n < kStateDim; n += 32)
+      dot += (j < token.pending ? to_float(token.recent_b(j)[n]) : token.b()[n]) * token.c()[n];
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+    if (threadIdx.x % 32 == 0) token.coefficient[j] = token.weight[j] * dot;
+  }
+}
+
+// Keep a token for the step that writes; of the heads that share x or B, one does.
+template <typename data_t, int kStateDim, typename Params>
+__device__ inline void keep(const HeadToken<data_t, kStateDim>& token, const Params& p,
+                            int64_t slot, const HeadPlace& place, int first, float log_decay) {
+  const int64_t at = slot * p.recent.capacity + token.pending;
+  const int b_at = p.x_heads * p.head_dim;
+  auto* entry = static_cast<data_t*>(p.recent.tokens) + at * (b_at + p.b_groups * kStateDim);
+  if (place.owns_x && threadIdx.x < token.rows)
+    entry[place.x * p.head_dim + first + threadIdx.x] = from_float<data_t>(token.x()[threadIdx.x]);
+  if (place.owns_b && first == 0)
+    for (int n = threadIdx.x; n < kStateDim; n += token.threads)
+      entry[b_at + place.b * kStateDim + n] = from_float<data_t>(token.b()[n]);
+  if (first == 0 && threadIdx.x == 0) {
+    float* decays = p.recent.decays + at * 2 * p.heads + place.head;
+    decays[0] = log_decay, decays[p.heads] = token.scale;
+  }
+}
+
+// y of this thread's row, with D and what read_state left out.
+template <typename Token>
+__device__ inline float finished(const Token& token, bool writes, float skip) {
+  const int row = threadIdx.x;
+  if (row >= token.rows) return 0.f;
+  float y = token.y[row] + skip * token.x()[row];
+  if (!writes) {
+    for (int j = 0; j < token.pending; ++j)
+      y += token.coefficient[j] * to_float(token.recent_x(j)[row]);
+    y += token.coefficient[token.pending] * token.x()[row];
+  }
+  return y;
+}
+
+__device__ inline void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global));
+}
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+template <typename Mixer, typename data_t, typename state_t, int kStateDim>
+__global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mixer mixer) {
+  constexpr int kVec = 16 / sizeof(state_t), kPasses = kStateDim / (2 * kVec);
+  constexpr int kChunk = 16 / sizeof(data_t);
+  __shared__ float values[kMaxHeadDim + 2 * kStateDim], outputs[kMaxHeadDim], partial[8], kept;
+  __shared__ float weight[kMaxRecent + 1], coefficient[kMaxRecent + 1];
+  __shared__ alignas(16) data_t recent[kMaxRecent * (kMaxHeadDim + kStateDim)];
+  const auto& p = mixer.p;
+  const int unit = blockIdx.x / mixer.tiles(), tile = blockIdx.x % mixer.tiles();
+  const int64_t row = unit / p.heads;
+  const int head = unit % p.heads, thread = threadIdx.x, threads = blockDim.x;
+  const HeadPlace place = place_of(p, head);
+  const int first = tile * kMaxHeadDim, rows = min(p.head_dim - first, kMaxHeadDim);
+
+  let_next_start();
+  wait_for_inputs();
+  const int64_t slot = p.slots[row];
+  const int entry = mixer.entry(row);
+  const float log_decay = mixer.log_decay(row, head), scale = mixer.scale(row, head);
+  if (slot < 0) {
+    if (thread < rows) mixer.store(row, head, first + thread, 0.f);
+    return;
+  }
+
+  // The stream of state: nothing below waits for it until everything else is in place.
+  auto* state = static_cast<state_t*>(p.state) +
+                ((slot * p.heads + head) * p.head_dim + first) * kStateDim + thread * kVec;
+  const auto inside = [&](int pass) { return (pass * threads + thread) * kVec < rows * kStateDim; };
+  uint4 raw[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass)
+    raw[pass] = inside(pass) ? load_state(state + pass * threads * kVec) : uint4{};
+
+  const int pending = p.recent.pending ? p.recent.pending[slot] : 0;
+  const bool writes = p.recent.pending == nullptr || pending + 1 >= p.recent.period;
+  float old_decay = 0.f, old_scale = 0.f;
+  if (pending > 0) {
+    const int b_at = p.x_heads * p.head_dim, row_size = b_at + p.b_groups * kStateDim;
+    const int x_at = place.x * p.head_dim + first;
+    const int x_chunks = rows / kChunk, chunks = x_chunks + kStateDim / kChunk;
+    const int64_t oldest = slot * p.recent.capacity;
+    const auto* tokens = static_cast<const data_t*>(p.recent.tokens) + oldest * row_size;
+    for (int i = thread; i < pending * chunks; i += threads) {
+      const int j = i / chunks, chunk = i % chunks;
+      const int at = chunk < x_chunks ? x_at + chunk * kChunk
+                                      : b_at + place.b * kStateDim + (chunk - x_chunks) * kChunk;
+      copy_async_16(recent + i * kChunk, tokens + int64_t(j) * row_size + at);
+    }
+    if (thread < pending) {
+      const float* decays = p.recent.decays + (oldest + thread) * 2 * p.heads + head;
+      old_decay = decays[0], old_scale = decays[p.heads];
+    }
+  }
+
+  // Two values a thread at a time, all of their loads before their stores.
+  const int count = rows + 2 * kStateDim;
+  for (int start = thread; start < count; start += 2 * threads) {
+    data_t input[2];
+    typename Mixer::Constants constants[2];
+    typename Mixer::Past past[2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int i = start + t * threads;
+      if (i >= count) break;
+      input[t] = i < rows               ? mixer.x(row, place)[first + i]
+                 : i < rows + kStateDim ? mixer.B(row, place)[i - rows]
+                                        : mixer.C(row, place)[i - rows - kStateDim];
+      constants[t] = mixer.constants(place, i);
+      past[t] = mixer.past(row, slot, place, i);
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int i = start + t * threads;
+      if (i >= count) break;
+      values[i] = mixer.value(constants[t], input[t], past[t], entry, slot);
+    }
+  }
+  const HeadToken<data_t, kStateDim> token{values, recent, outputs, weight,  coefficient,
+                                           &kept,  rows,   pending, threads, scale};
+  if (thread < 32) weigh(token, old_decay, old_scale, log_decay);
+  float z = 0.f;
+  if constexpr (Mixer::kGates)
+    if (thread < rows) z = to_float(mixer.z(row, head)[thread]);
+  const auto output_constants = mixer.output_constants(head, min(thread, rows - 1));
+  const float skip = mixer.skip(head);
+  wait_copies();
+  __syncthreads();
+
+  const auto load = [&](int pass) { return raw[pass]; };
+  if (writes) {
+    const uint32_t base = (head * p.head_dim + first) * kStateDim + thread * kVec;
+    write_state<state_t, kStateDim>(token, load, [&](int pass, const Floats<kVec>& s) {
+      if (!inside(pass)) return;
+      const int at = pass * threads * kVec;
+      store_state(state + at, p.rng_key == nullptr ? narrow(s, state_t{})
+                                                   : narrow(s, NoiseStream(p.rng_key + row * 4),
+                                                            base + at, state_t{}));
+    });
+  } else {
+    read_state<state_t, kStateDim>(token, load);
+    keep(token, p, slot, place, first, log_decay);
+  }
+  __syncthreads();
+  mixer.finish(
+      partial, [] { __syncthreads(); }, output_constants, row, head, first + thread, thread < rows,
+      finished(token, writes, skip), z);
+}
+
+template <typename Mixer, typename data_t, typename state_t, int kStateDim>
+void launch_state_step(const Mixer& mixer, cudaStream_t stream) {
+  const auto& p = mixer.p;
+  const int threads = (2 * min(p.head_dim, kMaxHeadDim) + 31) / 32 * 32;
+  const int64_t blocks = int64_t(p.batch) * p.heads * mixer.tiles();
+  launch_overlapping(state_step_kernel<Mixer, data_t, state_t, kStateDim>, blocks, threads, 0,
+                     stream, mixer);
+}
+
+}  // namespace reasoners

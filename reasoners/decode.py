@@ -1,0 +1,226 @@
+"""The decode loop that lives on the device: forward, draw, stop test and bookkeeping of every row.
+
+A step reads and writes buffers only, at fixed places, and never waits for the host. On CUDA it is
+captured as a graph for every batch size of a ladder and replayed; elsewhere the same step runs as it
+is. The host fills the rows, lets a few steps run, and reads what was drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reasoners import ops
+from reasoners.cache import Cache, Step
+from reasoners.model import HybridLM
+from reasoners.sampling import SamplingParams
+
+ENDED = -2  # drawn by a row that has nothing to draw; -1 stands for logits that are not finite
+
+# Ending tokens that a row may name; the host finds further ones itself, a few steps later.
+MAX_STOP_IDS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence that decodes: its slot, its last token and where it stands.
+
+    length: tokens including `last`, which is not in the cache yet. remaining: tokens to draw.
+    key: (seed, prompt, sample), which name its random numbers. stop_ids: tokens that end it.
+    """
+
+    slot: int
+    last: int
+    length: int
+    remaining: int
+    key: tuple[int, int, int]
+    stop_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+def ladder(max_rows: int) -> list[int]:
+    """The batch sizes that are captured: 1, 2, 4, 8, 16, then ever wider steps up to max_rows."""
+    sizes, size = [], 1
+    while size < max_rows:
+        sizes.append(size)
+        size += size if size < 16 else 16 if size < 64 else 32 if size < 256 else 64
+    return [*sizes, max_rows]
+
+
+class DecodeLoop:
+    """Runs decode steps of up to max_rows rows.
+
+    max_steps: most steps of one `run`. graphs: capture and replay CUDA graphs; None means on CUDA.
+    stochastic_rounding: round 16-bit scan states at random, unbiased, instead of to nearest.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        cache: Cache,
+        *,
+        max_rows: int,
+        max_steps: int = 1,
+        graphs: bool | None = None,
+        stochastic_rounding: bool = False,
+    ):
+        self.model, self.cache = model, cache
+        self.max_rows, self.max_steps = max_rows, max_steps
+        self.stochastic_rounding = stochastic_rounding
+        device = model.device
+        cuda = device.type == "cuda"
+        if stochastic_rounding and "mamba1" in model.config.mixers:
+            raise NotImplementedError(
+                "DecodeLoop: stochastic_rounding expected mamba2 mixers, got mamba1"
+            )
+        if graphs and not cuda:
+            raise ValueError(f"DecodeLoop: graphs expected a CUDA model, got one on {device}")
+        self.graphs = {} if (cuda if graphs is None else graphs) else None
+        self._pool = None
+
+        # One block of 32-bit and one of 64-bit words, so that the host fills all rows by two copies.
+        self._host = _Buffers(torch.device("cpu"), max_rows)
+        self.rows = self._host if not cuda else _Buffers(device, max_rows)
+        pages = cache.page_table.shape[1]
+        self.page_table = torch.zeros(max_rows, pages, dtype=torch.int32, device=device)
+        self.cu_seqlens = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self.drawn = torch.zeros(max_steps, max_rows, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(max_steps, max_rows, dtype=torch.float32, device=device)
+        self.steps_done = torch.zeros(1, dtype=torch.int32, device=device)
+        self.num_rows = 0
+        self.size = 0  # of the step: num_rows and padding rows
+
+    def capture(self):
+        """Capture every size of the ladder now, so that no later step has to."""
+        for size in reversed(ladder(self.max_rows)):
+            self._require_graph(size)
+
+    def load(self, rows: Sequence[Row]):
+        """Take these rows from now on. Copies of forked slots are carried out first."""
+        self.cache.apply()
+        self.num_rows = len(rows)
+        sizes = ladder(self.max_rows) if self.graphs is not None else [self.num_rows]
+        self.size = next(size for size in sizes if size >= self.num_rows)
+        self._require_graph(self.size)
+        self._host.fill(rows)
+        if self.rows is not self._host:
+            self.rows.copy_(self._host)
+        slots = self.rows.slots[: self.size].clamp(min=0).long()
+        self.page_table[: self.size] = self.cache.page_table[slots]
+
+    def run(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Draw up to `steps` tokens for every row; (steps, rows) tokens and logprobs on the host.
+
+        A row that ended earlier has ENDED in the steps that were left.
+        """
+        if not 1 <= steps <= self.max_steps:
+            raise ValueError(f"DecodeLoop: steps expected 1 to {self.max_steps}, got {steps}")
+        self.start(steps)
+        part = (slice(steps), slice(self.num_rows))
+        return self.drawn[part].to("cpu", copy=True), self.logprobs[part].to("cpu", copy=True)
+
+    def start(self, steps: int):
+        """Enqueue `steps` steps without waiting for them."""
+        self.steps_done.zero_()
+        for _ in range(steps):
+            if self.graphs is None:
+                self._step(self.size)
+            else:
+                self.graphs[self.size].replay()
+
+    @torch.no_grad()
+    def _step(self, size: int):
+        rows = self.rows.first(size)
+        step = Step(
+            slots=rows.slots,
+            page_table=self.page_table[:size],
+            cu_seqlens=self.cu_seqlens[: size + 1],
+            lengths=rows.lengths,
+            positions=rows.positions,
+            decode=True,
+            period=self.cache.period,
+            rng_key=rows.rng_key if self.stochastic_rounding else None,
+        )
+        logits = self.model.extend(rows.last, self.cache, step)
+        if logits.dtype not in (torch.float32, torch.bfloat16):
+            logits = logits.float()
+        token, logprob = ops.sample(
+            logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.rng_key
+        )
+        ops.advance(
+            token, logprob, rows.stop_ids, rows.last, rows.slots, rows.positions, rows.lengths,
+            rows.remaining, rows.rng_key, self.drawn, self.logprobs, self.steps_done,
+        )  # fmt: skip
+
+    def _require_graph(self, size: int):
+        if self.graphs is None or size in self.graphs:
+            return
+        # Padding rows only: the warm-up and the capture change no sequence.
+        self._host.fill([])
+        self.rows.copy_(self._host)
+        self.steps_done.zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step(size)
+        self._pool = self._pool or graph.pool()
+        self.graphs[size] = graph
+
+
+class _Buffers:
+    """What a step knows of its rows, as views of two flat tensors; first(n) is the same of n rows."""
+
+    INTS = ("slots", "positions", "lengths", "remaining", "top_k")
+    FLOATS = ("temperature", "top_p", "min_p")
+
+    def __init__(self, device: torch.device, max_rows: int):
+        count, longs = len(self.INTS) + len(self.FLOATS), 4 + 1 + MAX_STOP_IDS
+        self.words = torch.zeros(count, max_rows, dtype=torch.int32, device=device)
+        self.longs = torch.zeros(longs * max_rows, dtype=torch.int64, device=device)
+        for name, words in zip(self.INTS + self.FLOATS, self.words, strict=True):
+            setattr(self, name, words if name in self.INTS else words.view(torch.float32))
+        keys, self.last, stops = self.longs.split((4 * max_rows, max_rows, MAX_STOP_IDS * max_rows))
+        self.rng_key = keys.view(max_rows, 4)
+        self.stop_ids = stops.view(max_rows, MAX_STOP_IDS)
+
+    def first(self, count: int) -> "_Buffers":
+        part = object.__new__(_Buffers)
+        for name in (*self.INTS, *self.FLOATS, "rng_key", "last", "stop_ids"):
+            setattr(part, name, getattr(self, name)[:count])
+        return part
+
+    def copy_(self, other: "_Buffers"):
+        self.words.copy_(other.words)
+        self.longs.copy_(other.longs)
+
+    def fill(self, rows: Sequence[Row]):
+        """Set these rows and make padding rows of all others."""
+        n = len(rows)
+        self.words.zero_()
+        self.longs.zero_()
+        self.slots.fill_(-1)
+        self.stop_ids.fill_(-1)
+        self.temperature.fill_(1)
+        self.top_p.fill_(1)
+        if n == 0:
+            return
+        for name, values in (
+            ("slots", [row.slot for row in rows]),
+            ("positions", [row.length - 1 for row in rows]),
+            ("lengths", [row.length for row in rows]),
+            ("remaining", [row.remaining for row in rows]),
+            ("top_k", [row.params.top_k for row in rows]),
+            ("temperature", [row.params.temperature for row in rows]),
+            ("top_p", [row.params.top_p for row in rows]),
+            ("min_p", [row.params.min_p for row in rows]),
+            ("last", [row.last for row in rows]),
+            ("rng_key", [(*row.key, row.length) for row in rows]),
+            ("stop_ids", [(row.stop_ids + (-1,) * MAX_STOP_IDS)[:MAX_STOP_IDS] for row in rows]),
+        ):
+            buffer = getattr(self, name)
+            buffer[:n] = torch.tensor(values, dtype=buffer.dtype)
