@@ -1,0 +1,65 @@
+"""A fused mixer's decode step, from in_proj's row to out_proj's, over the batch: plain and deferred writes.
+
+Its target is a share of the bare update: at most 1.15 of it for the plain form at batch 512.
+"""
+
+import cost
+import pytest
+import torch
+
+from reasoners import ops
+
+HEADS, HEAD_DIM, STATE_DIM, WIDTH = 32, 64, 64, 4  # Llamba-1B
+INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * (HEAD_DIM + 2 * STATE_DIM)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make(batch, state_dtype, period):
+    """Arguments of ops.discrete_mamba2_update; with a period the rows stand at random places of it."""
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    recent = recent_decay = pending = None
+    if period > 1:
+        recent = normal(batch, period - 1, INNER + HEADS * STATE_DIM)
+        recent_decay = -torch.rand(batch, period - 1, 2, HEADS, device="cuda")
+        pending = torch.randperm(batch, device="cuda").remainder(period).int()
+    return {
+        "conv_state": normal(batch, WIDTH, CHANNELS),
+        "state": normal(batch, HEADS, HEAD_DIM, STATE_DIM, dtype=state_dtype),
+        "recent": recent,
+        "recent_decay": recent_decay,
+        "pending": pending,
+        "slots": torch.arange(batch, dtype=torch.int32, device="cuda"),
+        "lengths": torch.randint(4, 99, (batch,), dtype=torch.int32, device="cuda"),
+        "projected": normal(batch, CHANNELS + INNER + HEADS),
+        "conv_weight": normal(CHANNELS, WIDTH),
+        "conv_bias": normal(CHANNELS),
+        "z_bias": normal(INNER),
+        "D": normal(HEADS, dtype=torch.float32),
+        "period": period,
+    }
+
+
+def mixer_bytes(batch, state_bytes, period):
+    """State, ring of the convolution, row in, row out; deferred: recent tokens read and written."""
+    state = HEADS * HEAD_DIM * STATE_DIM * state_bytes * (1 + 1 / period)
+    rows = CHANNELS * WIDTH * 2 + (CHANNELS + 2 * INNER + HEADS) * 2
+    recent = (period - 1) / 2 + (period - 1) / period if period > 1 else 0
+    return round(batch * (state + rows + recent * (INNER + HEADS * STATE_DIM) * 2))
+
+
+@pytest.mark.cuda("discrete_mamba2_update")
+@pytest.mark.parametrize("period", [1, 8], ids=["plain", "deferred"])
+@pytest.mark.parametrize("batch", [1, 16, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("state", DTYPES)
+def bench_mixer_update(measure, state, batch, period):
+    num_bytes = mixer_bytes(batch, DTYPES[state].itemsize, period)
+    torch.manual_seed(0)
+    sets = [make(batch, DTYPES[state], period) for _ in range(cost.rotation(num_bytes / 2))]
+    measure(
+        [lambda inputs=inputs: ops.discrete_mamba2_update(**inputs) for inputs in sets],
+        num_bytes=num_bytes,
+        tokens=batch,
+    )
