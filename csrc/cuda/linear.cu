@@ -22,6 +22,7 @@
 // rows of x (twice the shared memory: 2 to 3 times cuBLAS's time). With 5 rows and more cuBLAS is
 // as fast.
 
+#include "async_copy.cuh"
 #include "convert.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -50,19 +51,6 @@ __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ inline void copy_async_16_once(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)),
-               "l"(global));
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
-template <int kGroups>  // that may still be on their way
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-
 __device__ inline void load_matrices(uint32_t (&a)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])

@@ -25,6 +25,7 @@
 #pragma once
 
 #include "activation.cuh"
+#include "async_copy.cuh"
 #include "convert.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -268,13 +269,6 @@ __device__ inline float finished(const Token& token, bool writes, float skip) {
   }
   return y;
 }
-
-__device__ inline void copy_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global));
-}
-__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mixer mixer) {

@@ -1,4 +1,5 @@
-// Copies into shared memory that nobody waits for until an mbarrier says that they are there.
+// Copies into shared memory that nobody waits for until they are needed, and the barriers that
+// tell.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,28 @@ namespace reasoners {
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
+// 16 and 4 bytes of this thread, which are there after wait_copies. `once` leaves the first-level
+// cache alone.
+__device__ inline void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global));
+}
+__device__ inline void copy_async_16_once(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global));
+}
+__device__ inline void copy_async_4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),
+               "l"(global));
+}
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int kGroups>  // that may still be on their way
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// An mbarrier counts arrivals, and bytes that bulk copies bring.
 __device__ inline void init_barrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
 }
@@ -32,13 +55,6 @@ __device__ inline void wait_for(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-__device__ inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
 // Read once: it shall leave the second-level cache first.
 __device__ inline void copy_bulk_once(void* shared, const void* global, int bytes,
                                       uint64_t* barrier) {
@@ -49,10 +65,6 @@ __device__ inline void copy_bulk_once(void* shared, const void* global, int byte
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
-}
-__device__ inline void copy_async_4(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),
-               "l"(global));
 }
 
 }  // namespace reasoners
