@@ -51,7 +51,7 @@ class LLM:
     tokenizer: a folder or a transformers tokenizer; None takes the model's folder.
     dtype: None for bfloat16 where the hardware multiplies it, else float32. device: None for CUDA if
     there is a GPU and a kernel for every operator, else the CPU. max_length: longest prompt plus answer, None
-    for the model's own limit or 4096, whichever is less. max_rows, max_bytes: see Engine.
+    for the model's own limit or 4096, whichever is less. max_rows, max_bytes, state_dtype: see Engine.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class LLM:
         max_rows: int = 64,
         max_length: int | None = None,
         max_bytes: int | None = None,
+        state_dtype: torch.dtype | None = None,
     ):
         if isinstance(model, HybridLM):
             self.model = model
@@ -79,6 +80,7 @@ class LLM:
             max_rows=max_rows,
             max_length=self.max_length,
             max_bytes=max_bytes,
+            state_dtype=state_dtype,
             eos_token_ids=eos_token_ids(self.tokenizer, model),
             ends_with_stop=self._ends_with_stop,
         )
