@@ -154,9 +154,11 @@ def convert(
         else:
             import torch
 
+            from reasoners.model import student_config
+
             model = checkpoint.load_model(source, dtype=torch.bfloat16)
             if student:
-                config = _student_config(model.config, student, keep, state_dim)
+                config = student_config(model.config, student, _layers(keep), state_dim)
                 model = checkpoint.student_from_teacher(model, config)
             checkpoint.save_model(model, target, layout)
             checkpoint.copy_tokenizer(source, target)
@@ -310,29 +312,11 @@ def _show_one(out):
         console.print(Panel(Text(best.text.strip()), title=title, expand=False, width=100))
 
 
-def _student_config(teacher, kind, keep, state_dim):
-    from dataclasses import replace
-
-    layers = len(teacher.mixers)
+def _layers(keep: str) -> tuple[int, ...]:
     try:
-        kept = {int(i) for i in keep.split(",") if i}
+        return tuple(int(i) for i in keep.split(",") if i)
     except ValueError as error:
         raise ValueError(f"keep expected layer numbers such as 3,8,13, got {keep!r}") from error
-    if any(not 0 <= i < layers for i in kept):
-        raise ValueError(f"keep expected layers below {layers}, got {keep}")
-    if kind == "llamba":
-        if kept:
-            raise ValueError(f"keep expected none for llamba, which has no attention, got {keep}")
-        heads = 32 if teacher.d_model % 32 == 0 else teacher.num_heads
-        return replace(
-            teacher, mixers=("discrete_mamba2",) * layers, num_heads=heads, num_kv_heads=heads,
-            head_dim=teacher.d_model // heads, state_dim=state_dim or 64, rope_scaling=None,
-        )  # fmt: skip
-    if kind not in ("mamba1", "mamba2"):
-        raise ValueError(f"student expected llamba, mamba1 or mamba2, got {kind!r}")
-    default = 16 if kind == "mamba1" else teacher.head_dim
-    mixers = tuple("attention" if i in kept else kind for i in range(layers))
-    return replace(teacher, mixers=mixers, state_dim=state_dim or default)
 
 
 def smollm2_folder() -> Path:

@@ -7,12 +7,15 @@ with "mamba1" or "mamba2": CONFIGS names them. `forward` sees whole sequences an
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from reasoners import ops
 from reasoners.cache import Cache, KVPages, States, Step
@@ -120,6 +123,36 @@ def _llamba(teacher: ModelConfig, head_dim: int, state_dim: int = 64) -> ModelCo
     )  # fmt: skip
 
 
+def student_config(
+    teacher: ModelConfig, kind: str, keep: Collection[int] = (), state_dim: int | None = None
+) -> ModelConfig:
+    """The shape of a Llama's student.
+
+    kind: "llamba", or "mamba1" or "mamba2" for a MambaInLlama that keeps the attention layers `keep`.
+    state_dim: N; None for 64 in Llamba, 16 in Mamba-1, the head dim in Mamba-2. Llamba has 32 heads, or
+    the teacher's number where 32 would be narrower than 64 channels.
+    Raises ValueError for another kind, or layers to keep that are not there or that Llamba lacks.
+    """
+    layers = len(teacher.mixers)
+    outside = sorted(i for i in keep if not 0 <= i < layers)
+    if outside:
+        raise ValueError(
+            f"student_config: keep expected layers below {layers}, got {', '.join(map(str, outside))}"
+        )
+    if kind == "llamba":
+        if keep:
+            raise ValueError(
+                f"student_config: keep expected none for llamba, which has no attention, got "
+                f"{sorted(keep)}"
+            )
+        wide = teacher.d_model % 32 == 0 and teacher.d_model >= 32 * 64
+        heads = 32 if wide else teacher.num_heads
+        return _llamba(teacher, teacher.d_model // heads, state_dim or 64)
+    if kind not in ("mamba1", "mamba2"):
+        raise ValueError(f"student_config: kind expected llamba, mamba1 or mamba2, got {kind!r}")
+    return _hybrid(teacher, kind, keep, state_dim or (16 if kind == "mamba1" else teacher.head_dim))
+
+
 _LLAMA_1B = ModelConfig(
     128256, 2048, 8192, ("attention",) * 16, 32, 8, 64, rope_scaling=RopeScaling(32.0)
 )
@@ -219,15 +252,26 @@ class MLP(nn.Module):
 class Pass:
     """What every mixer of one forward pass shares.
 
-    cu_seqlens: boundaries of packed sequences, or None. cos, sin: (tokens, head_dim / 2) rotary
-    factors of whole sequences. step, inv_freq: set when the pass extends cached sequences.
+    cu_seqlens: boundaries of packed sequences, or None. max_length: of the longest of them. cos, sin:
+    (tokens, head_dim / 2) rotary factors of whole sequences. step, inv_freq: set when the pass
+    extends cached sequences.
     """
 
     cu_seqlens: Tensor | None
+    max_length: int = 0
     cos: Tensor | None = None
     sin: Tensor | None = None
     step: Step | None = None
     inv_freq: Tensor | None = None
+
+    def causal_mask(self, length: int, device: torch.device) -> Tensor:
+        """(length, length) booleans: whether the token of a row may look at the token of a column."""
+        position = torch.arange(length, device=device)
+        mask = position[:, None] >= position
+        if self.cu_seqlens is not None:
+            document = torch.bucketize(position, self.cu_seqlens, right=True)
+            mask &= document[:, None] == document
+        return mask
 
 
 class Rotary:
@@ -298,19 +342,33 @@ class Attention(nn.Module):
             return self.out_proj(y.flatten(-2))
         q, k, v = qkv.split(heads, -2)
         q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
+        return self.out_proj(self._attend(q, k, v, this).flatten(-2))
+
+    def mixing_matrix(self, u: Tensor, this: Pass) -> Tensor:
+        """The attention map (batch, heads, length, length) of whole sequences, in float32."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, _ = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim)).split(heads, -2)
+        q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
+        k = k.repeat_interleave(self.num_heads // self.num_kv_heads, -2)
+        scores = _wide(q).transpose(1, 2) @ _wide(k).permute(0, 2, 3, 1) * self.head_dim**-0.5
+        mask = this.causal_mask(u.shape[1], u.device)
+        return scores.masked_fill(~mask, -math.inf).softmax(-1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, this: Pass) -> Tensor:
+        if this.cu_seqlens is not None and q.is_cuda and q.element_size() == 2:
+            k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, -2) for t in (k, v))
+            where = (this.cu_seqlens, this.cu_seqlens, this.max_length, this.max_length)
+            return varlen_attn(q[0], k[0], v[0], *where, window_size=(-1, 0))[None]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if this.cu_seqlens is None:
-            y = self._attend(q, k, v)
+            parts = [(q, k, v)]
         else:
             lengths = this.cu_seqlens.diff().tolist()
-            parts = zip(*(t.split(lengths, 1) for t in (q, k, v)), strict=True)
-            y = torch.cat([self._attend(*part) for part in parts], 1)
-        return self.out_proj(y.flatten(-2))
-
-    @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return y.transpose(1, 2)
+            parts = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)
+        y = [
+            F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts
+        ]
+        return (y[0] if len(y) == 1 else torch.cat(y, 2)).transpose(1, 2)
 
 
 class CausalConv1d(nn.Module):
@@ -386,14 +444,28 @@ class DiscreteMamba2(nn.Module):
                 conv.bias, self.z_bias, _wide(self.D), step.period, step.rng_key,
             )  # fmt: skip
             return self.out_proj(y[None])
+        x, B, C, z, log_decay = self._scanned(projected, this, cached)
+        y = ssd(x, log_decay, B, C, None, _wide(self.D), this, cached)
+        return self.out_proj(ops.gate(y.flatten(-2), z, self.z_bias))
+
+    def mixing_matrix(self, u: Tensor, this: Pass) -> Tensor:
+        """The map (batch, heads, length, length) of x that the scan applies, D included, in float32."""
+        _, B, C, _, log_decay = self._scanned(self.in_proj(u), this, None)
+        repeats = self.num_heads // self.num_groups
+        B, C = (_wide(t).repeat_interleave(repeats, -2).transpose(1, 2) for t in (B, C))
+        total = log_decay.transpose(1, 2).cumsum(-1)
+        mask = this.causal_mask(u.shape[1], u.device)
+        decay = (total[..., None] - total[..., None, :]).masked_fill(~mask, -math.inf).exp()
+        return C @ B.mT * decay + torch.diag_embed(_wide(self.D)[:, None].expand(-1, u.shape[1]))
+
+    def _scanned(self, projected: Tensor, this: Pass, cached: States | None):
+        """What the scan takes of in_proj's output, and the gate: x, B, C, z, log_decay."""
         xBC, z, a = projected.split(self.sizes, -1)
         x, B, C = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B = B.unflatten(-1, (self.num_groups, self.state_dim))
         C = C.unflatten(-1, (self.num_groups, self.state_dim))
-        log_decay = -ops.softplus(a)  # log(sigmoid(-a))
-        y = ssd(x, log_decay, B, C, None, _wide(self.D), this, cached)
-        return self.out_proj(ops.gate(y.flatten(-2), z, self.z_bias))
+        return x, B, C, z, -ops.softplus(a)  # log(sigmoid(-a))
 
     def reset(self):
         """The student's start: no gate (silu(z_bias) = 1), identity convolution, D = 1."""
@@ -618,6 +690,23 @@ class HybridLM(nn.Module):
         tokens: (batch, length) integers. cu_seqlens: (sequences + 1) int32 offsets of documents packed
         into a batch of one; neither attention nor states cross them.
         """
+        return self.head(self.hidden(tokens, cu_seqlens))
+
+    def hidden(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, recompute: bool = False
+    ) -> Tensor:
+        """What the head sees, (batch, length, d_model): `forward` without the logits.
+
+        recompute: keep the layers' inputs alone for the backward pass, and run the layers again there.
+        """
+        this = self.whole_pass(tokens, cu_seqlens)
+        h = self.embedding(tokens)
+        for layer in self.layers:
+            h = checkpoint(layer, h, this, use_reentrant=False) if recompute else layer(h, this)
+        return self.norm(h)
+
+    def whole_pass(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Pass:
+        """What the layers share in a pass over whole sequences."""
         if tokens.dim() != 2:
             raise ValueError(
                 f"HybridLM: tokens expected shape (batch, length), got {tuple(tokens.shape)}"
@@ -627,12 +716,10 @@ class HybridLM(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             if cu_seqlens is not None:
                 lengths = cu_seqlens.diff()
+                this.max_length = int(lengths.max())
                 positions = positions - cu_seqlens[:-1].repeat_interleave(lengths)
             this.cos, this.sin = self.rotary(positions)
-        h = self.embedding(tokens)
-        for layer in self.layers:
-            h = layer(h, this)
-        return self.head(self.norm(h))
+        return this
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, cache: Cache, step: Step) -> Tensor:

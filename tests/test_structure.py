@@ -21,10 +21,20 @@ MAY_IMPORT = {
     "decode": {"ops", "model", "cache", "sampling"},
     "engine": {"ops", "model", "cache", "decode", "sampling"},
     "llm": {"ops", "model", "checkpoint", "engine", "sampling"},
+    "distill": {"checkpoint", "distill", "model", "scaling"},
     "scaling": {"scaling", "__version__"},
     "integrations": {"checkpoint", "llm", "model", "sampling"},
     "doctor": {"ops", "reference", "__version__"},
-    "cli": {"checkpoint", "doctor", "integrations", "llm", "sampling", "scaling"},
+    "cli": {
+        "checkpoint",
+        "distill",
+        "doctor",
+        "integrations",
+        "llm",
+        "model",
+        "sampling",
+        "scaling",
+    },
 }
 
 
