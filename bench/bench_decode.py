@@ -89,10 +89,14 @@ ROWS = [
 @pytest.mark.parametrize(("config", "impl"), ROWS)
 def bench_decode(measure, config, impl, prompt, new, batch):
     decode = IMPLEMENTATIONS[impl](config, batch, prompt, new)
+    held = torch.cuda.memory_allocated()  # weights, states, keys and values, buffers of rows
+    torch.cuda.reset_peak_memory_stats()
     config, state_bytes = CONFIGS[config], STATE_BYTES.get(impl, 4)
     tokens = decode()
     assert tokens.shape == (batch, new)
     assert tokens.min() >= 0 and tokens.max() < config.vocab_size
+    if impl != "transformers":
+        assert torch.cuda.max_memory_allocated() <= 1.1 * held  # no step's logits are kept
     length = prompt + (new + 1) / 2  # tokens that a step attends to, on average
     measure(
         decode,
