@@ -1,19 +1,22 @@
-// y = x W^T for up to 8 rows of x: a stream of weights, each read once, in one order of sums.
+// y = x W^T for up to 4 rows of x: a stream of weights, each read once, in one order of sums.
 //
 // A warp takes 16 rows of W at a time and walks along K with m16n8k16 products whose columns are
 // the rows of x, one after the other into one accumulator. That order is the point: it is the one
 // in which cuBLAS's kernels sum when they do not split K (H100: the same bits for nine shapes of
 // Llama and Llamba layers, 1 to 512 rows, wherever cuBLAS does not split). So a row of x gives the
 // same y alone and among hundreds, and a sample its tokens. The price is a chain of K / 16
-// products, each of which waits for the one before it, about 65 cycles: no matter at K = 2048, 5 us
-// too many at 8192.
+// products, each of which waits for the one before it, 33 cycles and more.
 //
-// W comes by asynchronous copies, kStages x 16 rows x 1 kB ahead, through shared memory with rows
-// 16 bytes further apart than they are long, so that ldmatrix meets no bank twice. Blocks stay and
-// their copies run on into the next 16 rows. The first copies of W start before the kernel in front
-// has ended (launch.cuh): only x waits for it.
+// A warp issues in order, so whatever else it does must stand between two products of the chain:
+// fragments are read from shared memory one group of kSteps products ahead, and each group starts
+// a part of the copies of the stage that is farthest ahead. W comes by asynchronous copies,
+// kStages x 16 rows x 1 kB, through rows 16 bytes further apart than they are long, so that
+// ldmatrix meets no bank twice; past the end of K they bring zeros. Blocks stay and their copies
+// run on into the next 16 rows. The first copies of W start before the kernel in front has ended
+// (launch.cuh): only x waits for it.
 //
-// One row, Llamba-1B's four products and its head, us on an H100 with cold weights:
+// One row, Llamba-1B's four products and its head, us on an H100 with cold weights, before loads
+// and copies stood between the products (65 cycles a product; 38 would be 11 us at K = 8192):
 //              8224 x 2048   2048 x 2048   16384 x 2048   2048 x 8192   128256 x 2048
 //   here          12.9           5.7           23.4           20.2          179.6
 //   cuBLAS        14.4           6.4           25.1           15.4          188.9
@@ -31,9 +34,12 @@ namespace reasoners {
 namespace {
 
 constexpr int kTile = 16;    // rows of W
-constexpr int kRows = 8;     // of x, at most
+constexpr int kRows = 4;     // of x, at most
 constexpr int kDepth = 512;  // of K, a stage
 constexpr int kStages = 4;
+constexpr int kSteps = 8;                      // products whose inputs are in registers together
+constexpr int kGroups = kDepth / 16 / kSteps;  // such in a stage
+static_assert(kGroups == kRows && kTile % kGroups == 0);
 constexpr int kPad = 8;    // values between rows in shared memory
 constexpr int kChunk = 8;  // values that a lane copies at a time
 
@@ -63,6 +69,21 @@ struct Stage {
   alignas(16) data_t x[kRows][kDepth + kPad];
 };
 
+// What kSteps products take: of W 16 x 16 each, of x 8 rows for two of them.
+struct Fragments {
+  uint32_t w[kSteps][4], x[kSteps / 2][4];
+};
+
+// Where a block stands in its stream of tiles, kDepth of K after kDepth.
+struct Place {
+  int tile, start, stage;
+  __device__ void move_on(int depth) {
+    start += kDepth;
+    if (start >= depth) start = 0, tile += gridDim.x;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+};
+
 template <typename data_t>
 __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
   extern __shared__ __align__(128) char memory[];
@@ -72,90 +93,83 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
   const auto* x = static_cast<const data_t*>(p.x);
   let_next_start();
 
-  // One 16-byte copy a lane: two of a row's 512 values each time.
-  const auto fetch_row = [&](data_t* to, const data_t* from, int start) {
+  // 16 bytes a lane and copy; zeros past the end of K, and for rows and tiles that are not there.
+  const auto fetch_row = [&](data_t* to, const data_t* from, int start, bool there) {
 #pragma unroll
-    for (int h = 0; h < kDepth; h += 32 * kChunk)
-      if (start + h + lane * kChunk < depth)
-        copy_async_16_once(to + h + lane * kChunk, from + h + lane * kChunk);
+    for (int h = 0; h < kDepth; h += 32 * kChunk) {
+      const int at = h + lane * kChunk;
+      copy_async_16_once(to + at, from + at, there && start + at < depth);
+    }
   };
-  const auto fetch_weights = [&](int stage, int tile, int start) {
-    const data_t* from = w + int64_t(tile) * kTile * depth + start;
-#pragma unroll
-    for (int row = 0; row < kTile; ++row, from += depth)
-      fetch_row(stages[stage].w[row], from, start);
+  const auto fetch_weights = [&](const Place& to, int row) {
+    const data_t* from = w + (int64_t(to.tile) * kTile + row) * depth + to.start;
+    fetch_row(stages[to.stage].w[row], from, to.start, to.tile < tiles);
   };
-  const auto fetch_inputs = [&](int stage, int start) {
-    const data_t* from = x + start;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row, from += p.x_stride)
-      if (row < p.rows) fetch_row(stages[stage].x[row], from, start);
+  const auto fetch_input = [&](const Place& to, int row) {
+    const data_t* from = x + row * p.x_stride + to.start;
+    fetch_row(stages[to.stage].x[row], from, to.start, row < p.rows);
   };
-  // The next stage to fetch: its tile and where in K it starts. Fetching goes on past the last tile
-  // with empty groups, so that the count of groups in flight stays.
-  int next_tile = blockIdx.x, next_start = 0;
-  const auto move_on = [&] {
-    next_start += kDepth;
-    if (next_start >= depth) next_start = 0, next_tile += gridDim.x;
-  };
-#pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (next_tile < tiles) fetch_weights(stage, next_tile, next_start);
-    move_on();
-  }
+  Place far{static_cast<int>(blockIdx.x), 0, 0};
+  for (int stage = 0; stage < kStages - 1; ++stage, far.move_on(depth))
+    for (int row = 0; row < kTile; ++row) fetch_weights(far, row);
   wait_for_inputs();
-#pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    fetch_inputs(stage, stage * kDepth % ((depth + kDepth - 1) / kDepth * kDepth));
+  far = {static_cast<int>(blockIdx.x), 0, 0};
+  for (int stage = 0; stage < kStages - 1; ++stage, far.move_on(depth)) {
+    for (int row = 0; row < kRows; ++row) fetch_input(far, row);
     commit_copies();
   }
 
-  // Where the matrices are that this lane names to ldmatrix: of W 16 x 16, of x 8 rows for two
-  // steps of K.
-  const int w_row = lane % 16, w_column = lane / 16 * 8;
-  const int x_row = lane % 8, x_column = lane / 8 * 8;
+  const auto load = [&](Fragments& to, const Place& from, int group) {
+    // Where the matrices are that this lane names to ldmatrix. Columns of the product past the rows
+    // of x are not written: they may repeat rows.
+    const auto& stage = stages[from.stage];
+    const data_t* w_at = &stage.w[lane % 16][group * kSteps * 16 + lane / 16 * 8];
+    const data_t* x_at = &stage.x[lane % kRows][group * kSteps * 16 + lane / 8 * 8];
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) load_matrices(to.w[t], w_at + 16 * t);
+#pragma unroll
+    for (int t = 0; t < kSteps; t += 2) load_matrices(to.x[t / 2], x_at + 16 * t);
+  };
+  Place here{static_cast<int>(blockIdx.x), 0, 0};
+  int group = 0;
   float sum[4] = {};
-  int stage_at = 0, fetch_at = kStages - 1;
-  for (int tile = blockIdx.x, start = 0; tile < tiles;) {
-    wait_for_copies<kStages - 2>();
-    __syncwarp();
-    // Into the stage that was computed on last.
-    if (next_tile < tiles) {
-      fetch_weights(fetch_at, next_tile, next_start);
-      fetch_inputs(fetch_at, next_start);
-    }
-    commit_copies();
-    move_on();
-    fetch_at = fetch_at + 1 == kStages ? 0 : fetch_at + 1;
-    const auto& stage = stages[stage_at];
-    stage_at = stage_at + 1 == kStages ? 0 : stage_at + 1;
-    const int length = min(kDepth, depth - start);
-    // All that kAhead steps need is requested before the first of them: a product waits for the one
-    // before it, but not for shared memory.
-    constexpr int kAhead = 8;
-    int k = 0;
-#pragma unroll 2
-    for (; k + 16 * kAhead <= length; k += 16 * kAhead) {
-      uint32_t a[kAhead][4], b[kAhead / 2][4];
+  Fragments even, odd;
+  wait_for_copies<kStages - 2>();
+  __syncwarp();
+  load(even, here, 0);
+
+  const auto fetch_part = [&](int part) {
 #pragma unroll
-      for (int t = 0; t < kAhead; ++t) load_matrices(a[t], &stage.w[w_row][k + 16 * t + w_column]);
+    for (int i = 0; i < kTile / kGroups; ++i) fetch_weights(far, part * (kTile / kGroups) + i);
+    fetch_input(far, part);
+  };
+  // kSteps products; false after the last of all. The stage before this one was read to its end, so
+  // the stage farthest ahead comes into its place, a part with each group: copies and reads of
+  // shared memory fill the time in which a product waits for the one before it.
+  const auto step = [&](const Fragments& now, Fragments& next) {
+    const auto products = [&](int from) {
 #pragma unroll
-      for (int t = 0; t < kAhead; t += 2)
-        load_matrices(b[t / 2], &stage.x[x_row][k + 16 * t + x_column]);
-#pragma unroll
-      for (int t = 0; t < kAhead; ++t)
-        multiply(sum, a[t], b[t / 2][t % 2 * 2], b[t / 2][t % 2 * 2 + 1], data_t{});
+      for (int t = from; t < from + kSteps / 2; ++t)
+        multiply(sum, now.w[t], now.x[t / 2][t % 2 * 2], now.x[t / 2][t % 2 * 2 + 1], data_t{});
+    };
+    products(0);
+    fetch_part(group);
+    const Place before = here;
+    if (here.start + (group + 1) * kSteps * 16 < min(here.start + kDepth, depth)) {
+      ++group;
+    } else {
+      for (++group; group < kGroups; ++group) fetch_part(group);
+      commit_copies();
+      far.move_on(depth);
+      here.move_on(depth);
+      group = 0;
+      wait_for_copies<kStages - 2>();
+      __syncwarp();
     }
-    for (; k < length; k += 16) {
-      uint32_t a[4], b[4];
-      load_matrices(a, &stage.w[w_row][k + w_column]);
-      load_matrices(b, &stage.x[x_row][k + x_column % 16]);
-      multiply(sum, a, b[0], b[1], data_t{});
-    }
-    start += kDepth;
-    if (start < depth) continue;
-    const int first = tile * kTile + lane / 4;
-    start = 0, tile += gridDim.x;
+    load(next, here, group);
+    products(kSteps / 2);
+    if (here.tile == before.tile) return true;
+    const int first = before.tile * kTile + lane / 4;
     auto* y = static_cast<data_t*>(p.y) + first;
     const auto* bias = static_cast<const data_t*>(p.bias) + first;
 #pragma unroll
@@ -165,7 +179,9 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
       if (row < p.rows) y[int64_t(row) * p.columns + j / 2 * 8] = from_float<data_t>(v);
       sum[j] = 0.f;
     }
-  }
+    return here.tile < tiles;
+  };
+  while (step(even, odd) && step(odd, even)) continue;
 }
 
 template <typename data_t>
