@@ -71,6 +71,17 @@ struct Check {
     TORCH_CHECK_NOT_IMPLEMENTED(extent <= most, op, ": ", name, " expected at most ", most,
                                 " on CUDA, got ", extent);
   }
+  // (tokens, heads, head_dim) that rotates in place by one angle per pair of channels.
+  void rotates(const char* name, const Tensor& t, const Tensor& inv_freq) const {
+    const int64_t heads = t.size(1), head_dim = t.size(2);
+    TORCH_CHECK_VALUE(head_dim % 2 == 0, op, ": head_dim expected even, got ", head_dim);
+    const bool packed = (head_dim <= 1 || t.stride(2) == 1) &&
+                        (heads <= 1 || t.stride(1) == head_dim) &&
+                        (t.size(0) <= 1 || t.stride(0) >= heads * head_dim);
+    TORCH_CHECK_VALUE(packed || t.numel() == 0, op, ": ", name,
+                      " expected packed heads at any token stride, got strides ", t.strides());
+    tensor("inv_freq", inv_freq, t, at::kFloat, {head_dim / 2}, "(head_dim / 2)");
+  }
   void contiguous(const char* name, const Tensor& t) const {
     TORCH_CHECK_VALUE(t.is_contiguous(), op, ": ", name, " expected contiguous, got strides ",
                       t.strides());
@@ -482,16 +493,8 @@ inline void check_rotate(const Tensor& x, const Tensor& positions, const Tensor&
   const Check check{"rotate"};
   check.data_dtype("x", x);
   check.shape("x", x, {kAny, kAny, kAny}, "(tokens, heads, head_dim)");
-  const int64_t heads = x.size(1), head_dim = x.size(2);
-  TORCH_CHECK_VALUE(head_dim % 2 == 0, "rotate: head_dim expected even, got ", head_dim);
-  const bool packed = (head_dim <= 1 || x.stride(2) == 1) &&
-                      (heads <= 1 || x.stride(1) == head_dim) &&
-                      (x.size(0) <= 1 || x.stride(0) >= heads * head_dim);
-  TORCH_CHECK_VALUE(packed || x.numel() == 0,
-                    "rotate: x expected packed heads at any token stride, got strides ",
-                    x.strides());
+  check.rotates("x", x, inv_freq);
   check.tensor("positions", positions, x, at::kInt, {x.size(0)}, "(tokens)");
-  check.tensor("inv_freq", inv_freq, x, at::kFloat, {head_dim / 2}, "(head_dim / 2)");
 }
 
 inline void check_gate(const Tensor& x, const Tensor& z, const OptionalTensor& bias) {
@@ -564,6 +567,19 @@ inline void check_append_kv(const Tensor& k_cache, const Tensor& v_cache, const 
                "(tokens, kv_heads, head_dim)");
   check.tensor("v", v, k_cache, k_cache.scalar_type(),
                {k.size(0), k_cache.size(1), k_cache.size(3)}, "(tokens, kv_heads, head_dim)");
+}
+
+inline void check_rotate_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& qkv,
+                                   const Tensor& inv_freq, const Tensor& page_table,
+                                   const Tensor& cu_seqlens_q, const Tensor& kv_lengths) {
+  check_pages("rotate_append_kv", k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths);
+  const Check check{"rotate_append_kv"};
+  const int64_t kv_heads = k_cache.size(1);
+  check.tensor("qkv", qkv, k_cache, k_cache.scalar_type(), {kAny, kAny, k_cache.size(3)},
+               "(tokens, heads + 2 * kv_heads, head_dim)");
+  TORCH_CHECK_VALUE(qkv.size(1) >= 2 * kv_heads, "rotate_append_kv: qkv expected at least ",
+                    2 * kv_heads, " heads, of keys and of values, got ", qkv.size(1));
+  check.rotates("qkv", qkv, inv_freq);
 }
 
 inline void check_paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

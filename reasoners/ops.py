@@ -704,6 +704,33 @@ def _(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
     return None
 
 
+def rotate_append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    qkv: Tensor,
+    inv_freq: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lengths: Tensor,
+) -> None:
+    """`rotate` of the new tokens' queries and keys, and `append_kv`, in one pass: the same bits.
+
+    k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths: as in append_kv; a token's position, which
+        rotates it, is its place in its row.
+    qkv: (tokens, heads + 2 * kv_heads, head_dim): queries, keys and values as one projection gives
+        them; the stride between tokens is free. The queries are rotated in place; keys and values
+        stay as they are, and the rotated keys are in the cache only. Tokens of padding rows are
+        skipped.
+    inv_freq: (head_dim / 2) float32.
+    """
+    _ops.rotate_append_kv(k_cache, v_cache, qkv, inv_freq, page_table, cu_seqlens_q, kv_lengths)
+
+
+@torch.library.register_fake("reasoners::rotate_append_kv")
+def _(k_cache, v_cache, qkv, inv_freq, page_table, cu_seqlens_q, kv_lengths):
+    return None
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -879,6 +879,37 @@ def append_kv_inputs(queries=(1, 1, 1), **change):
     return {"k_cache": k_cache, "v_cache": inputs["v_cache"], "k": k, "v": v, **rest}
 
 
+def rotate_append_kv(k_cache, v_cache, qkv, inv_freq, page_table, cu_seqlens_q, kv_lengths):
+    """Returns the new (k_cache, v_cache, qkv): rotate, then append_kv."""
+    kv_heads, starts = k_cache.shape[1], cu_seqlens_q.tolist()
+    positions = torch.zeros(len(qkv), dtype=torch.int32)
+    for row, length in enumerate(kv_lengths.tolist()):
+        mine = torch.arange(starts[row], starts[row + 1])
+        positions[mine] = (length - starts[row + 1] + mine).int() if length > 0 else -1
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    q = torch.where(positions[:, None, None] < 0, q, rotate(q, positions, inv_freq))
+    k_cache, v_cache = append_kv(
+        k_cache, v_cache, rotate(k, positions, inv_freq), v, page_table, cu_seqlens_q, kv_lengths
+    )
+    return k_cache, v_cache, torch.cat((q, k, v), 1)
+
+
+def rotate_append_kv_inputs(queries=(1, 1, 1), heads=6, theta=5e5, **change):
+    """Random arguments of rotate_append_kv; what nobody wrote is 0, where append_kv has NaN."""
+    inputs = append_kv_inputs(queries=queries, **change)
+    k_cache, v_cache = (inputs[name].nan_to_num() for name in ("k_cache", "v_cache"))
+    head_dim = k_cache.shape[3]
+    q = torch.randn(sum(queries), heads, head_dim, generator=torch.Generator().manual_seed(2))
+    names = ("page_table", "cu_seqlens_q", "kv_lengths")
+    return {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "qkv": torch.cat((q.to(k_cache.dtype), inputs["k"], inputs["v"]), 1),
+        "inv_freq": 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim),
+        **{name: inputs[name] for name in names},
+    }
+
+
 def linear(x, weight, bias=None):
     """x W^T + b"""
     y = x @ weight.T
@@ -935,6 +966,11 @@ OPERATORS = {
     "add_rms_norm": (add_rms_norm, add_rms_norm_inputs, ("h",)),
     "rotate": (rotate, rotate_inputs, ("x",)),
     "append_kv": (append_kv, append_kv_inputs, ("k_cache", "v_cache")),
+    "rotate_append_kv": (
+        rotate_append_kv,
+        rotate_append_kv_inputs,
+        ("k_cache", "v_cache", "qkv"),
+    ),
     "paged_attention": (paged_attention, paged_attention_inputs, ()),
     "sample": (sample, sample_inputs, ()),
     "advance": (

@@ -382,6 +382,24 @@ ROTATE_CASES = {
     "theta 1e4": {"theta": 1e4},
 }
 
+ROTATE_APPEND_KV_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+    "no rows": {"lengths": (), "queries": ()},
+    "padding rows": {"lengths": (0, 9, -5), "queries": (1, 1, 2)},
+    "a row without queries": {"queries": (1, 0, 1)},
+    "prefill after a prefix": {"lengths": (211, 70), "queries": (100, 3)},
+    "no queries of attention": {"heads": 0},
+    "group 8, bf16": {"heads": 16, "dtype": torch.bfloat16},
+    "D 128, bf16": {"head_dim": 128, "dtype": torch.bfloat16},
+    "D 80, bf16": {"head_dim": 80, "dtype": torch.bfloat16},
+    "D 2": {"head_dim": 2},
+    "D 10": {"head_dim": 10},
+    "pages of 7": {"page_size": 7},
+    "theta 1e4": {"theta": 1e4},
+}
+
 ADVANCE_CASES = {
     "base": {},
     "first step": {"t": 0},
