@@ -280,7 +280,9 @@ def append_kv(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
     return k_cache, v_cache
 
 
-def paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None):
+def paged_attention(
+    q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None, shared=None
+):
     """Gathers each row's pages, repeats heads, masks, softmax: one row after the other."""
     heads, head_dim = q.shape[1:]
     page_size, starts, y = k_cache.shape[2], cu_seqlens_q.tolist(), torch.zeros_like(q)
@@ -301,10 +303,11 @@ def paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, s
 
 def paged_attention_inputs(
     lengths=(37, 5, 64), queries=(1, 1, 1), heads=6, kv_heads=2, head_dim=64, page_size=16,
-    dtype=torch.float32, scale=None, magnitude=1.0, seed=0,
+    dtype=torch.float32, scale=None, magnitude=1.0, seed=0, groups=None,
 ):  # fmt: skip
     """Everything that must not be read is poison: pages of nobody, the rest of a row's last page,
-    and table entries past a row's length."""
+    and table entries past a row's length. groups: (rows, tokens they share) of neighbouring rows,
+    until there are no rows left; None means that nobody does."""
     g = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     needed = [max(0, -(-length // page_size)) for length in lengths]
@@ -321,6 +324,15 @@ def paged_attention_inputs(
             values = torch.randn(2, kv_heads, used, head_dim, generator=g)
             caches[:, table[row, i], :, :used] = values
     caches[0] *= magnitude
+    shared, row = [], 0
+    for size, tokens in groups or ():
+        pages = table[row, : tokens // page_size].clone()
+        for i in range(row, row + size):
+            if i > row and lengths[i] > 0:
+                caches[:, table[i, : len(pages)].long()] = float("nan")
+                table[i, : len(pages)] = pages
+            shared.append([row, tokens])
+        row += size
     return {
         "q": torch.randn(sum(queries), heads, head_dim, generator=g).to(dtype),
         "k_cache": caches[0].to(dtype),
@@ -329,6 +341,7 @@ def paged_attention_inputs(
         "cu_seqlens_q": torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32),
         "kv_lengths": torch.tensor(lengths, dtype=torch.int32),
         "scale": scale,
+        "shared": None if groups is None else torch.tensor(shared, dtype=torch.int32),
     }
 
 

@@ -80,6 +80,16 @@ PAGED_ATTENTION_CASES = {
     "a row without queries": {"queries": (1, 0, 1)},
     "edges of a page": {"lengths": (1, 15, 16, 17, 33), "queries": (1,) * 5},
     "several splits": {"lengths": (255, 256, 257, 2049), "queries": (1,) * 4},
+    "shared pages": {
+        "lengths": (600, 40, 560, 530, 300), "queries": (1,) * 5, "groups": ((1, 0), (1, 0), (3, 272)),
+    },
+    "shared pages, bf16": {
+        "lengths": (600, 40, 560, 530, 300), "queries": (1,) * 5, "groups": ((1, 0), (1, 0), (3, 272)),
+        "dtype": torch.bfloat16,
+    },
+    "several splits, bf16": {
+        "lengths": (255, 256, 257, 2049), "queries": (1,) * 4, "dtype": torch.bfloat16,
+    },
     "group 1": {"heads": 2},
     "group 4, Llama-3.2-1B": {"heads": 8},
     "group 5": {"heads": 10},
