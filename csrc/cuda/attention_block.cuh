@@ -174,24 +174,28 @@ struct Fragments {
   using VChunk = Vec<uint32_t, kPairs>;
 };
 
-// K and V of a step, in registers.
+// K and V of a step, in registers, as the products take them.
 template <typename data_t, int kDim>
 struct StepFragments : Fragments<kDim> {
   using typename Fragments<kDim>::KChunk;
   using typename Fragments<kDim>::VChunk;
   using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
-  KChunk k[2][kChunks];
-  VChunk v[4][kLoads];
+  using Fragments<kDim>::kPairs;
+  uint32_t k[kChunks][2][4];
+  uint32_t v[kLoads][kPairs][4];  // row g is the even channel of the pair, row g + 8 the odd one
 
   // Lane first + i knows the place of position i, counted in vectors.
   __device__ void read(const data_t* k_cache, const data_t* v_cache, int place, int first) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    KChunk k_read[2][kChunks];
+    VChunk v_read[4][kLoads];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = g + 8 * r;
       const data_t* from = k_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + t * 8;
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) k[r][c] = *reinterpret_cast<const KChunk*>(from + c * 32);
+      for (int c = 0; c < kChunks; ++c)
+        k_read[r][c] = *reinterpret_cast<const KChunk*>(from + c * 32);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -200,8 +204,20 @@ struct StepFragments : Fragments<kDim> {
           v_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + g * kWide;
 #pragma unroll
       for (int j = 0; j < kLoads; ++j)
-        v[r][j] = *reinterpret_cast<const VChunk*>(from + j * 8 * kWide);
+        v_read[r][j] = *reinterpret_cast<const VChunk*>(from + j * 8 * kWide);
     }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) k[c][i / 4][i % 4] = k_read[i % 2][c].at[i / 2];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j)
+#pragma unroll
+      for (int e = 0; e < kPairs; ++e)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          v[j][e][i] = __byte_perm(v_read[i / 2 * 2][j].at[e], v_read[i / 2 * 2 + 1][j].at[e],
+                                   i % 2 ? 0x7632 : 0x5410);
   }
 };
 
@@ -236,11 +252,8 @@ struct BlockTile : Fragments<kDim> {
     for (int c = 0; c < kChunks; ++c) {
       const KChunk q = query(c);
 #pragma unroll
-      for (int i = 0; i < 4; i += 2)
-        multiply_add<data_t>(score,
-                             {step.k[0][c].at[i], step.k[1][c].at[i], step.k[0][c].at[i + 1],
-                              step.k[1][c].at[i + 1]},
-                             {q.at[i], q.at[i + 1]});
+      for (int i = 0; i < 2; ++i)
+        multiply_add<data_t>(score, step.k[c][i], {q.at[2 * i], q.at[2 * i + 1]});
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -274,14 +287,8 @@ struct BlockTile : Fragments<kDim> {
         float (&c)[4] = values[j][e];
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[i] = __fmul_rn(c[i], fade[i % 2]);
-        // Row g of the tile is the even channel of the pair, row g + 8 the odd one.
-        const auto& v = step.v;
-        const uint32_t a[4] = {__byte_perm(v[0][j].at[e], v[1][j].at[e], 0x5410),
-                               __byte_perm(v[0][j].at[e], v[1][j].at[e], 0x7632),
-                               __byte_perm(v[2][j].at[e], v[3][j].at[e], 0x5410),
-                               __byte_perm(v[2][j].at[e], v[3][j].at[e], 0x7632)};
-        multiply_add<data_t>(c, a, coarse);
-        multiply_add<data_t>(c, a, fine);
+        multiply_add<data_t>(c, step.v[j][e], coarse);
+        multiply_add<data_t>(c, step.v[j][e], fine);
       }
   }
 
