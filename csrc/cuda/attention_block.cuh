@@ -174,28 +174,24 @@ struct Fragments {
   using VChunk = Vec<uint32_t, kPairs>;
 };
 
-// K and V of a step, in registers, as the products take them.
+// K and V of a step, in registers, as they come.
 template <typename data_t, int kDim>
-struct StepFragments : Fragments<kDim> {
+struct StepLoads : Fragments<kDim> {
   using typename Fragments<kDim>::KChunk;
   using typename Fragments<kDim>::VChunk;
   using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
-  using Fragments<kDim>::kPairs;
-  uint32_t k[kChunks][2][4];
-  uint32_t v[kLoads][kPairs][4];  // row g is the even channel of the pair, row g + 8 the odd one
+  KChunk k[2][kChunks];
+  VChunk v[4][kLoads];
 
   // Lane first + i knows the place of position i, counted in vectors.
   __device__ void read(const data_t* k_cache, const data_t* v_cache, int place, int first) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    KChunk k_read[2][kChunks];
-    VChunk v_read[4][kLoads];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = g + 8 * r;
       const data_t* from = k_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + t * 8;
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        k_read[r][c] = *reinterpret_cast<const KChunk*>(from + c * 32);
+      for (int c = 0; c < kChunks; ++c) k[r][c] = *reinterpret_cast<const KChunk*>(from + c * 32);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -204,19 +200,30 @@ struct StepFragments : Fragments<kDim> {
           v_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + g * kWide;
 #pragma unroll
       for (int j = 0; j < kLoads; ++j)
-        v_read[r][j] = *reinterpret_cast<const VChunk*>(from + j * 8 * kWide);
+        v[r][j] = *reinterpret_cast<const VChunk*>(from + j * 8 * kWide);
     }
+  }
+};
+
+// The same as the products take them.
+template <typename data_t, int kDim>
+struct StepFragments : Fragments<kDim> {
+  using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kPairs;
+  uint32_t k[kChunks][2][4];
+  uint32_t v[kLoads][kPairs][4];  // row g is the even channel of the pair, row g + 8 the odd one
+
+  __device__ explicit StepFragments(const StepLoads<data_t, kDim>& from) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) k[c][i / 4][i % 4] = k_read[i % 2][c].at[i / 2];
+      for (int i = 0; i < 8; ++i) k[c][i / 4][i % 4] = from.k[i % 2][c].at[i / 2];
 #pragma unroll
     for (int j = 0; j < kLoads; ++j)
 #pragma unroll
       for (int e = 0; e < kPairs; ++e)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          v[j][e][i] = __byte_perm(v_read[i / 2 * 2][j].at[e], v_read[i / 2 * 2 + 1][j].at[e],
+          v[j][e][i] = __byte_perm(from.v[i / 2 * 2][j].at[e], from.v[i / 2 * 2 + 1][j].at[e],
                                    i % 2 ? 0x7632 : 0x5410);
   }
 };

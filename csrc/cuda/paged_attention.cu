@@ -22,6 +22,7 @@
 
 #include <algorithm>
 
+#include "async_copy.cuh"
 #include "attention_block.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -257,7 +258,7 @@ struct Folded {
 };
 
 template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 128 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
     tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
   __shared__ Partials<kWalkers, kTileHeads, kDim> partials;
@@ -324,13 +325,21 @@ __global__ void __launch_bounds__(kThreads, kDim == 128 ? 3 : 4)
       BlockTile<data_t, kDim> tile;
       tile.clear();
       const int visible = work.visible - begin_of(split);
-#pragma unroll 1
-      for (int begin = 0; begin < min(kBlock, visible); begin += kStep) {
-        StepFragments<data_t, kDim> step;
-        step.read(k_cache, v_cache, places.of(begin), begin % 32);
-        tile.take(step, visible - begin, p.scale * kLog2E, [&](int c) {
-          return *reinterpret_cast<const KChunk*>(&queries[g][t * 8 + c * 32]);
-        });
+      if (visible > 0) {
+        // Two steps are on their way at a time. No conditions, or the compiler waits at each: a
+        // step past the end adds nothing.
+        StepLoads<data_t, kDim> loads[2];
+        loads[0].read(k_cache, v_cache, places.of(0), 0);
+#pragma unroll
+        for (int begin = 0; begin < kBlock; begin += kStep) {
+          const int ahead = begin + kStep;
+          if (ahead < kBlock)
+            loads[ahead / kStep % 2].read(k_cache, v_cache, places.of(ahead), ahead % 32);
+          tile.take(StepFragments<data_t, kDim>(loads[begin / kStep % 2]), visible - begin,
+                    p.scale * kLog2E, [&](int c) {
+                      return *reinterpret_cast<const KChunk*>(&queries[g][t * 8 + c * 32]);
+                    });
+        }
       }
       tile.store(partials, warp);
     }
@@ -359,15 +368,18 @@ __global__ void __launch_bounds__(kThreads, kDim == 128 ? 3 : 4)
     });
 }
 
-// Folds the splits of one (token, head), as tensor_kernel does when it walks alone.
+// Folds the splits of one (token, head), as tensor_kernel does when it walks alone. How much each
+// step of the fold keeps and takes is known beforehand, so that the chain is short.
 constexpr int kCombineThreads = 256;
-constexpr int kBatch = 64;  // splits in shared memory
 
 template <typename data_t, int kDim>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const PagedAttentionParams p, const Plan plan) {
+  constexpr int kBatch = 8192 / kDim;  // splits in shared memory
+  static_assert(kBatch <= kCombineThreads);
   __shared__ float4 values[kBatch * kDim / 4];
-  __shared__ float max[kBatch], sum[kBatch], keep[kBatch], take[kBatch];
+  __shared__ float4 folds[kBatch];  // keep, take, sum of the split, maximum so far
+  __shared__ float max[kBatch];
   let_next_start();
   wait_for_inputs();
   const int head = blockIdx.x % p.heads, token = blockIdx.x / p.heads, thread = threadIdx.x;
@@ -377,37 +389,39 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int end = (visible + kSplit - 1) / kSplit;
   const Slots<kDim> slots(p, plan);
   const int64_t at = slots.at(token, head, 0);
-  const auto* stored = reinterpret_cast<const float4*>(slots.values + at * kDim);
-  auto all = nothing<1>();
+  float top = kMinusInfinity, sum = 0.f, value = 0.f;
   for (int begin = 0; begin < end; begin += kBatch) {
     const int count = min(kBatch, end - begin);
-#pragma unroll 4
+    const auto* stored = reinterpret_cast<const float4*>(slots.values + (at + begin) * kDim);
     for (int i = thread; i < count * kDim / 4; i += kCombineThreads)
-      values[i] = stored[begin * kDim / 4 + i];
+      copy_async_16(&values[i], stored + i);
+    float2 stats{};
     if (thread < count) {
-      const float2 stats = slots.stats[at + begin + thread];
-      max[thread] = stats.x, sum[thread] = stats.y;
+      stats = slots.stats[at + begin + thread];
+      max[thread] = stats.x;
     }
     __syncthreads();
     if (thread < count) {
-      float before = all.max;
+      float before = top;
+#pragma unroll 8
       for (int i = 0; i < thread; ++i) before = fmaxf(before, max[i]);
-      const float top = fmaxf(before, max[thread]);
-      keep[thread] = weight(before, top), take[thread] = weight(max[thread], top);
+      const float now = fmaxf(before, stats.x);
+      folds[thread] = make_float4(weight(before, now), weight(stats.x, now), stats.y, now);
     }
+    wait_copies();
     __syncthreads();
     if (thread < kDim)
+#pragma unroll 4
       for (int i = 0; i < count; ++i) {
-        const float value = reinterpret_cast<const float*>(values)[i * kDim + thread];
-        all.max = fmaxf(all.max, max[i]);
-        all.sum = fold(all.sum, keep[i], sum[i], take[i]);
-        all.values.at[0] = fold(all.values.at[0], keep[i], value, take[i]);
+        const auto [keep, take, part, now] = folds[i];
+        sum = fold(sum, keep, part, take);
+        value = fold(value, keep, reinterpret_cast<const float*>(values)[i * kDim + thread], take);
       }
+    top = folds[count - 1].w;
     __syncthreads();
   }
-  if (thread < kDim) out[thread] = from_float<data_t>(__fmul_rn(all.values.at[0], 1.f / all.sum));
+  if (thread < kDim) out[thread] = from_float<data_t>(__fmul_rn(value, 1.f / sum));
 }
-static_assert(kBatch <= 64);  // threads of the smallest head_dim, which know the maximum so far
 
 // ---- prefix
 
@@ -485,8 +499,9 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
         for (int i = 0; i < kTiles; ++i) tiles[i].clear();
 #pragma unroll 1
         for (int begin = 0; begin < kBlock; begin += kStep) {
-          StepFragments<data_t, kDim> step;
-          step.read(k_cache, v_cache, places.of(begin), begin % 32);
+          StepLoads<data_t, kDim> loads;
+          loads.read(k_cache, v_cache, places.of(begin), begin % 32);
+          const StepFragments<data_t, kDim> step(loads);
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) {
             const data_t* query = &queries[(side * kTiles + i) * kTileHeads + g][t * 8];
