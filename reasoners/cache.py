@@ -29,7 +29,9 @@ class Step:
     the rows' tokens; lengths: (rows) int32, of the sequences after this step; positions: (tokens)
     int32. decode: every row feeds one token, through the single-token kernels. period: scan states
     are written when a slot has this many tokens to fold in. rng_key: (rows, 4) int64, rounds 16-bit
-    states at random; None rounds to nearest. A negative slot with length 0 is a padding row.
+    states at random; None rounds to nearest. shared: (rows, 2) int32, which rows begin with the same
+    pages, as in ops.paged_attention; None when that is not to be used. A negative slot with length 0
+    is a padding row.
     """
 
     slots: Tensor
@@ -40,6 +42,7 @@ class Step:
     decode: bool
     period: int = 1
     rng_key: Tensor | None = None
+    shared: Tensor | None = None
 
 
 @dataclass
@@ -320,6 +323,29 @@ class Cache:
         pages = self._pages[slot]
         pages.extend(self._take_pages(self.pages_for(capacity) - len(pages)))
         self._write_page_table(slot)
+
+    def group(self, slots: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Who shares pages with whom: forks of one prompt, as long as two of them are alive.
+
+        Returns (order, shared): the order of `slots` in which sharers are neighbours, and for each of
+        them in that order [place of its group's first, tokens in pages of all the group]; a slot that
+        shares with no other has [its own place, 0].
+        """
+        groups: dict[int, list[int]] = {}  # by first page; slots without pages are by themselves
+        for i, slot in enumerate(slots):
+            pages = self._pages[slot]
+            groups.setdefault(pages[0] if pages else -1 - i, []).append(i)
+        order, shared = [], []
+        for members in groups.values():
+            common = self._pages[slots[members[0]]] if len(members) > 1 else []
+            for i in members:
+                pages = self._pages[slots[i]]
+                if pages[: len(common)] != common:
+                    same = (a == b for a, b in zip(pages, common))
+                    common = common[: next((n for n, ok in enumerate(same) if not ok), len(pages))]
+            shared += [(len(order), len(common) * self.page_size)] * len(members)
+            order += members
+        return order, shared
 
     def free(self, slot: int):
         """Forget a sequence; pages that no other sequence shares become free."""

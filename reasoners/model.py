@@ -336,7 +336,7 @@ class Attention(nn.Module):
             where = (step.page_table, step.cu_seqlens, step.lengths)
             ops.rotate_append_kv(cached.k, cached.v, qkv[0], this.inv_freq, *where)
             q = qkv[0, :, : self.num_heads]
-            y = ops.paged_attention(q, cached.k, cached.v, *where)[None]
+            y = ops.paged_attention(q, cached.k, cached.v, *where, shared=step.shared)[None]
             return self.out_proj(y.flatten(-2))
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = qkv.split(heads, -2)
