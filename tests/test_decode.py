@@ -182,6 +182,35 @@ def test_rows_that_share_pages_are_neighbours_and_draw_the_same(name, monkeypatc
                 assert first == i or (shares and pairs[i - 1].tolist() == [first, shares])
 
 
+def test_tokens_come_back_in_the_order_of_the_rows(monkeypatch):
+    monkeypatch.setattr(decode, "SHARED_PAYS", 1)
+    model = tiny("tiny-llama")
+
+    def run(order):
+        cache = Cache(model, num_slots=4, max_length=160, page_size=4)
+        one, two = cache.allocate(100), cache.allocate(100)
+        prompts = torch.arange(145) % 251
+        model.extend(prompts, cache, cache.step([one, two], [70, 75]))
+        slots = [one, cache.fork(one, 100), two, cache.fork(two, 100)]
+        rows = [
+            Row(slot, 10 + i, (71, 71, 76, 76)[i], 12, (3, 44, i), (), SamplingParams())
+            for i, slot in enumerate(slots)
+        ]
+        loop = DecodeLoop(model, cache, max_rows=6, max_steps=8)
+        loop.load([rows[i] for i in order])
+        assert loop.kind == (4, True)
+        assert loop.rows.shared[:4, 0].tolist() == [0, 0, 2, 2]
+        assert set(loop.rows.shared[:4, 1].tolist()) == {68, 72}
+        tokens, logprobs = loop.run(8)
+        back = sorted(range(4), key=order.__getitem__)
+        return tokens[:, back], logprobs[:, back]
+
+    expected = run([0, 1, 2, 3])
+    assert len({tuple(column.tolist()) for column in expected[0].T}) == 4
+    for order in ([0, 2, 1, 3], [3, 0, 2, 1]):
+        assert all(torch.equal(a, b) for a, b in zip(run(order), expected))
+
+
 def test_sharing_waits_until_it_pays(monkeypatch):
     """5 samples of a prompt with 72 tokens in pages: 64 of them are read once and not 5 times."""
     model, params = tiny("tiny-llama"), SamplingParams(n=5, max_tokens=4)
