@@ -128,6 +128,42 @@ def test_convert_layouts_and_students(folder, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+RECIPE = """
+length = 64
+[student]
+kind = "llamba"
+state_dim = 16
+[[stages]]
+name = "all at once"
+objective = "end_to_end"
+tokens = 512
+batch = 2
+lr = 1e-3
+"""
+
+
+def test_distill_a_folder_into_one_that_samples(folder, data, tmp_path):
+    (tmp_path / "small.toml").write_text(RECIPE)
+    command = [
+        "distill", tmp_path / "student", "--recipe", tmp_path / "small.toml", "--teacher", folder,
+        "--data", data, "--device", "cpu", "--dtype", "float32",
+    ]  # fmt: skip
+    code, output = invoke(*command)
+    assert code == 0, output
+    assert "curves.png" in output
+    lines = (tmp_path / "student/training/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert load_config(tmp_path / "student")[1] == "llamba"
+    code, output = invoke(
+        "sample", tmp_path / "student", "--data", data, "-o", tmp_path / "run", "-n", 1,
+        "--max-tokens", 4,
+    )  # fmt: skip
+    assert code == 0, output
+    code, output = invoke(*command[:3], "lamba", *command[4:])
+    assert code == 1
+    assert "recipe expected a file or one of llamba" in output
+
+
 def test_student_folder_is_sampled_as_it_is(folder, data, tmp_path):
     for kind in ("llamba", "mamba2"):
         assert (

@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "decode": {"ops", "model", "cache", "sampling"},
     "engine": {"ops", "model", "cache", "decode", "sampling"},
     "llm": {"ops", "model", "checkpoint", "engine", "sampling"},
-    "distill": {"checkpoint", "distill", "model", "scaling"},
-    "scaling": {"scaling", "__version__"},
+    "distill": {"checkpoint", "distill", "interrupt", "model", "scaling"},
+    "interrupt": set(),
+    "scaling": {"scaling", "interrupt", "__version__"},
     "integrations": {"checkpoint", "llm", "model", "sampling"},
     "doctor": {"ops", "reference", "__version__"},
     "cli": {
