@@ -35,7 +35,7 @@ def chat(*contents):
 
 
 def learned(example, tokenizer):
-    tokens, counted = tokenize(example, tokenizer)
+    ((tokens, counted),) = tokenize([example], tokenizer)
     return tokenizer.decode(tokens), tokenizer.decode([t for t, c in zip(tokens, counted) if c])
 
 
@@ -100,7 +100,7 @@ def test_prompts_are_those_of_sampling(tokenizer):
     model = random_model("tiny-llama", torch.float32)
     example = chat("1+1?", "2")
     prompt = LLM(model, tokenizer, device="cpu").encode_chat(example.messages[:1])
-    tokens, counted = tokenize(example, tokenizer)
+    ((tokens, counted),) = tokenize([example], tokenizer)
     assert tokens[: len(prompt)] == prompt
     assert counted.index(True) == len(prompt)
 
@@ -109,10 +109,10 @@ def test_templates_that_cannot_be_cut(tokenizer):
     forgetful = byte_tokenizer()
     forgetful.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(ValueError, match="chat template expected to write the messages one after"):
-        tokenize(chat("1+1?", "2"), forgetful)
+        tokenize([chat("1+1?", "2")], forgetful)
     forgetful.chat_template = None
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
-        tokenize(chat("1+1?", "2"), forgetful)
+        tokenize([chat("1+1?", "2")], forgetful)
 
 
 # ---- sources
@@ -228,7 +228,9 @@ def test_documents_stay_whole_and_none_is_lost(tokenizer):
         found += [d for d, a in zip(documents(batch), batch.cu_seqlens.tolist()) if batch.real[a]]
         assert 0.9 * 512 < batch.num_tokens <= 512
         assert not batch.tokens[0, ~batch.real].any()
-    expected = [tokenize(made_up(i), tokenizer)[0] for i in range(batches.num_examples)]
+    expected = [
+        t for t, _ in tokenize([made_up(i) for i in range(batches.num_examples)], tokenizer)
+    ]
     still_open = [list(ids) for sequence in batches.open for ids, _ in sequence]
     assert sorted(found + still_open) == sorted(expected)
 
@@ -240,7 +242,7 @@ def test_targets_are_the_tokens_before_learned_ones(tokenizer):
         if batch.real[start]:
             text = tokenizer.decode(tokens)
             (index,) = [i for i in range(200) if text.startswith(f"<|user|>{i}?")]
-            counted = tokenize(made_up(index), tokenizer)[1]
+            counted = tokenize([made_up(index)], tokenizer)[0][1]
             expected += [start + i - 1 for i, c in enumerate(counted) if c]
     assert batch.targets.tolist() == expected
     assert torch.equal(batch.labels, batch.tokens[0, batch.targets + 1])

@@ -215,22 +215,38 @@ def arithmetic_example(index: int) -> Example:
 # ---- tokens
 
 
-def tokenize(example: Example, tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens of an example, and which of them are to be learned.
+def tokenize(examples: Sequence[Example], tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """Tokens of each example, and which of them are to be learned.
 
     Prompts get the tokens that LLM.encode_chat gives them. Of an assistant's message everything is
     learned up to the end-of-sequence token, which is appended if the chat template has none there.
     Raises ValueError for a tokenizer without a chat template, or one that rewrites earlier messages.
     """
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
+    pieces = [_pieces(example, tokenizer) for example in examples]
+    texts = [text for parts in pieces for text, _ in parts]
+    # All in one call: a call takes longer than the tokens of a short text.
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
     eos = tokenizer.eos_token_id
-    end = [] if eos is None else [eos]
+    found = []
+    for parts in pieces:
+        tokens: list[int] = []
+        counted: list[bool] = []
+        for (_, answers), ids in zip(parts, encoded):
+            if answers and eos is not None and eos not in ids:
+                ids = [*ids, eos]
+            learned = 0
+            if answers:
+                learned = ids.index(eos) + 1 if eos in ids else len(ids)
+            tokens += ids
+            counted += [True] * learned + [False] * (len(ids) - learned)
+        found.append((tokens, counted))
+    return found
+
+
+def _pieces(example: Example, tokenizer) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, prompts and answers by turns; whether each is an answer."""
     if example.text is not None:
-        tokens = ids(example.text) + end
-        return tokens, [True] * len(tokens)
+        return [(example.text, True)]
     if not tokenizer.chat_template:
         raise ValueError("tokenize: a conversation needs a tokenizer with a chat template")
 
@@ -239,9 +255,7 @@ def tokenize(example: Example, tokenizer) -> tuple[list[int], list[bool]]:
             list(example.messages[:count]), add_generation_prompt=prompt, tokenize=False
         )
 
-    tokens: list[int] = []
-    counted: list[bool] = []
-    done = ""
+    found, done = [], ""
     for i, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
@@ -251,15 +265,9 @@ def tokenize(example: Example, tokenizer) -> tuple[list[int], list[bool]]:
                 "tokenize: chat template expected to write the messages one after the other, got "
                 f"{prompt!r} before {whole!r}"
             )
-        asked, answer = ids(prompt[len(done) :]), ids(whole[len(prompt) :])
-        if eos not in answer:
-            answer += end
-        learned = answer.index(eos) + 1 if eos in answer else len(answer)
-        tokens += asked + answer
-        counted += [False] * len(asked)
-        counted += [True] * learned + [False] * (len(answer) - learned)
+        found += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
         done = whole
-    return tokens, counted
+    return found
 
 
 # ---- batches
@@ -394,7 +402,7 @@ def _take_up(source: Source, tokenizer):
 
 def _tokenize_range(start: int, end: int) -> list[tuple[list[int], list[bool]]]:
     source, tokenizer = _own
-    return [tokenize(source.example(index), tokenizer) for index in range(start, end)]
+    return tokenize([source.example(index) for index in range(start, end)], tokenizer)
 
 
 class Batches:
@@ -426,7 +434,8 @@ class Batches:
             if self._tokenized is not None:
                 tokens, counted = self._tokenized.document(self.next_example)
             else:
-                tokens, counted = tokenize(self.source.example(self.next_example), self.tokenizer)
+                example = self.source.example(self.next_example)
+                ((tokens, counted),) = tokenize([example], self.tokenizer)
             self.next_example += 1
             self.num_examples += 1
             self.num_cut += len(tokens) > self.length
