@@ -130,6 +130,14 @@ def test_micro_batches_do_not_change_the_training(train, tmp_path):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+def test_compiled_layers_train_the_same(train, tmp_path):
+    table = recipe("mamba2", (replace(KL, tokens=3 * 2 * LENGTH),), keep=(1,))
+    plain = train(table, tmp_path / "plain")
+    compiled = train(replace(table, compile=True), tmp_path / "compiled")
+    for one, other in zip(metrics(plain), metrics(compiled), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("stop_at", [1, 5, 8])
 @pytest.mark.parametrize("how", ["interrupt", "crash"])
 def test_interrupt_anywhere_and_resume(train, tmp_path, monkeypatch, stop_at, how):
