@@ -43,14 +43,17 @@ def plain_errors() -> Iterator[None]:
 
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; resumed if it exists.")]
-Task = Annotated[str, typer.Option(help="gsm8k or math500.")]
+Task = Annotated[str, typer.Option(help="gsm8k, math500 or arithmetic, which needs no data.")]
 Data = Annotated[
     str | None,
     typer.Option(
         help="JSONL or JSON file of the task, or a Hugging Face dataset id.", show_default=False
     ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first problems.", show_default="all")]
+Limit = Annotated[
+    int | None,
+    typer.Option(help="Only the first problems.", show_default="all, of arithmetic 1000"),
+]
 Samples = Annotated[
     int | None, typer.Option("--samples", "-n", help="Samples per problem.", show_default=False)
 ]
@@ -124,8 +127,10 @@ def distill(
     ],
     teacher: Annotated[
         Path | None,
-        typer.Option(help="Folder of a Llama; none for a recipe that starts from nothing.",
-                     show_default=False),
+        typer.Option(
+            help="Folder of a Llama; none for a recipe that starts from nothing.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         str | None,

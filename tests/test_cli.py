@@ -70,7 +70,7 @@ def test_sample_resume_and_report(folder, data, tmp_path):
         ({"-n": 0}, "samples expected at least 1, got 0"),
         ({"--temperature": -1}, "temperature expected at least 0, got -1.0"),
         ({"--dtype": "int8"}, "dtype expected one of auto, float32, bfloat16, got 'int8'"),
-        ({"--task": "chess"}, "task expected one of gsm8k, math500, got 'chess'"),
+        ({"--task": "chess"}, "task expected one of gsm8k, math500, arithmetic, got 'chess'"),
         ({"--max-tokens": 600}, "at most max_length = 512 tokens"),
         ({"--shots": 99}, "shots expected 0 to"),
     ],

@@ -17,7 +17,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 512):
     """A transformers tokenizer trained on texts; any text comes back as it was.
 
     vocab_size: at most, special tokens and the 256 bytes included. The same texts give the same tokenizer. A
-    digit is always a token of its own, so that numbers are written digit by digit. The chat template
+    digit is always a token of its own, so that numbers are written digit by digit; the space in front of a
+    number goes with the word before it. The chat template
     is <|user|>question<|assistant|>answer<|end|>; <|end|> is the end of sequence.
     Raises ValueError for a vocab_size without room for bytes and special tokens.
     """
@@ -34,7 +35,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 512):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s+"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+(?: (?=\d))?|\s+"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
