@@ -12,7 +12,8 @@ PACKAGE = ROOT / "reasoners"
 # What each module may import of the package; a folder stands for the modules in it.
 MAY_IMPORT = {
     "__init__": set(),
-    "ops": {"_C"},
+    "backward": set(),
+    "ops": {"_C", "backward"},
     "reference": set(),
     "cache": {"ops"},
     "sampling": set(),
