@@ -3,7 +3,8 @@
 # and peers. Times are taken only if the checks pass. Full results go to $OUT (build/cuda).
 #
 #   bench/cuda.sh                      all of it
-#   bench/cuda.sh update               one topic: update, decode, profile, sanitize
+#   bench/cuda.sh update               one topic: update, decode, attention, scan, train (times),
+#                                      profile, sanitize
 #   ROWS='llamba-1b and 512' bench/cuda.sh decode      rows, as pytest's -k
 #   PREBUILT=1 bench/cuda.sh           with the extension that is there
 set -e
@@ -12,7 +13,7 @@ OUT=${OUT:-build/cuda}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-topics=${*:-update decode profile sanitize}
+topics=${*:-update decode attention scan train profile sanitize}
 measure="$PYTHON -m pytest -p no:logging -p no:cacheprovider --benchmark-columns=median"
 
 [ -n "$PREBUILT" ] || $PYTHON setup.py -q build_ext --inplace >"$OUT/build.log" 2>&1 ||
@@ -21,16 +22,22 @@ $PYTHON -m pytest tests -m cuda -p no:cacheprovider --ignore-glob='*scaling*' --
   >"$OUT/tests.log" 2>&1 || { tail -40 "$OUT/tests.log"; exit 1; }
 echo "CUDA checks passed: $(grep -c . "$OUT/tests.log") lines in $OUT/tests.log"
 
+# table NAME FILES: the rows of some benches, as a table
+table() {
+  name=$1
+  shift
+  $measure "$@" ${ROWS:+-k "$ROWS"} --benchmark-json="$OUT/$name.json" >"$OUT/$name.log" 2>&1 ||
+    tail -20 "$OUT/$name.log"
+  sed -n '/roof 3.03/,$p' "$OUT/$name.log"
+}
+
 for topic in $topics; do
   case $topic in
-    update)
-      $measure bench/bench_state_update.py bench/bench_mixer_update.py ${ROWS:+-k "$ROWS"} \
-        --benchmark-json="$OUT/update.json" >"$OUT/update.log" 2>&1 || tail -20 "$OUT/update.log"
-      sed -n '/roof 3.03/,$p' "$OUT/update.log" ;;
-    decode)
-      $measure bench/bench_decode.py ${ROWS:+-k "$ROWS"} \
-        --benchmark-json="$OUT/decode.json" >"$OUT/decode.log" 2>&1 || tail -20 "$OUT/decode.log"
-      sed -n '/roof 3.03/,$p' "$OUT/decode.log" ;;
+    update) table update bench/bench_state_update.py bench/bench_mixer_update.py ;;
+    decode) table decode bench/bench_decode.py ;;
+    attention) table attention bench/bench_paged_attention.py bench/bench_sample.py ;;
+    scan) table scan bench/bench_ssd_scan.py bench/bench_mamba1.py ;;
+    train) table train bench/bench_distill.py ;;
     profile)  # bytes and throughput of one update at batch 512
       ncu --clock-control none --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
         --metrics dram__bytes_read.sum,dram__bytes_write.sum --kernel-name regex:state_ --launch-skip 3 \

@@ -447,12 +447,7 @@ def load_model(
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tensor = tensor.reshape(shapes[row.ours])
         state[row.ours] = tensor.to(device=device, dtype=parameter_dtype(row.ours, dtype))
-    if config.tie_embeddings:
-        state["head.weight"] = state["embedding.weight"]
-    model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    return model.eval()
+    return model.assign(state).eval()
 
 
 def save_model(model: HybridLM, folder: str | os.PathLike, layout: str | None = None):
@@ -582,7 +577,4 @@ def student_from_teacher(teacher: HybridLM, config: ModelConfig) -> HybridLM:
         state[f"{prefix}.in_proj.weight"][inner : 2 * (inner + kv)] = torch.cat((v, k, q))
         state[f"{prefix}.out_proj.weight"].copy_(source[f"{prefix}.out_proj.weight"])
     fine = {name: t.to(parameter_dtype(name, teacher.dtype)) for name, t in state.items()}
-    student.load_state_dict(fine, assign=True)
-    if config.tie_embeddings:
-        student.head.weight = student.embedding.weight
-    return student.to(teacher.device)
+    return student.assign(fine).to(teacher.device)

@@ -1,4 +1,4 @@
-"""`reasoners <verb>`: sample, report, convert, doctor, demo."""
+"""`reasoners <verb>`: sample, report, distill, convert, doctor, demo."""
 
 import contextlib
 import importlib.util
@@ -43,14 +43,17 @@ def plain_errors() -> Iterator[None]:
 
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; resumed if it exists.")]
-Task = Annotated[str, typer.Option(help="gsm8k or math500.")]
+Task = Annotated[str, typer.Option(help="gsm8k, math500 or arithmetic, which needs no data.")]
 Data = Annotated[
     str | None,
     typer.Option(
         help="JSONL or JSON file of the task, or a Hugging Face dataset id.", show_default=False
     ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first problems.", show_default="all")]
+Limit = Annotated[
+    int | None,
+    typer.Option(help="Only the first problems.", show_default="all, of arithmetic 1000"),
+]
 Samples = Annotated[
     int | None, typer.Option("--samples", "-n", help="Samples per problem.", show_default=False)
 ]
@@ -114,6 +117,45 @@ def report(
     """Coverage and accuracy against samples and against seconds: a table, a JSON file, a picture."""
     with plain_errors():
         _report(runs, out or runs[0])
+
+
+@app.command()
+def distill(
+    out: Annotated[Path, typer.Argument(help="Model folder to write; a training in it goes on.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of the package, such as llamba, or a TOML file.")
+    ],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a Llama; none for a recipe that starts from nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="JSONL file or Hugging Face dataset id.", show_default="the recipe's"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="auto")] = None,
+    save_every_s: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 600,
+):
+    """Train a student of a teacher, stage by stage; the same command resumes.
+
+    Metrics and curves are in OUT/training. With several GPUs:
+    `torchrun --nproc-per-node 8 -m reasoners.cli distill ...`. Example:
+
+    `reasoners distill models/llamba-1b --recipe llamba --teacher models/llama-1b --data math.jsonl`
+    """
+    with plain_errors():
+        from reasoners.distill import distill as train
+        from reasoners.distill import load_recipe
+
+        train(
+            load_recipe(recipe), out, teacher=teacher, data=data, device=device,
+            dtype=_dtype(dtype), save_every_s=save_every_s,
+        )  # fmt: skip
+        console.print(f"wrote {out}; curves: {out / 'training' / 'curves.png'}", soft_wrap=True)
 
 
 @app.command()
@@ -242,8 +284,10 @@ def _sample(
         chosen, data or chosen.dataset, problems, str(folder), sampling, shots
     )
     with scaling.SampleStore(out, manifest) as store, scaling.Grader(workers=verifiers) as grader:
+        from reasoners.llm import LLM
+
         with console.status(f"loading {folder}"):
-            llm = _load(folder, dtype, device, max_rows)
+            llm = LLM(folder, dtype=_dtype(dtype), device=device, max_rows=max_rows)
         summary = scaling.run(
             chosen, problems, _generate(llm, params), store, grader, samples=samples,
             budget_s=budget_s, shots=shots, wave=wave,
@@ -255,15 +299,13 @@ def _sample(
     )
 
 
-def _load(folder, dtype, device, max_rows):
+def _dtype(name):
     import torch
 
-    from reasoners.llm import LLM
-
     kinds = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in kinds:
-        raise ValueError(f"dtype expected one of {', '.join(kinds)}, got {dtype!r}")
-    return LLM(folder, dtype=kinds[dtype], device=device, max_rows=max_rows)
+    if name not in kinds:
+        raise ValueError(f"dtype expected one of {', '.join(kinds)}, got {name!r}")
+    return kinds[name]
 
 
 def _generate(llm, params):

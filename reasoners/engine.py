@@ -127,7 +127,8 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.cache = Cache(
             model,
-            num_slots=max_rows + 1,  # prompts come in as rows get free: one at most waits beside them all
+            num_slots=max_rows
+            + 1,  # prompts come in as rows get free: one at most waits beside them all
             max_length=max_length,
             max_bytes=free_bytes(model.device) // 2 if max_bytes is None else max_bytes,
             page_size=page_size,

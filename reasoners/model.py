@@ -673,6 +673,15 @@ class HybridLM(nn.Module):
             if hasattr(layer.mixer, "reset"):
                 layer.mixer.reset()
 
+    def assign(self, state: dict[str, Tensor]) -> "HybridLM":
+        """Take these tensors for weights, as they are; a tied head needs none. Returns the model."""
+        if self.config.tie_embeddings:
+            state = {**state, "head.weight": state["embedding.weight"]}
+        self.load_state_dict(state, assign=True)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

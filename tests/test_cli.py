@@ -70,7 +70,7 @@ def test_sample_resume_and_report(folder, data, tmp_path):
         ({"-n": 0}, "samples expected at least 1, got 0"),
         ({"--temperature": -1}, "temperature expected at least 0, got -1.0"),
         ({"--dtype": "int8"}, "dtype expected one of auto, float32, bfloat16, got 'int8'"),
-        ({"--task": "chess"}, "task expected one of gsm8k, math500, got 'chess'"),
+        ({"--task": "chess"}, "task expected one of gsm8k, math500, arithmetic, got 'chess'"),
         ({"--max-tokens": 600}, "at most max_length = 512 tokens"),
         ({"--shots": 99}, "shots expected 0 to"),
     ],
@@ -126,6 +126,42 @@ def test_convert_layouts_and_students(folder, tmp_path):
     assert code == 1
     assert "keep expected layers below 4, got 9" in output
     assert not (tmp_path / "bad").exists()
+
+
+RECIPE = """
+length = 64
+[student]
+kind = "llamba"
+state_dim = 16
+[[stages]]
+name = "all at once"
+objective = "end_to_end"
+tokens = 512
+batch = 2
+lr = 1e-3
+"""
+
+
+def test_distill_a_folder_into_one_that_samples(folder, data, tmp_path):
+    (tmp_path / "small.toml").write_text(RECIPE)
+    command = [
+        "distill", tmp_path / "student", "--recipe", tmp_path / "small.toml", "--teacher", folder,
+        "--data", data, "--device", "cpu", "--dtype", "float32",
+    ]  # fmt: skip
+    code, output = invoke(*command)
+    assert code == 0, output
+    assert "curves.png" in output
+    lines = (tmp_path / "student/training/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert load_config(tmp_path / "student")[1] == "llamba"
+    code, output = invoke(
+        "sample", tmp_path / "student", "--data", data, "-o", tmp_path / "run", "-n", 1,
+        "--max-tokens", 4,
+    )  # fmt: skip
+    assert code == 0, output
+    code, output = invoke(*command[:3], "lamba", *command[4:])
+    assert code == 1
+    assert "recipe expected a file or one of llamba" in output
 
 
 def test_student_folder_is_sampled_as_it_is(folder, data, tmp_path):

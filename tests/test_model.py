@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from reasoners.cache import Cache
 from reasoners.checkpoint import save_model
-from reasoners.model import CONFIGS, HybridLM, Linear, Rotary
+from reasoners.model import CONFIGS, HybridLM, Linear, Rotary, student_config
 
 FAMILIES = ["tiny-llama", "tiny-llamba", "tiny-mamba1", "tiny-mamba2"]
 
@@ -292,3 +292,69 @@ def test_state_bytes_are_those_of_the_paper():
             cache = Cache(model, num_slots=1, max_length=8, state_dtype=torch.bfloat16)
         scan = sum(layer.scan.numel() * 2 for layer in cache.layers)
         assert scan == mib * 2**20
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_a_mixing_matrix_applied_is_what_the_layer_mixes(packed):
+    """Of Llamba on x, of attention on v; packed documents do not see each other."""
+    torch.manual_seed(3)
+    cu_seqlens = torch.tensor([0, 5, 6, 13], dtype=torch.int32) if packed else None
+    u = torch.randn(1, 13, 96, dtype=torch.float64)
+
+    llamba = random_model("tiny-llamba")
+    mixer, this = llamba.layers[0].mixer, llamba.whole_pass(torch.zeros(1, 13), cu_seqlens)
+    with torch.no_grad():
+        mixer.in_proj.weight[3 * 96 : 4 * 96] = 0  # z: the gate is silu(z_bias) alone
+        matrix = mixer.mixing_matrix(u, this)
+        x = mixer.conv(mixer.in_proj(u)[..., : 3 * 96], this, None)[..., :96].unflatten(-1, (6, 16))
+        y = torch.einsum("bhij,bjhp->bihp", matrix, x).flatten(-2)
+        expected = mixer.out_proj(y * F.silu(mixer.z_bias))
+        torch.testing.assert_close(mixer(u, this), expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(matrix, matrix.tril())
+
+    llama = random_model("tiny-llama")
+    mixer, this = llama.layers[0].mixer, llama.whole_pass(torch.zeros(1, 13), cu_seqlens)
+    with torch.no_grad():
+        matrix = mixer.mixing_matrix(u, this)
+        v = mixer.qkv_proj(u)[..., -32:].unflatten(-1, (2, 16)).repeat_interleave(3, -2)
+        y = torch.einsum("bhij,bjhp->bihp", matrix, v).flatten(-2)
+        torch.testing.assert_close(mixer(u, this), mixer.out_proj(y), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(1, 6, 13, dtype=torch.float64))
+    if packed:
+        assert matrix[..., 6:, :6].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recomputed_layers_have_the_same_gradients(name):
+    model = random_model(name)
+    tokens = torch.randint(256, (1, 17))
+    found = []
+    for recompute in (False, True):
+        model.zero_grad()
+        model.hidden(tokens, recompute=recompute).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*found):
+        assert torch.equal(plain, recomputed)
+
+
+def test_students_of_published_teachers_have_the_published_shapes():
+    for size in ("1b", "3b"):
+        teacher = CONFIGS[f"llama-3.2-{size}"]
+        assert student_config(teacher, "llamba") == CONFIGS[f"llamba-{size}"]
+        for kind, suffix in (("mamba1", ""), ("mamba2", "-mamba2")):
+            named = CONFIGS[f"mambainllama-{size}{suffix}"]
+            keep = [i for i, mixer in enumerate(named.mixers) if mixer == "attention"]
+            assert student_config(teacher, kind, keep) == named
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "message"),
+    [
+        ("llamba", (1,), r"keep expected none for llamba, which has no attention, got \[1\]"),
+        ("mamba2", (0, 4, -1), "keep expected layers below 4, got -1, 4"),
+        ("mamba3", (), "kind expected llamba, mamba1 or mamba2, got 'mamba3'"),
+    ],
+)
+def test_students_that_cannot_be(kind, keep, message):
+    with pytest.raises(ValueError, match=f"student_config: {message}"):
+        student_config(CONFIGS["tiny-llama"], kind, keep)

@@ -143,4 +143,5 @@ def test_examples_end_in_their_answers():
     assert answers == {
         "gsm8k": ["134", "4", "8", "48"],
         "math500": ["2, 3", "4\\sqrt{3}", "\\frac{1}{9}", "4"],
+        "arithmetic": ["77", "12", "36"],
     }

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "reasoners"
 # What each module may import of the package; a folder stands for the modules in it.
 MAY_IMPORT = {
     "__init__": set(),
-    "ops": {"_C"},
+    "backward": set(),
+    "ops": {"_C", "backward"},
     "reference": set(),
     "cache": {"ops"},
     "sampling": set(),
@@ -21,8 +22,9 @@ MAY_IMPORT = {
     "decode": {"ops", "model", "cache", "sampling"},
     "engine": {"ops", "model", "cache", "decode", "sampling"},
     "llm": {"ops", "model", "checkpoint", "engine", "sampling"},
-    "distill": {"checkpoint", "distill", "model", "scaling"},
-    "scaling": {"scaling", "__version__"},
+    "distill": {"checkpoint", "distill", "interrupt", "model", "scaling"},
+    "interrupt": set(),
+    "scaling": {"scaling", "interrupt", "__version__"},
     "integrations": {"checkpoint", "llm", "model", "sampling"},
     "doctor": {"ops", "reference", "__version__"},
     "cli": {

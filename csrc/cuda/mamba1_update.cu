@@ -11,11 +11,22 @@ namespace {
 
 template <typename data_t>
 struct Mamba1 {
+  using Data = data_t;
   Mamba1UpdateParams p;
 
   struct Constants {
     ConvTaps taps;
     float dt_bias, D;
+  };
+  // Whether `count` values of B, or of C, stand at a multiple of their size.
+  bool aligned(int count) const {
+    return reinterpret_cast<uintptr_t>(p.projected) % (count * sizeof(data_t)) == 0 &&
+           p.projected_stride % count == 0 && p.channels % count == 0 && p.kv_dim % count == 0;
+  }
+  struct Inputs {
+    PastInputs<data_t> past;
+    data_t x, dt, z;
+    int length;
   };
   __device__ const data_t* values(const void* parameter) const {
     return static_cast<const data_t*>(parameter);
@@ -34,17 +45,25 @@ struct Mamba1 {
   __device__ float A(int channel, int n) const {
     return -expf(p.A_log[int64_t(channel) * p.state_dim + n]);
   }
-  __device__ float delta(const Constants& constants, int64_t row, int channel) const {
-    return softplus(to_float(values(p.dt)[row * p.dt_stride + channel]) + constants.dt_bias);
+  __device__ data_t* ring(int64_t slot, int channel) const {
+    return static_cast<data_t*>(p.conv_state) + slot * p.width * p.channels + channel;
   }
-  __device__ float x(const Constants& constants, int64_t row, int64_t slot, int channel,
+  __device__ Inputs inputs(int64_t row, int64_t slot, int channel) const {
+    Inputs in;
+    in.length = p.lengths[row];
+    in.past = past_inputs(ring(slot, channel), p.channels, p.width, in.length);
+    in.x = projected(row)[p.channels + chunk(channel) + channel % p.state_dim];
+    in.dt = values(p.dt)[row * p.dt_stride + channel];
+    in.z = projected(row)[channel];
+    return in;
+  }
+  __device__ float delta(const Constants& constants, const Inputs& in) const {
+    return softplus(to_float(in.dt) + constants.dt_bias);
+  }
+  __device__ float x(const Constants& constants, const Inputs& in, int64_t slot, int channel,
                      bool stores) const {
-    auto* ring = static_cast<data_t*>(p.conv_state) + slot * p.width * p.channels + channel;
-    const data_t input = projected(row)[p.channels + chunk(channel) + channel % p.state_dim];
-    const int length = p.lengths[row];
-    const auto past = past_inputs(ring, p.channels, p.width, length);
-    if (stores) ring[(length - 1) % p.width * p.channels] = input;
-    return to_float(convolve<true>(constants.taps, p.width, past, input));
+    if (stores) ring(slot, channel)[(in.length - 1) % p.width * p.channels] = in.x;
+    return to_float(convolve<true>(constants.taps, p.width, in.past, in.x));
   }
   __device__ const data_t* B(int64_t row, int channel) const {
     return projected(row) + p.channels + p.kv_dim + chunk(channel);
@@ -55,10 +74,9 @@ struct Mamba1 {
   __device__ void store(int64_t row, int channel, float y) const {
     static_cast<data_t*>(p.y)[row * p.channels + channel] = from_float<data_t>(y);
   }
-  __device__ void finish(const Constants& constants, int64_t row, int channel, float x,
-                         float y) const {
-    const float z = to_float(projected(row)[channel]);
-    store(row, channel, (y + constants.D * x) * silu(z));
+  __device__ void finish(const Constants& constants, const Inputs& in, int64_t row, int channel,
+                         float x, float y) const {
+    store(row, channel, (y + constants.D * x) * silu(to_float(in.z)));
   }
 };
 

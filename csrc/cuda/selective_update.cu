@@ -9,18 +9,33 @@ namespace {
 
 template <typename data_t>
 struct Bare {
+  using Data = data_t;
   SelectiveUpdateParams p;
 
   struct Constants {
     float D;
   };
+  // Whether `count` values of B, and of C, stand at a multiple of their size.
+  bool aligned(int count) const {
+    const auto whole = [&](const void* first, int64_t stride) {
+      return reinterpret_cast<uintptr_t>(first) % (count * sizeof(data_t)) == 0 &&
+             stride % count == 0;
+    };
+    return whole(p.B, p.b_stride) && whole(p.C, p.c_stride);
+  }
+  struct Inputs {
+    data_t x;
+    float delta;
+  };
   __device__ Constants constants(int channel) const { return {p.D ? p.D[channel] : 0.f}; }
   __device__ float A(int channel, int n) const { return p.A[int64_t(channel) * p.state_dim + n]; }
-  __device__ float delta(const Constants&, int64_t row, int channel) const {
-    return p.delta[row * p.delta_stride + channel];
+  __device__ Inputs inputs(int64_t row, int64_t, int channel) const {
+    return {static_cast<const data_t*>(p.x)[row * p.x_stride + channel],
+            p.delta[row * p.delta_stride + channel]};
   }
-  __device__ float x(const Constants&, int64_t row, int64_t, int channel, bool) const {
-    return to_float(static_cast<const data_t*>(p.x)[row * p.x_stride + channel]);
+  __device__ float delta(const Constants&, const Inputs& in) const { return in.delta; }
+  __device__ float x(const Constants&, const Inputs& in, int64_t, int, bool) const {
+    return to_float(in.x);
   }
   __device__ const data_t* B(int64_t row, int channel) const {
     return static_cast<const data_t*>(p.B) + row * p.b_stride +
@@ -33,8 +48,8 @@ struct Bare {
   __device__ void store(int64_t row, int channel, float y) const {
     static_cast<data_t*>(p.y)[row * p.channels + channel] = from_float<data_t>(y);
   }
-  __device__ void finish(const Constants& constants, int64_t row, int channel, float x,
-                         float y) const {
+  __device__ void finish(const Constants& constants, const Inputs&, int64_t row, int channel,
+                         float x, float y) const {
     store(row, channel, y + constants.D * x);
   }
 };
@@ -47,8 +62,9 @@ __global__ void __launch_bounds__(128) any_width_kernel(const Bare<data_t> mixer
   const int64_t row = blockIdx.y, slot = p.slots[row];
   if (slot < 0) return mixer.store(row, channel, 0.f);
   const auto constants = mixer.constants(channel);
-  const float delta = mixer.delta(constants, row, channel);
-  const float x = mixer.x(constants, row, slot, channel, true);
+  const auto in = mixer.inputs(row, slot, channel);
+  const float delta = mixer.delta(constants, in);
+  const float x = mixer.x(constants, in, slot, channel, true);
   const data_t *b = mixer.B(row, channel), *c = mixer.C(row, channel);
   auto* s = static_cast<state_t*>(p.state) + (slot * p.channels + channel) * p.state_dim;
   float sum = 0.f;
@@ -58,7 +74,7 @@ __global__ void __launch_bounds__(128) any_width_kernel(const Bare<data_t> mixer
     s[n] = from_float<state_t>(next);
     sum += next * to_float(c[n]);
   }
-  mixer.finish(constants, row, channel, x, sum);
+  mixer.finish(constants, in, row, channel, x, sum);
 }
 
 template <typename data_t, typename state_t>

@@ -3,11 +3,9 @@
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
@@ -16,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reasoners import __version__
+from reasoners.interrupt import deferred_interrupt
 from reasoners.scaling.grading import Grader, Verdict
 from reasoners.scaling.store import Sample, SampleStore, Span
 from reasoners.scaling.tasks import Problem, Task, messages
@@ -175,7 +174,7 @@ def run(
     ledger = _Ledger(task, problems, shots, store, grader, started_s, offset_s)
     failure: BaseException | None = None
     total = None if samples is None else samples * len(problems)
-    with _deferred_interrupt() as interrupted, _bar(progress, timed=budget_s is not None) as bar:
+    with deferred_interrupt() as interrupted, _bar(progress, timed=budget_s is not None) as bar:
         shown = bar.add_task("sampling", total=total or budget_s, status="")
 
         def should_stop() -> bool:
@@ -311,25 +310,6 @@ class _Ledger:
         if self.num_stored:
             status += f", {self.num_correct / self.num_stored:.0%} right"
         return status
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, so that it strikes between steps and not inside one."""
-    flag = threading.Event()
-
-    def raise_flag(signal_number: int, frame: object) -> None:
-        flag.set()
-        signal.signal(signal.SIGINT, before)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set  # signals strike the main thread alone
-        return
-    before = signal.signal(signal.SIGINT, raise_flag)
-    try:
-        yield flag.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _bar(progress: bool, timed: bool) -> Progress:

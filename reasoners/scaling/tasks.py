@@ -2,16 +2,19 @@
 
 A task is a row of `TASKS`: the field names of its records, how the gold answer is read from one,
 the instruction that follows each question and a few worked examples. Records come from a JSON or
-JSONL file or from the Hugging Face hub.
+JSONL file, from the Hugging Face hub or, for arithmetic, from a generator that needs no data.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
+from reasoners.scaling.arithmetic import problem as arithmetic_problem
 from reasoners.scaling.grading import extract_answer
+
+GENERATED_PROBLEMS = 1000  # of a source without an end, where no limit is given
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Task:
         answer_field: The field that holds the gold answer, or a worked solution that ends in it.
         worked_answer: Whether `answer_field` is such a worked solution (last line `#### N`).
         id_field: The field that names the problem; None numbers the records instead.
-        level_fields: Fields that may hold the difficulty, first one present wins. Where a worked
-            answer marks its calculations `<<...>>`, their number is the difficulty.
-        dataset: Its Hugging Face dataset id.
-        config: Configuration to ask the Hugging Face hub for.
-        split: Split to ask the Hugging Face hub for.
-        instruction: Text that follows every question.
+        level_fields: Fields that may hold the difficulty, first one present wins. Without one, and
+            where a worked answer marks its calculations `<<...>>`, their number is the difficulty.
+        dataset: Its Hugging Face dataset id, or "arithmetic".
+        config: Configuration to ask the Hugging Face hub for; "arithmetic" has none.
+        split: Split to ask the Hugging Face hub or the generator for.
+        instruction: Text that follows every question; "" for none.
         examples: Worked (question, solution) pairs for few-shot prompts.
     """
 
@@ -146,7 +149,24 @@ MATH500 = Task(
     ),
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in (GSM8K, MATH500)}
+ARITHMETIC = Task(
+    name="arithmetic",
+    question_field="question",
+    answer_field="answer",
+    worked_answer=True,
+    id_field=None,
+    level_fields=("steps",),
+    dataset="arithmetic",
+    config="",
+    split="test",
+    instruction="",  # its models know nothing else
+    examples=tuple(
+        (made.question, made.solution)
+        for made in (arithmetic_problem(index, "train", steps=2 + index) for index in range(3))
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in (GSM8K, MATH500, ARITHMETIC)}
 
 
 def load_problems(task: Task, source: str | Path, limit: int | None = None) -> list[Problem]:
@@ -154,10 +174,10 @@ def load_problems(task: Task, source: str | Path, limit: int | None = None) -> l
 
     Args:
         task: A row of `TASKS`.
-        source: Path of a `.jsonl` file (a record per line) or `.json` file (a list of records);
-            anything that is neither is taken for a Hugging Face dataset id such as
-            "openai/gsm8k".
-        limit: Keep the first this many problems; None keeps all.
+        source: Path of a `.jsonl` file (a record per line) or `.json` file (a list of records),
+            or "arithmetic" for the generator; anything else is taken for a Hugging Face dataset
+            id such as "openai/gsm8k".
+        limit: Keep the first this many problems; None keeps all, and 1000 of the generator's.
 
     Returns:
         The problems in the order of the source, with distinct ids.
@@ -171,7 +191,10 @@ def load_problems(task: Task, source: str | Path, limit: int | None = None) -> l
     if limit is not None and limit < 1:
         raise ValueError(f"load_problems: limit expected None or at least 1, got {limit}")
     path = Path(source)
-    if path.suffix == ".jsonl":
+    if str(source) == ARITHMETIC.dataset:
+        records = _records_of_arithmetic(task.split)
+        limit = GENERATED_PROBLEMS if limit is None else limit
+    elif path.suffix == ".jsonl":
         records = _records_of_jsonl(path)
     elif path.suffix == ".json":
         records = _records_of_json(path)
@@ -213,10 +236,14 @@ def messages(task: Task, problem: Problem, shots: int = 0) -> list[dict[str, str
         )
     chat = []
     for question, solution in task.examples[:shots]:
-        chat.append({"role": "user", "content": f"{question}\n\n{task.instruction}"})
+        chat.append({"role": "user", "content": _ask(task, question)})
         chat.append({"role": "assistant", "content": solution})
-    chat.append({"role": "user", "content": f"{problem.question}\n\n{task.instruction}"})
+    chat.append({"role": "user", "content": _ask(task, problem.question)})
     return chat
+
+
+def _ask(task: Task, question: str) -> str:
+    return f"{question}\n\n{task.instruction}" if task.instruction else question
 
 
 def _records_of_jsonl(path: Path) -> Iterator[tuple[str, object]]:
@@ -257,6 +284,13 @@ def _records_of_hub(task: Task, dataset_id: str) -> Iterator[tuple[str, object]]
         yield f"{dataset_id}, row {number}", record
 
 
+def _records_of_arithmetic(split: str) -> Iterator[tuple[str, object]]:
+    for index in count():
+        made = arithmetic_problem(index, split)
+        record = {"question": made.question, "answer": made.solution, "steps": made.steps}
+        yield f"arithmetic, {split} problem {index}", record
+
+
 def _read_problem(task: Task, record: object, where: str, index: int) -> Problem:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {_excerpt(json.dumps(record))}")
@@ -271,7 +305,8 @@ def _read_problem(task: Task, record: object, where: str, index: int) -> Problem
     answer = text_of(task.answer_field)
     level = next((record[field] for field in task.level_fields if field in record), None)
     if task.worked_answer:
-        level = answer.count("<<") or None
+        if level is None:
+            level = answer.count("<<") or None
         last_line = answer.splitlines()[-1]
         if not last_line.startswith("####") or (answer := extract_answer(last_line)) is None:
             raise ValueError(

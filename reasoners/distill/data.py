@@ -1,0 +1,497 @@
+"""Training data: from problems with solutions to packed batches, in an order that can be gone on with.
+
+Examples have numbers. A source gives the example of a number; `Batches` tokenizes them one after the
+other, packs whole documents into sequences and knows at any moment how to go on from there. A student
+learns the assistant's tokens alone, up to and with the one that ends the turn.
+"""
+
+import itertools
+import json
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OPEN_SEQUENCES = 16
+PATIENCE = 1000  # examples with nothing to learn, one after the other, before that is an error
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation of {"role", "content"} messages, or a plain text that is learned whole."""
+
+    messages: Sequence[Mapping[str, str]] = ()
+    text: str | None = None
+
+
+# A question and its worked solution, by the names that datasets give them.
+FIELDS = (
+    ("problem", "generated_solution"),  # OpenMathInstruct-2
+    ("problem", "solution"),
+    ("question", "answer"),  # GSM8K
+)
+
+
+def example_from_record(record: Mapping, instruction: str = "") -> Example:
+    """The example of a dataset's record: question and solution, `messages`, or `text`.
+
+    instruction: follows a question as in scaling.tasks.messages. Raises ValueError for other fields.
+    """
+    for question, solution in FIELDS:
+        if isinstance(record.get(question), str) and isinstance(record.get(solution), str):
+            asked = record[question].strip()
+            if instruction:
+                asked = f"{asked}\n\n{instruction}"
+            return Example(
+                (
+                    {"role": "user", "content": asked},
+                    {"role": "assistant", "content": record[solution].strip()},
+                )
+            )
+    if isinstance(record.get("messages"), list):
+        return Example(tuple(record["messages"]))
+    if isinstance(record.get("text"), str):
+        return Example(text=record["text"])
+    names = ", ".join(f"{q} and {s}" for q, s in FIELDS)
+    raise ValueError(f"record expected fields {names}, messages or text, got {', '.join(record)}")
+
+
+# ---- sources
+
+
+class Source(Protocol):
+    """Examples by number, without end; `name` tells it from other sources."""
+
+    name: str
+
+    def example(self, index: int) -> Example:
+        """Example `index`; numbers are asked for in order, except after a new start."""
+
+
+@dataclass
+class Generated:
+    """Examples that a function makes of their numbers."""
+
+    name: str
+    example: Callable[[int], Example]
+
+
+class Records:
+    """A JSONL file, or a JSON list, over and over, each time in another order.
+
+    Of a JSONL file only the lines' places are kept in memory.
+    """
+
+    def __init__(self, path: Path, seed: int, instruction: str = ""):
+        self.path, self.seed, self.instruction = path, seed, instruction
+        self._list = None
+        if path.suffix == ".json":
+            self._list = self._parse(path.read_text(), f"{path}")
+            if not isinstance(self._list, list):
+                raise ValueError(f"{path}: expected a JSON list, got {type(self._list).__name__}")
+            self.count = len(self._list)
+        else:
+            self._lines = self._find_lines()
+            self.count = len(self._lines)
+        if not self.count:
+            raise ValueError(f"{path}: expected at least one record, got none")
+        self.name = f"{path.name}, {self.count} records, seed {seed}"
+        self._order = (-1, None)
+
+    def _find_lines(self) -> np.ndarray:
+        """(records, 2): line number and offset of every line that is not blank."""
+        found, offset = [], 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    found.append((number, offset))
+                offset += len(line)
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    def example(self, index: int) -> Example:
+        """Record `index` of the endless order."""
+        epoch, place = divmod(index, self.count)
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count))
+        at = int(self._order[1][place])
+        if self._list is not None:
+            where, record = f"{self.path}, item {at + 1}", self._list[at]
+        else:
+            number, offset = map(int, self._lines[at])
+            where = f"{self.path}, line {number}"
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                record = self._parse(file.readline(), where)
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        try:
+            return example_from_record(record, self.instruction)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    @staticmethod
+    def _parse(text: str | bytes, where: str):
+        try:
+            return json.loads(text)
+        except ValueError as error:  # of JSON, or of UTF-8
+            raise ValueError(f"{where}: expected JSON, got {text[:60]!r} ({error})") from None
+
+
+class Hub:
+    """A dataset of the Hugging Face hub, streamed and shuffled in a buffer, over and over."""
+
+    BUFFER = 10_000
+
+    def __init__(self, dataset_id: str, seed: int, instruction: str = ""):
+        try:
+            from datasets import load_dataset
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                f"{dataset_id!r} is no .json or .jsonl path, and to read it from the Hugging Face hub "
+                "takes: pip install 'distilled-reasoners[datasets]'"
+            ) from None
+        stream = load_dataset(dataset_id, split="train", streaming=True)
+        self._stream = stream.shuffle(seed=seed, buffer_size=self.BUFFER)
+        self.name = f"{dataset_id}, seed {seed}"
+        self.instruction = instruction
+        self._next, self._records = 0, None
+
+    def example(self, index: int) -> Example:
+        """Record `index`; going back or far ahead reads the stream anew."""
+        if self._records is None or index < self._next:
+            self._next, self._records = 0, self._endless()
+        record = next(itertools.islice(self._records, index - self._next, None))
+        self._next = index + 1
+        try:
+            return example_from_record(record, self.instruction)
+        except ValueError as error:
+            raise ValueError(f"{self.name}, record {index}: {error}") from None
+
+    def _endless(self) -> Iterator[dict]:
+        for epoch in itertools.count():
+            self._stream.set_epoch(epoch)
+            empty = True
+            for record in self._stream:
+                empty = False
+                yield record
+            if empty:
+                raise ValueError(f"{self.name}: expected at least one record, got none")
+
+
+def open_source(name: str, seed: int, instruction: str = "") -> Source:
+    """The source of a name: "arithmetic" (endless made-up problems), a .json or .jsonl file, or a
+    dataset of the Hugging Face hub.
+    """
+    if name == "arithmetic":
+        return Generated("arithmetic", arithmetic_example)
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl"):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected a file of records, there is none")
+        return Records(path, seed, instruction)
+    return Hub(name, seed, instruction)
+
+
+def arithmetic_example(index: int) -> Example:
+    """Problem `index` of the arithmetic task's training split."""
+    from reasoners.scaling.arithmetic import problem
+
+    made = problem(index, "train")
+    return Example(
+        (
+            {"role": "user", "content": made.question},
+            {"role": "assistant", "content": made.solution},
+        )
+    )
+
+
+# ---- tokens
+
+
+def tokenize(examples: Sequence[Example], tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """Tokens of each example, and which of them are to be learned.
+
+    Prompts get the tokens that LLM.encode_chat gives them. Of an assistant's message everything is
+    learned up to the end-of-sequence token, which is appended if the chat template has none there.
+    Raises ValueError for a tokenizer without a chat template, or one that rewrites earlier messages.
+    """
+    pieces = [_pieces(example, tokenizer) for example in examples]
+    texts = [text for parts in pieces for text, _ in parts]
+    # All in one call: a call takes longer than the tokens of a short text.
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    eos = tokenizer.eos_token_id
+    found = []
+    for parts in pieces:
+        tokens: list[int] = []
+        counted: list[bool] = []
+        for (_, answers), ids in zip(parts, encoded):
+            if answers and eos is not None and eos not in ids:
+                ids = [*ids, eos]
+            learned = 0
+            if answers:
+                learned = ids.index(eos) + 1 if eos in ids else len(ids)
+            tokens += ids
+            counted += [True] * learned + [False] * (len(ids) - learned)
+        found.append((tokens, counted))
+    return found
+
+
+def _pieces(example: Example, tokenizer) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, prompts and answers by turns; whether each is an answer."""
+    if example.text is not None:
+        return [(example.text, True)]
+    if not tokenizer.chat_template:
+        raise ValueError("tokenize: a conversation needs a tokenizer with a chat template")
+
+    def render(count: int, prompt: bool) -> str:
+        return tokenizer.apply_chat_template(
+            list(example.messages[:count]), add_generation_prompt=prompt, tokenize=False
+        )
+
+    found, done = [], ""
+    for i, message in enumerate(example.messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, whole = render(i, True), render(i + 1, False)
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            raise ValueError(
+                "tokenize: chat template expected to write the messages one after the other, got "
+                f"{prompt!r} before {whole!r}"
+            )
+        found += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+        done = whole
+    return found
+
+
+# ---- batches
+
+
+@dataclass
+class Batch:
+    """Packed sequences, one after the other.
+
+    tokens: (1, sequences * length) int64. cu_seqlens: (documents + 1) int32 boundaries; padding is a
+    document of its own, and none reaches over the end of a sequence. targets: (m) int64, positions
+    whose next token is counted; labels: (m) int64, these tokens. real: (tokens) booleans, False for
+    padding. num_sequences: how many there are.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    targets: Tensor
+    labels: Tensor
+    real: Tensor
+    num_sequences: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.real.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Cut into batches of equally many whole sequences."""
+        if self.num_sequences % parts:
+            raise ValueError(
+                f"Batch: parts expected to divide {self.num_sequences} sequences, got {parts}"
+            )
+        if parts == 1:
+            return [self]
+        sequences = self.num_sequences // parts
+        width = self.tokens.shape[1] // parts
+        found = []
+        for start in range(0, width * parts, width):
+            inside = (self.cu_seqlens >= start) & (self.cu_seqlens <= start + width)
+            aimed = (self.targets >= start) & (self.targets < start + width)
+            found.append(
+                Batch(
+                    self.tokens[:, start : start + width],
+                    self.cu_seqlens[inside] - start,
+                    self.targets[aimed] - start,
+                    self.labels[aimed],
+                    self.real[start : start + width],
+                    sequences,
+                )
+            )
+        return found
+
+
+def _pack(sequences: list[list], length: int) -> Batch:
+    """A batch of sequences, each a list of (tokens, counted) documents."""
+    tokens = torch.zeros(len(sequences) * length, dtype=torch.int64)
+    learned = torch.zeros(len(tokens) + 1, dtype=torch.bool)
+    real = torch.zeros(len(tokens), dtype=torch.bool)
+    boundaries = [0]
+    for i, documents in enumerate(sequences):
+        at = i * length
+        for ids, counted in documents:
+            tokens[at : at + len(ids)] = torch.tensor(ids)
+            # What a document's first token follows is no part of it.
+            learned[at + 1 : at + len(ids)] = torch.tensor(counted[1:])
+            at += len(ids)
+            boundaries.append(at)
+        real[i * length : at] = True
+        if at < (i + 1) * length:
+            boundaries.append((i + 1) * length)
+    targets = learned[1:].nonzero()[:, 0]
+    return Batch(
+        tokens[None],
+        torch.tensor(boundaries, dtype=torch.int32),
+        targets,
+        tokens[targets + 1],
+        real,
+        len(sequences),
+    )
+
+
+class Tokenized:
+    """Documents of a source by number, tokenized by other processes ahead of when they are asked for."""
+
+    CHUNK = 64
+
+    def __init__(self, source: Source, tokenizer, processes: int):
+        self.pool = ProcessPoolExecutor(
+            processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_take_up,
+            initargs=(source, tokenizer),
+        )
+        self.depth = 4 * processes
+        self.first = 0  # the number of the first document in `chunks`
+        self.chunks: deque[Future] = deque()
+
+    def document(self, index: int) -> tuple[list[int], list[bool]]:
+        """Document `index`; fast when they are asked for in order."""
+        if not self.first <= index < self.first + self.CHUNK * (len(self.chunks) or 1):
+            self.chunks.clear()
+            self.first = index
+        if index >= self.first + self.CHUNK:
+            self.chunks.popleft()
+            self.first += self.CHUNK
+        while len(self.chunks) < self.depth:
+            start = self.first + self.CHUNK * len(self.chunks)
+            self.chunks.append(self.pool.submit(_tokenize_range, start, start + self.CHUNK))
+        return self.chunks[0].result()[index - self.first]
+
+    def close(self):
+        """End the processes."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+_own: tuple[Source, object] | None = None  # in a process of Tokenized
+
+
+def _take_up(source: Source, tokenizer):
+    global _own
+    _own = source, tokenizer
+
+
+def _tokenize_range(start: int, end: int) -> list[tuple[list[int], list[bool]]]:
+    source, tokenizer = _own
+    return tokenize([source.example(index) for index in range(start, end)], tokenizer)
+
+
+class Batches:
+    """Packed batches of a source, in one order, from wherever it was left.
+
+    length: tokens of a sequence; a longer document is cut. Each document goes into the fullest of the
+    open sequences that has room for it. Documents with nothing to learn are left out; ValueError if
+    there are 1,000 of them without one to learn from. processes: that tokenize beside this one; 0
+    tokenizes here. They do not change the batches.
+    """
+
+    def __init__(self, source: Source, tokenizer, *, length: int, processes: int = 0):
+        self.source, self.tokenizer, self.length = source, tokenizer, length
+        self._tokenized = Tokenized(source, tokenizer, processes) if processes else None
+        self.next_example = 0
+        self.open: list[list] = []
+        self.num_examples = self.num_cut = self.num_empty = self._empty_in_a_row = 0
+
+    def take(self, sequences: int) -> Batch:
+        """The next batch of so many sequences."""
+        full = []
+        while len(full) < sequences:
+            if closed := self._add(self._document()):
+                full.append(closed)
+        return _pack(full, self.length)
+
+    def _document(self) -> tuple[list[int], list[bool]]:
+        while True:
+            if self._tokenized is not None:
+                tokens, counted = self._tokenized.document(self.next_example)
+            else:
+                example = self.source.example(self.next_example)
+                ((tokens, counted),) = tokenize([example], self.tokenizer)
+            self.next_example += 1
+            self.num_examples += 1
+            self.num_cut += len(tokens) > self.length
+            tokens, counted = tokens[: self.length], counted[: self.length]
+            if any(counted[1:]):
+                self._empty_in_a_row = 0
+                return tokens, counted
+            self.num_empty += 1
+            self._empty_in_a_row += 1
+            if self._empty_in_a_row == PATIENCE:
+                raise ValueError(
+                    f"{self.source.name}: examples expected with an assistant's tokens within the first "
+                    f"{self.length}, got {PATIENCE} without"
+                )
+
+    def close(self):
+        """End the processes that tokenize."""
+        if self._tokenized is not None:
+            self._tokenized.close()
+
+    def _add(self, document: tuple[list[int], list[bool]]) -> list | None:
+        """Put a document somewhere; returns the sequence that this closes, if it does."""
+
+        def used(sequence):
+            return sum(len(ids) for ids, _ in sequence)
+
+        room = [s for s in self.open if used(s) + len(document[0]) <= self.length]
+        if room:
+            fullest = max(room, key=used)
+            fullest.append(document)
+            if used(fullest) < self.length:
+                return None
+        else:
+            self.open.append([document])
+            if len(self.open) <= OPEN_SEQUENCES and len(document[0]) < self.length:
+                return None
+            fullest = max(self.open, key=used)
+        self.open = [s for s in self.open if s is not fullest]
+        return fullest
+
+    def state_dict(self) -> dict:
+        """Where the stream stands, for JSON."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {"source": self.source.name, "length": self.length, "open": self.open, **counts}
+
+    def load_state_dict(self, state: dict):
+        """Go on from there; ValueError for the state of another source or length."""
+        for name, ours in (("source", self.source.name), ("length", self.length)):
+            if state[name] != ours:
+                raise ValueError(
+                    f"Batches: {name} expected {ours!r}, got {state[name]!r} to go on from"
+                )
+        self.open = [[tuple(document) for document in sequence] for sequence in state["open"]]
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+        self._empty_in_a_row = 0
+
+
+_COUNTS = ("next_example", "num_examples", "num_cut", "num_empty")
