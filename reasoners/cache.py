@@ -26,19 +26,17 @@ class Step:
     """One forward pass over packed tokens: which slots they extend and where they stand.
 
     slots: (rows) int32; page_table: (rows, max_pages) int32; cu_seqlens: (rows + 1) int32 offsets of
-    the rows' tokens; lengths: (rows) int32, of the sequences after this step; positions: (tokens)
-    int32. decode: every row feeds one token, through the single-token kernels. period: scan states
-    are written when a slot has this many tokens to fold in. rng_key: (rows, 4) int64, rounds 16-bit
-    states at random; None rounds to nearest. shared: (rows, 2) int32, which rows begin with the same
-    pages, as in ops.paged_attention; None when that is not to be used. A negative slot with length 0
-    is a padding row.
+    the rows' tokens; lengths: (rows) int32, of the sequences after this step. decode: every row feeds
+    one token, through the single-token kernels. period: scan states are written when a slot has this
+    many tokens to fold in. rng_key: (rows, 4) int64, rounds 16-bit states at random; None rounds to
+    nearest. shared: (rows, 2) int32, which rows begin with the same pages, as in ops.paged_attention;
+    None when that is not to be used. A negative slot with length 0 is a padding row.
     """
 
     slots: Tensor
     page_table: Tensor
     cu_seqlens: Tensor
     lengths: Tensor
-    positions: Tensor
     decode: bool
     period: int = 1
     rng_key: Tensor | None = None
@@ -366,7 +364,7 @@ class Cache:
         """
         if decode and any(count != 1 for count in counts):
             raise ValueError(f"Cache: decode expected one token per row, got {list(counts)}")
-        lengths, positions, offsets = [], [], [0]
+        lengths, offsets = [], [0]
         for slot, count in zip(slots, counts, strict=True):
             start = self.lengths[slot]
             room = len(self._pages[slot]) * self.page_size if self.paged else self.max_length
@@ -374,7 +372,6 @@ class Cache:
                 raise ValueError(
                     f"Cache: slot {slot} has room for {room} tokens, got {start} + {count}"
                 )
-            positions.extend(range(start, start + count))
             lengths.append(start + count)
             offsets.append(offsets[-1] + count)
         self.apply()
@@ -393,7 +390,6 @@ class Cache:
             page_table=self.page_table[rows.long()],
             cu_seqlens=ints(offsets),
             lengths=ints(lengths),
-            positions=ints(positions),
             decode=decode,
             period=self.period if decode else 1,
         )

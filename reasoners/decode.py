@@ -155,7 +155,6 @@ class DecodeLoop:
             page_table=self.page_table[:size],
             cu_seqlens=self.cu_seqlens[: size + 1],
             lengths=rows.lengths,
-            positions=rows.positions,
             decode=True,
             period=self.cache.period,
             rng_key=rows.rng_key if self.stochastic_rounding else None,
