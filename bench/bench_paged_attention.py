@@ -1,6 +1,7 @@
 """Attention over a paged cache beside PyTorch's SDPA on contiguous K and V of the same dtype.
 
-SDPA is given what it likes best: no pages, equal lengths, K and V gathered beforehand.
+SDPA is given what it likes best: no pages, equal lengths, K and V gathered beforehand. On CUDA the roof
+of rows with a prefix reads it once; "plain" is the same call without `shared`.
 """
 
 import cost
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reasoners import ops
+from reasoners import ops, reference
 
 MODELS = {  # heads, kv_heads, head_dim
     "SmolLM2-135M": (9, 3, 64),
@@ -117,3 +118,127 @@ def bench_append_kv(measure, queries, impl):
 
     append = index_put if impl == "index_put" else lambda: ops.append_kv(k=k, v=v, **inputs)
     measure(append, num_bytes=4 * k.numel() * k.element_size(), tokens=tokens)
+
+
+# ---- CUDA, bf16 and pages of 16
+
+CASES = {  # lengths, tokens that all rows share
+    "1 x 128": ([128], 0),
+    "1 x 2048": ([2048], 0),
+    "1 x 32768": ([32768], 0),
+    "16 x 2048": ([2048] * 16, 0),
+    "128 x 1024": ([1024] * 128, 0),
+    "512 x 1024": ([1024] * 512, 0),
+    "64 of 64 to 4096": ([64 * (1 + 37 * i % 64) for i in range(64)], 0),
+    "16 x 1024, prefix 768": ([1024] * 16, 768),
+    "64 x 200, prefix 176": ([200] * 64, 176),
+    "256 x 768, prefix 512": ([768] * 256, 512),
+}
+TARGET_US = {
+    ("Llama-3.2-1B", "1 x 32768"): 28,
+    ("Llama-3.2-3B", "1 x 32768"): 48,
+    ("Llama-3.2-1B", "1 x 2048"): 8.9,
+    ("Llama-3.2-3B", "1 x 2048"): 10.8,
+    ("Llama-3.2-1B", "16 x 2048"): 36,
+    ("Llama-3.2-3B", "16 x 2048"): 55,
+    ("Llama-3.2-1B", "128 x 1024"): 103,
+    ("Llama-3.2-3B", "128 x 1024"): 187,
+    ("Llama-3.2-1B", "512 x 1024"): 394,
+    ("Llama-3.2-3B", "512 x 1024"): 721,
+    ("Llama-3.2-1B", "256 x 768, prefix 512"): 65,
+    ("Llama-3.2-3B", "256 x 768, prefix 512"): 115,
+}
+
+
+def make_cuda(lengths, prefix, model):
+    heads, kv_heads, head_dim = MODELS[model]
+    rows, pages = len(lengths), -(-max(lengths) // 16)
+    table = torch.randperm(rows * pages, device="cuda").int().view(rows, pages)
+    table[:, : prefix // 16] = table[0, : prefix // 16]
+    caches = torch.randn(2, rows * pages, kv_heads, 16, head_dim, device="cuda").bfloat16()
+    pairs = [[0, prefix] if prefix else [i, 0] for i in range(rows)]
+    return {
+        "q": torch.randn(rows, heads, head_dim, device="cuda").bfloat16(),
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "page_table": table,
+        "cu_seqlens_q": torch.arange(rows + 1, device="cuda").int(),
+        "kv_lengths": torch.tensor(lengths, device="cuda").int(),
+        "shared": torch.tensor(pairs, device="cuda").int() if prefix else None,
+    }
+
+
+def check_cuda(inputs, y):
+    """The first and the last row against float64."""
+    for row in (0, len(inputs["kv_lengths"]) - 1):
+        alone = {
+            **{name: inputs[name] for name in ("k_cache", "v_cache")},
+            "q": inputs["q"][row : row + 1],
+            "page_table": inputs["page_table"][row : row + 1],
+            "cu_seqlens_q": torch.tensor([0, 1]).int(),
+            "kv_lengths": inputs["kv_lengths"][row : row + 1],
+        }
+        pages = alone["page_table"][0].unique()
+        for name in ("k_cache", "v_cache"):
+            alone[name] = alone[name][pages.long()]
+        alone["page_table"] = torch.searchsorted(pages, alone["page_table"]).int()
+        alone = {name: value.cpu() for name, value in alone.items()}
+        oracle = reference.paged_attention(**{k: reference.widen(v) for k, v in alone.items()})
+        reference.assert_close(y[row : row + 1], oracle, reference.paged_attention(**alone), "y")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", ["reasoners", "plain", "torch"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", ["Llama-3.2-1B", "Llama-3.2-3B"])
+def bench_decode_cuda(measure, model, case, impl):
+    lengths, prefix = CASES[case]
+    if impl == "plain" and not prefix:
+        pytest.skip("no rows share")
+    if impl == "torch" and (prefix or len(set(lengths)) > 1):
+        pytest.skip("SDPA takes equal lengths and shares nothing")
+    heads, kv_heads, head_dim = MODELS[model]
+    num_bytes = cost.paged_attention_bytes(
+        lengths, [1] * len(lengths), heads, kv_heads, head_dim, 2, prefix
+    )
+    torch.manual_seed(0)
+    sets = [make_cuda(lengths, prefix, model) for _ in range(cost.rotation(num_bytes))]
+    if impl == "torch":
+        sets = [contiguous(inputs, lengths[0]) for inputs in sets]
+        calls = [
+            lambda qkv=qkv: F.scaled_dot_product_attention(*qkv, enable_gqa=True) for qkv in sets
+        ]
+    else:
+        if impl == "plain":
+            sets = [inputs | {"shared": None} for inputs in sets]
+        calls = [lambda inputs=inputs: ops.paged_attention(**inputs) for inputs in sets]
+        check_cuda(sets[0], calls[0]())
+    target = TARGET_US.get((model, case)) if impl == "reasoners" else None
+    measure(calls, num_bytes=num_bytes, tokens=len(lengths), target_us=target)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", ["reasoners", "composition"])
+@pytest.mark.parametrize("batch", [1, 64, 512])
+def bench_rotate_append_kv_cuda(measure, batch, impl):
+    heads, kv_heads, head_dim = MODELS["Llama-3.2-1B"]
+    num_bytes = 2 * batch * (heads + 2 * kv_heads) * head_dim * 2
+    inv_freq = torch.rand(head_dim // 2, device="cuda")
+
+    def prepare():
+        inputs = make_cuda([1024] * batch, 0, "Llama-3.2-1B")
+        caches = inputs["k_cache"], inputs["v_cache"]
+        where = inputs["page_table"], inputs["cu_seqlens_q"], inputs["kv_lengths"]
+        qkv = torch.randn(batch, heads + 2 * kv_heads, head_dim, device="cuda").bfloat16()
+        if impl == "reasoners":
+            return lambda: ops.rotate_append_kv(*caches, qkv, inv_freq, *where)
+        _, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+        positions = where[2] - 1
+
+        def composition():
+            ops.rotate(qkv[:, :-kv_heads], positions, inv_freq)
+            ops.append_kv(*caches, k, v, *where)
+
+        return composition
+
+    measure([prepare() for _ in range(2)], num_bytes=num_bytes, tokens=batch)

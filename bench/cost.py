@@ -49,9 +49,10 @@ def ssd_scan_backward_flops(tokens, heads, head_dim, state_dim):
     return tokens * heads * 14 * head_dim * state_dim
 
 
-def paged_attention_bytes(lengths, queries, heads, kv_heads, head_dim, data_bytes=4):
-    """K and V of every row are read once; q comes in and y goes out once."""
-    cache = 2 * sum(lengths) * kv_heads * head_dim
+def paged_attention_bytes(lengths, queries, heads, kv_heads, head_dim, data_bytes=4, prefix=0):
+    """K and V of every row are read once, those of a prefix that all rows share once for all of them;
+    q comes in and y goes out once."""
+    cache = 2 * (sum(lengths) - max(0, len(lengths) - 1) * prefix) * kv_heads * head_dim
     return (cache + 2 * sum(queries) * heads * head_dim) * data_bytes
 
 

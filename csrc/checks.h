@@ -71,6 +71,17 @@ struct Check {
     TORCH_CHECK_NOT_IMPLEMENTED(extent <= most, op, ": ", name, " expected at most ", most,
                                 " on CUDA, got ", extent);
   }
+  // (tokens, heads, head_dim) that rotates in place by one angle per pair of channels.
+  void rotates(const char* name, const Tensor& t, const Tensor& inv_freq) const {
+    const int64_t heads = t.size(1), head_dim = t.size(2);
+    TORCH_CHECK_VALUE(head_dim % 2 == 0, op, ": head_dim expected even, got ", head_dim);
+    const bool packed = (head_dim <= 1 || t.stride(2) == 1) &&
+                        (heads <= 1 || t.stride(1) == head_dim) &&
+                        (t.size(0) <= 1 || t.stride(0) >= heads * head_dim);
+    TORCH_CHECK_VALUE(packed || t.numel() == 0, op, ": ", name,
+                      " expected packed heads at any token stride, got strides ", t.strides());
+    tensor("inv_freq", inv_freq, t, at::kFloat, {head_dim / 2}, "(head_dim / 2)");
+  }
   void contiguous(const char* name, const Tensor& t) const {
     TORCH_CHECK_VALUE(t.is_contiguous(), op, ": ", name, " expected contiguous, got strides ",
                       t.strides());
@@ -482,16 +493,8 @@ inline void check_rotate(const Tensor& x, const Tensor& positions, const Tensor&
   const Check check{"rotate"};
   check.data_dtype("x", x);
   check.shape("x", x, {kAny, kAny, kAny}, "(tokens, heads, head_dim)");
-  const int64_t heads = x.size(1), head_dim = x.size(2);
-  TORCH_CHECK_VALUE(head_dim % 2 == 0, "rotate: head_dim expected even, got ", head_dim);
-  const bool packed = (head_dim <= 1 || x.stride(2) == 1) &&
-                      (heads <= 1 || x.stride(1) == head_dim) &&
-                      (x.size(0) <= 1 || x.stride(0) >= heads * head_dim);
-  TORCH_CHECK_VALUE(packed || x.numel() == 0,
-                    "rotate: x expected packed heads at any token stride, got strides ",
-                    x.strides());
+  check.rotates("x", x, inv_freq);
   check.tensor("positions", positions, x, at::kInt, {x.size(0)}, "(tokens)");
-  check.tensor("inv_freq", inv_freq, x, at::kFloat, {head_dim / 2}, "(head_dim / 2)");
 }
 
 inline void check_gate(const Tensor& x, const Tensor& z, const OptionalTensor& bias) {
@@ -566,9 +569,22 @@ inline void check_append_kv(const Tensor& k_cache, const Tensor& v_cache, const 
                {k.size(0), k_cache.size(1), k_cache.size(3)}, "(tokens, kv_heads, head_dim)");
 }
 
+inline void check_rotate_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& qkv,
+                                   const Tensor& inv_freq, const Tensor& page_table,
+                                   const Tensor& cu_seqlens_q, const Tensor& kv_lengths) {
+  check_pages("rotate_append_kv", k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths);
+  const Check check{"rotate_append_kv"};
+  const int64_t kv_heads = k_cache.size(1);
+  check.tensor("qkv", qkv, k_cache, k_cache.scalar_type(), {kAny, kAny, k_cache.size(3)},
+               "(tokens, heads + 2 * kv_heads, head_dim)");
+  TORCH_CHECK_VALUE(qkv.size(1) >= 2 * kv_heads, "rotate_append_kv: qkv expected at least ",
+                    2 * kv_heads, " heads, of keys and of values, got ", qkv.size(1));
+  check.rotates("qkv", qkv, inv_freq);
+}
+
 inline void check_paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const Tensor& page_table, const Tensor& cu_seqlens_q,
-                                  const Tensor& kv_lengths) {
+                                  const Tensor& kv_lengths, const OptionalTensor& shared) {
   check_pages("paged_attention", k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths);
   const Check check{"paged_attention"};
   check.tensor("q", q, k_cache, k_cache.scalar_type(), {kAny, kAny, k_cache.size(3)},
@@ -577,6 +593,45 @@ inline void check_paged_attention(const Tensor& q, const Tensor& k_cache, const 
   TORCH_CHECK_NOT_IMPLEMENTED(!q.is_cuda() || q.size(2) <= 256,
                               "paged_attention: head_dim expected at most 256 on CUDA, got ",
                               q.size(2));
+  if (shared) {
+    const int64_t rows = kv_lengths.numel();
+    check.tensor("shared", *shared, k_cache, at::kInt, {rows, 2}, "(rows, 2)");
+    TORCH_CHECK_VALUE(q.size(0) == rows, "paged_attention: shared expected with one query a row, ",
+                      "got ", q.size(0), " queries of ", rows, " rows");
+  }
+}
+
+// Who shares what, read on the host: CPU only, CUDA kernels trust their caller.
+inline void check_shared_values(const Tensor& k_cache, const Tensor& page_table,
+                                const Tensor& cu_seqlens_q, const Tensor& kv_lengths,
+                                const Tensor& shared) {
+  const auto* starts = cu_seqlens_q.const_data_ptr<int32_t>();
+  const auto* lengths = kv_lengths.const_data_ptr<int32_t>();
+  const auto table = page_table.accessor<int32_t, 2>();
+  const auto groups = shared.accessor<int32_t, 2>();
+  const int64_t page_size = k_cache.size(2);
+  for (int64_t row = 0; row < kv_lengths.numel(); ++row) {
+    TORCH_CHECK_VALUE(starts[row + 1] - starts[row] == 1,
+                      "paged_attention: shared expected with one query a row, got ",
+                      starts[row + 1] - starts[row], " queries of row ", row);
+    const int64_t first = groups[row][0], tokens = groups[row][1];
+    const bool follows =
+        row > 0 && first < row && first == groups[row - 1][0] && tokens == groups[row - 1][1];
+    TORCH_CHECK_VALUE(first == row || follows, "paged_attention: shared[", row,
+                      "] expected its own row, or the pair of the row before, got [", first, ", ",
+                      tokens, "]");
+    const int64_t room = page_table.size(1) * page_size;
+    TORCH_CHECK_VALUE(tokens >= 0 && tokens % page_size == 0 && tokens <= room,
+                      "paged_attention: shared[", row, "] expected a multiple of ", page_size,
+                      " tokens up to ", room, ", got ", tokens);
+    if (lengths[row] <= 0) continue;  // a padding row
+    TORCH_CHECK_VALUE(tokens < lengths[row], "paged_attention: shared[", row,
+                      "] expected fewer tokens than its row's ", lengths[row], ", got ", tokens);
+    for (int64_t i = 0; i < tokens / page_size; ++i)
+      TORCH_CHECK_VALUE(table[row][i] == table[first][i], "paged_attention: page_table[", row, "][",
+                        i, "] expected page ", table[first][i], " of row ", first,
+                        ", with which it is shared, got ", table[row][i]);
+  }
 }
 
 inline void check_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,

@@ -265,18 +265,34 @@ struct AppendKvParams {
 };
 void launch_append_kv(const AppendKvParams& params, cudaStream_t stream);
 
+struct RotateAppendKvParams {
+  void *k_cache, *v_cache;           // (pages, kv_heads, page_size, head_dim), dtype
+  void* qkv;                         // (tokens, heads + 2 * kv_heads, head_dim), dtype
+  const float* inv_freq;             // (head_dim / 2)
+  const int32_t* page_table;         // (rows, max_pages)
+  const int32_t* cu_seqlens_q;       // (rows + 1)
+  const int32_t* kv_lengths;         // (rows), 0 or less = padding row
+  int64_t qkv_stride, table_stride;  // of tokens, rows
+  int tokens, rows, heads, kv_heads, page_size, head_dim;
+  DType dtype;
+};
+void launch_rotate_append_kv(const RotateAppendKvParams& params, cudaStream_t stream);
+
 struct PagedAttentionParams {
   const void* q;                   // (tokens, heads, head_dim), dtype
   const void *k_cache, *v_cache;   // (pages, kv_heads, page_size, head_dim), dtype
   const int32_t* page_table;       // (rows, max_pages)
   const int32_t* cu_seqlens_q;     // (rows + 1)
   const int32_t* kv_lengths;       // (rows), 0 or less = padding row
+  const int32_t* shared;           // (rows, 2): first row of the group, tokens it shares; or null
   void* out;                       // (tokens, heads, head_dim), dtype
+  float* scratch;                  // as many as count_paged_attention_scratch says
   int64_t q_stride, table_stride;  // of tokens, rows
-  int tokens, rows, heads, kv_heads, page_size, head_dim;
+  int tokens, rows, max_pages, heads, kv_heads, page_size, head_dim;
   float scale;
   DType dtype;
 };
+int64_t count_paged_attention_scratch(const PagedAttentionParams& params);
 void launch_paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 
 struct SampleParams {

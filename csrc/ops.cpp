@@ -76,8 +76,11 @@ TORCH_LIBRARY(reasoners, m) {
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor page_table, "
       "Tensor cu_seqlens_q, Tensor kv_lengths) -> ()");
   m.def(
+      "rotate_append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) qkv, Tensor inv_freq, "
+      "Tensor page_table, Tensor cu_seqlens_q, Tensor kv_lengths) -> ()");
+  m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
-      "Tensor cu_seqlens_q, Tensor kv_lengths, float scale) -> Tensor");
+      "Tensor cu_seqlens_q, Tensor kv_lengths, float scale, Tensor? shared) -> Tensor");
   // From logits to a token, and from a token to the next step.
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "

@@ -26,20 +26,21 @@ class Step:
     """One forward pass over packed tokens: which slots they extend and where they stand.
 
     slots: (rows) int32; page_table: (rows, max_pages) int32; cu_seqlens: (rows + 1) int32 offsets of
-    the rows' tokens; lengths: (rows) int32, of the sequences after this step; positions: (tokens)
-    int32. decode: every row feeds one token, through the single-token kernels. period: scan states
-    are written when a slot has this many tokens to fold in. rng_key: (rows, 4) int64, rounds 16-bit
-    states at random; None rounds to nearest. A negative slot with length 0 is a padding row.
+    the rows' tokens; lengths: (rows) int32, of the sequences after this step. decode: every row feeds
+    one token, through the single-token kernels. period: scan states are written when a slot has this
+    many tokens to fold in. rng_key: (rows, 4) int64, rounds 16-bit states at random; None rounds to
+    nearest. shared: (rows, 2) int32, which rows begin with the same pages, as in ops.paged_attention;
+    None when that is not to be used. A negative slot with length 0 is a padding row.
     """
 
     slots: Tensor
     page_table: Tensor
     cu_seqlens: Tensor
     lengths: Tensor
-    positions: Tensor
     decode: bool
     period: int = 1
     rng_key: Tensor | None = None
+    shared: Tensor | None = None
 
 
 @dataclass
@@ -321,6 +322,29 @@ class Cache:
         pages.extend(self._take_pages(self.pages_for(capacity) - len(pages)))
         self._write_page_table(slot)
 
+    def group(self, slots: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Who shares pages with whom: forks of one prompt, as long as two of them are alive.
+
+        Returns (order, shared): the order of `slots` in which sharers are neighbours, and for each of
+        them in that order [place of its group's first, tokens in pages of all the group]; a slot that
+        shares with no other has [its own place, 0].
+        """
+        groups: dict[int, list[int]] = {}  # by first page; slots without pages are by themselves
+        for i, slot in enumerate(slots):
+            pages = self._pages[slot]
+            groups.setdefault(pages[0] if pages else -1 - i, []).append(i)
+        order, shared = [], []
+        for members in groups.values():
+            common = self._pages[slots[members[0]]] if len(members) > 1 else []
+            for i in members:
+                pages = self._pages[slots[i]]
+                if pages[: len(common)] != common:
+                    same = (a == b for a, b in zip(pages, common))
+                    common = common[: next((n for n, ok in enumerate(same) if not ok), len(pages))]
+            shared += [(len(order), len(common) * self.page_size)] * len(members)
+            order += members
+        return order, shared
+
     def free(self, slot: int):
         """Forget a sequence; pages that no other sequence shares become free."""
         for page in reversed(self._pages.pop(slot)):
@@ -340,7 +364,7 @@ class Cache:
         """
         if decode and any(count != 1 for count in counts):
             raise ValueError(f"Cache: decode expected one token per row, got {list(counts)}")
-        lengths, positions, offsets = [], [], [0]
+        lengths, offsets = [], [0]
         for slot, count in zip(slots, counts, strict=True):
             start = self.lengths[slot]
             room = len(self._pages[slot]) * self.page_size if self.paged else self.max_length
@@ -348,7 +372,6 @@ class Cache:
                 raise ValueError(
                     f"Cache: slot {slot} has room for {room} tokens, got {start} + {count}"
                 )
-            positions.extend(range(start, start + count))
             lengths.append(start + count)
             offsets.append(offsets[-1] + count)
         self.apply()
@@ -367,7 +390,6 @@ class Cache:
             page_table=self.page_table[rows.long()],
             cu_seqlens=ints(offsets),
             lengths=ints(lengths),
-            positions=ints(positions),
             decode=decode,
             period=self.period if decode else 1,
         )

@@ -18,6 +18,11 @@ from reasoners.sampling import SamplingParams
 
 ENDED = -2  # drawn by a row that has nothing to draw; -1 stands for logits that are not finite
 
+# Pages that rows share are read for all of them in pieces of this many tokens, by a launch more in
+# each layer: it pays when it saves about this many tokens a step.
+SHARED_PIECE = 64
+SHARED_PAYS = 4096
+
 # Ending tokens that a row may name; the host finds further ones itself, a few steps later.
 MAX_STOP_IDS = 8
 
@@ -89,25 +94,37 @@ class DecodeLoop:
         self.logprobs = torch.zeros(max_steps, max_rows, dtype=torch.float32, device=device)
         self.steps_done = torch.zeros(1, dtype=torch.int32, device=device)
         self.num_rows = 0
-        self.size = 0  # of the step: num_rows and padding rows
+        self.kind = (0, False)  # of the step: its rows with padding rows, whether rows share pages
+        self._places: list[int] = []  # of the rows in the order they came
 
     def capture(self):
         """Capture every size of the ladder now, so that no later step has to."""
         for size in reversed(ladder(self.max_rows)):
-            self._require_graph(size)
+            for grouped in (False, True) if self.cache.paged and size > 1 else (False,):
+                self._require_graph((size, grouped))
 
     def load(self, rows: Sequence[Row]):
-        """Take these rows from now on. Copies of forked slots are carried out first."""
+        """Take these rows from now on. Copies of forked slots are carried out first.
+
+        Rows that share pages become neighbours, if reading those once pays; that moves no token.
+        """
         self.cache.apply()
         self.num_rows = len(rows)
+        order, shared = self.cache.group([row.slot for row in rows])
+        spared = sum(
+            tokens // SHARED_PIECE for i, (first, tokens) in enumerate(shared) if first < i
+        )
+        grouped = spared * SHARED_PIECE >= SHARED_PAYS
+        self._places = sorted(range(len(order)), key=order.__getitem__)
         sizes = ladder(self.max_rows) if self.graphs is not None else [self.num_rows]
-        self.size = next(size for size in sizes if size >= self.num_rows)
-        self._require_graph(self.size)
-        self._host.fill(rows)
+        size = next(size for size in sizes if size >= self.num_rows)
+        self.kind = (size, grouped)
+        self._require_graph(self.kind)
+        self._host.fill([rows[i] for i in order], shared)
         if self.rows is not self._host:
             self.rows.copy_(self._host)
-        slots = self.rows.slots[: self.size].clamp(min=0).long()
-        self.page_table[: self.size] = self.cache.page_table[slots]
+        slots = self.rows.slots[:size].clamp(min=0).long()
+        self.page_table[:size] = self.cache.page_table[slots]
 
     def run(self, steps: int) -> tuple[Tensor, Tensor]:
         """Draw up to `steps` tokens for every row; (steps, rows) tokens and logprobs on the host.
@@ -118,29 +135,30 @@ class DecodeLoop:
             raise ValueError(f"DecodeLoop: steps expected 1 to {self.max_steps}, got {steps}")
         self.start(steps)
         part = (slice(steps), slice(self.num_rows))
-        return self.drawn[part].to("cpu", copy=True), self.logprobs[part].to("cpu", copy=True)
+        drawn, logprobs = (t[part].to("cpu", copy=True) for t in (self.drawn, self.logprobs))
+        return drawn[:, self._places], logprobs[:, self._places]
 
     def start(self, steps: int):
         """Enqueue `steps` steps without waiting for them."""
         self.steps_done.zero_()
         for _ in range(steps):
             if self.graphs is None:
-                self._step(self.size)
+                self._step(*self.kind)
             else:
-                self.graphs[self.size].replay()
+                self.graphs[self.kind].replay()
 
     @torch.no_grad()
-    def _step(self, size: int):
+    def _step(self, size: int, grouped: bool):
         rows = self.rows.first(size)
         step = Step(
             slots=rows.slots,
             page_table=self.page_table[:size],
             cu_seqlens=self.cu_seqlens[: size + 1],
             lengths=rows.lengths,
-            positions=rows.positions,
             decode=True,
             period=self.cache.period,
             rng_key=rows.rng_key if self.stochastic_rounding else None,
+            shared=rows.shared if grouped else None,
         )
         logits = self.model.extend(rows.last, self.cache, step)
         if logits.dtype not in (torch.float32, torch.bfloat16):
@@ -153,23 +171,23 @@ class DecodeLoop:
             rows.remaining, rows.rng_key, self.drawn, self.logprobs, self.steps_done,
         )  # fmt: skip
 
-    def _require_graph(self, size: int):
-        if self.graphs is None or size in self.graphs:
+    def _require_graph(self, kind: tuple[int, bool]):
+        if self.graphs is None or kind in self.graphs:
             return
         # Padding rows only: the warm-up and the capture change no sequence.
-        self._host.fill([])
+        self._host.fill([], [])
         self.rows.copy_(self._host)
         self.steps_done.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(size)
+            self._step(*kind)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._step(size)
+            self._step(*kind)
         self._pool = self._pool or graph.pool()
-        self.graphs[size] = graph
+        self.graphs[kind] = graph
 
 
 class _Buffers:
@@ -179,18 +197,20 @@ class _Buffers:
     FLOATS = ("temperature", "top_p", "min_p")
 
     def __init__(self, device: torch.device, max_rows: int):
-        count, longs = len(self.INTS) + len(self.FLOATS), 4 + 1 + MAX_STOP_IDS
+        count, longs = len(self.INTS) + len(self.FLOATS), 4 + 1 + 1 + MAX_STOP_IDS
         self.words = torch.zeros(count, max_rows, dtype=torch.int32, device=device)
         self.longs = torch.zeros(longs * max_rows, dtype=torch.int64, device=device)
         for name, words in zip(self.INTS + self.FLOATS, self.words, strict=True):
             setattr(self, name, words if name in self.INTS else words.view(torch.float32))
-        keys, self.last, stops = self.longs.split((4 * max_rows, max_rows, MAX_STOP_IDS * max_rows))
+        sizes = (4 * max_rows, max_rows, max_rows, MAX_STOP_IDS * max_rows)
+        keys, self.last, pairs, stops = self.longs.split(sizes)
         self.rng_key = keys.view(max_rows, 4)
+        self.shared = pairs.view(torch.int32).view(max_rows, 2)
         self.stop_ids = stops.view(max_rows, MAX_STOP_IDS)
 
     def first(self, count: int) -> "_Buffers":
         part = object.__new__(_Buffers)
-        for name in (*self.INTS, *self.FLOATS, "rng_key", "last", "stop_ids"):
+        for name in (*self.INTS, *self.FLOATS, "rng_key", "last", "shared", "stop_ids"):
             setattr(part, name, getattr(self, name)[:count])
         return part
 
@@ -198,13 +218,14 @@ class _Buffers:
         self.words.copy_(other.words)
         self.longs.copy_(other.longs)
 
-    def fill(self, rows: Sequence[Row]):
-        """Set these rows and make padding rows of all others."""
+    def fill(self, rows: Sequence[Row], shared: Sequence[tuple[int, int]]):
+        """Set these rows, with what they share, and make padding rows of all others."""
         n = len(rows)
         self.words.zero_()
         self.longs.zero_()
         self.slots.fill_(-1)
         self.stop_ids.fill_(-1)
+        self.shared[:, 0] = torch.arange(len(self.shared))
         self.temperature.fill_(1)
         self.top_p.fill_(1)
         if n == 0:
@@ -219,6 +240,7 @@ class _Buffers:
             ("top_p", [row.params.top_p for row in rows]),
             ("min_p", [row.params.min_p for row in rows]),
             ("last", [row.last for row in rows]),
+            ("shared", shared),
             ("rng_key", [(*row.key, row.length) for row in rows]),
             ("stop_ids", [(row.stop_ids + (-1,) * MAX_STOP_IDS)[:MAX_STOP_IDS] for row in rows]),
         ):

@@ -330,16 +330,15 @@ class Attention(nn.Module):
 
     def forward(self, u: Tensor, this: Pass, cached: KVPages | None = None) -> Tensor:
         """(batch, length, d_model) -> the same"""
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         qkv = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim))
         if cached is not None:
             step = this.step
             where = (step.page_table, step.cu_seqlens, step.lengths)
-            ops.rotate(qkv[0, :, : -self.num_kv_heads], step.positions, this.inv_freq)
-            q, k, v = qkv[0].split(heads, -2)
-            ops.append_kv(cached.k, cached.v, k, v, *where)
-            y = ops.paged_attention(q, cached.k, cached.v, *where)[None]
+            ops.rotate_append_kv(cached.k, cached.v, qkv[0], this.inv_freq, *where)
+            q = qkv[0, :, : self.num_heads]
+            y = ops.paged_attention(q, cached.k, cached.v, *where, shared=step.shared)[None]
             return self.out_proj(y.flatten(-2))
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = qkv.split(heads, -2)
         q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
         return self.out_proj(self._attend(q, k, v, this).flatten(-2))

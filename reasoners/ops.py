@@ -719,6 +719,33 @@ def _(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
     return None
 
 
+def rotate_append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    qkv: Tensor,
+    inv_freq: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lengths: Tensor,
+) -> None:
+    """`rotate` of the new tokens' queries and keys, and `append_kv`, in one pass: the same bits.
+
+    k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths: as in append_kv; a token's position, which
+        rotates it, is its place in its row.
+    qkv: (tokens, heads + 2 * kv_heads, head_dim): queries, keys and values as one projection gives
+        them; the stride between tokens is free. The queries are rotated in place; keys and values
+        stay as they are, and the rotated keys are in the cache only. Tokens of padding rows are
+        skipped.
+    inv_freq: (head_dim / 2) float32.
+    """
+    _ops.rotate_append_kv(k_cache, v_cache, qkv, inv_freq, page_table, cu_seqlens_q, kv_lengths)
+
+
+@torch.library.register_fake("reasoners::rotate_append_kv")
+def _(k_cache, v_cache, qkv, inv_freq, page_table, cu_seqlens_q, kv_lengths):
+    return None
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -727,6 +754,7 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     kv_lengths: Tensor,
     scale: float | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's last tokens over the row's pages.
 
@@ -737,17 +765,23 @@ def paged_attention(
     k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths: as in append_kv, which comes first: a
         row's length includes its queries. The queries of a padding row give zeros.
     scale: of the scores; None means head_dim ** -0.5.
+    shared: (rows, 2) int32, which rows begin with the same pages, so that they are read once for all
+        of them: [first row of the group, tokens it shares]. The rows of a group are neighbours and
+        carry the same pair, a row by itself [its own number, 0]; tokens are whole pages and fewer
+        than any row's length, padding rows apart; the pages are those of the first row, padding or
+        not. Needs one query a row. Changes no bit of the result. None means that no rows share.
     Returns (tokens, heads, head_dim) in q's dtype. Sums and softmax are kept in float32. On one
     device the result of a row is the same bit for bit whatever the other rows, the numbering of its
     pages and the number of threads. On CUDA head_dim is at most 256.
     Source: Kwon et al. 2023 (PagedAttention); Dao 2023 (FlashAttention-2).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _ops.paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale)
+    where = page_table, cu_seqlens_q, kv_lengths
+    return _ops.paged_attention(q, k_cache, v_cache, *where, scale, shared)
 
 
 @torch.library.register_fake("reasoners::paged_attention")
-def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale):
+def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, shared):
     return q.new_empty(q.shape)
 
 

@@ -280,7 +280,9 @@ def append_kv(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
     return k_cache, v_cache
 
 
-def paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None):
+def paged_attention(
+    q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None, shared=None
+):
     """Gathers each row's pages, repeats heads, masks, softmax: one row after the other."""
     heads, head_dim = q.shape[1:]
     page_size, starts, y = k_cache.shape[2], cu_seqlens_q.tolist(), torch.zeros_like(q)
@@ -301,10 +303,11 @@ def paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, s
 
 def paged_attention_inputs(
     lengths=(37, 5, 64), queries=(1, 1, 1), heads=6, kv_heads=2, head_dim=64, page_size=16,
-    dtype=torch.float32, scale=None, magnitude=1.0, seed=0,
+    dtype=torch.float32, scale=None, magnitude=1.0, seed=0, groups=None,
 ):  # fmt: skip
     """Everything that must not be read is poison: pages of nobody, the rest of a row's last page,
-    and table entries past a row's length."""
+    and table entries past a row's length. groups: (rows, tokens they share) of neighbouring rows,
+    until there are no rows left; None means that nobody does."""
     g = torch.Generator().manual_seed(seed)
     rows = len(lengths)
     needed = [max(0, -(-length // page_size)) for length in lengths]
@@ -321,6 +324,15 @@ def paged_attention_inputs(
             values = torch.randn(2, kv_heads, used, head_dim, generator=g)
             caches[:, table[row, i], :, :used] = values
     caches[0] *= magnitude
+    shared, row = [], 0
+    for size, tokens in groups or ():
+        pages = table[row, : tokens // page_size].clone()
+        for i in range(row, row + size):
+            if i > row and lengths[i] > 0:
+                caches[:, table[i, : len(pages)].long()] = float("nan")
+                table[i, : len(pages)] = pages
+            shared.append([row, tokens])
+        row += size
     return {
         "q": torch.randn(sum(queries), heads, head_dim, generator=g).to(dtype),
         "k_cache": caches[0].to(dtype),
@@ -329,6 +341,7 @@ def paged_attention_inputs(
         "cu_seqlens_q": torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32),
         "kv_lengths": torch.tensor(lengths, dtype=torch.int32),
         "scale": scale,
+        "shared": None if groups is None else torch.tensor(shared, dtype=torch.int32),
     }
 
 
@@ -879,6 +892,37 @@ def append_kv_inputs(queries=(1, 1, 1), **change):
     return {"k_cache": k_cache, "v_cache": inputs["v_cache"], "k": k, "v": v, **rest}
 
 
+def rotate_append_kv(k_cache, v_cache, qkv, inv_freq, page_table, cu_seqlens_q, kv_lengths):
+    """Returns the new (k_cache, v_cache, qkv): rotate, then append_kv."""
+    kv_heads, starts = k_cache.shape[1], cu_seqlens_q.tolist()
+    positions = torch.zeros(len(qkv), dtype=torch.int32)
+    for row, length in enumerate(kv_lengths.tolist()):
+        mine = torch.arange(starts[row], starts[row + 1])
+        positions[mine] = (length - starts[row + 1] + mine).int() if length > 0 else -1
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    q = torch.where(positions[:, None, None] < 0, q, rotate(q, positions, inv_freq))
+    k_cache, v_cache = append_kv(
+        k_cache, v_cache, rotate(k, positions, inv_freq), v, page_table, cu_seqlens_q, kv_lengths
+    )
+    return k_cache, v_cache, torch.cat((q, k, v), 1)
+
+
+def rotate_append_kv_inputs(queries=(1, 1, 1), heads=6, theta=5e5, **change):
+    """Random arguments of rotate_append_kv; what nobody wrote is 0, where append_kv has NaN."""
+    inputs = append_kv_inputs(queries=queries, **change)
+    k_cache, v_cache = (inputs[name].nan_to_num() for name in ("k_cache", "v_cache"))
+    head_dim = k_cache.shape[3]
+    q = torch.randn(sum(queries), heads, head_dim, generator=torch.Generator().manual_seed(2))
+    names = ("page_table", "cu_seqlens_q", "kv_lengths")
+    return {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "qkv": torch.cat((q.to(k_cache.dtype), inputs["k"], inputs["v"]), 1),
+        "inv_freq": 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim),
+        **{name: inputs[name] for name in names},
+    }
+
+
 def linear(x, weight, bias=None):
     """x W^T + b"""
     y = x @ weight.T
@@ -935,6 +979,11 @@ OPERATORS = {
     "add_rms_norm": (add_rms_norm, add_rms_norm_inputs, ("h",)),
     "rotate": (rotate, rotate_inputs, ("x",)),
     "append_kv": (append_kv, append_kv_inputs, ("k_cache", "v_cache")),
+    "rotate_append_kv": (
+        rotate_append_kv,
+        rotate_append_kv_inputs,
+        ("k_cache", "v_cache", "qkv"),
+    ),
     "paged_attention": (paged_attention, paged_attention_inputs, ()),
     "sample": (sample, sample_inputs, ()),
     "advance": (

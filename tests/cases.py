@@ -80,6 +80,16 @@ PAGED_ATTENTION_CASES = {
     "a row without queries": {"queries": (1, 0, 1)},
     "edges of a page": {"lengths": (1, 15, 16, 17, 33), "queries": (1,) * 5},
     "several splits": {"lengths": (255, 256, 257, 2049), "queries": (1,) * 4},
+    "shared pages": {
+        "lengths": (600, 40, 560, 530, 300), "queries": (1,) * 5, "groups": ((1, 0), (1, 0), (3, 272)),
+    },
+    "shared pages, bf16": {
+        "lengths": (600, 40, 560, 530, 300), "queries": (1,) * 5, "groups": ((1, 0), (1, 0), (3, 272)),
+        "dtype": torch.bfloat16,
+    },
+    "several splits, bf16": {
+        "lengths": (255, 256, 257, 2049), "queries": (1,) * 4, "dtype": torch.bfloat16,
+    },
     "group 1": {"heads": 2},
     "group 4, Llama-3.2-1B": {"heads": 8},
     "group 5": {"heads": 10},
@@ -379,6 +389,24 @@ ROTATE_CASES = {
     "D 128, bf16": {"head_dim": 128, "dtype": torch.bfloat16},
     "D 2": {"head_dim": 2},
     "D 10": {"head_dim": 10},
+    "theta 1e4": {"theta": 1e4},
+}
+
+ROTATE_APPEND_KV_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+    "no rows": {"lengths": (), "queries": ()},
+    "padding rows": {"lengths": (0, 9, -5), "queries": (1, 1, 2)},
+    "a row without queries": {"queries": (1, 0, 1)},
+    "prefill after a prefix": {"lengths": (211, 70), "queries": (100, 3)},
+    "no queries of attention": {"heads": 0},
+    "group 8, bf16": {"heads": 16, "dtype": torch.bfloat16},
+    "D 128, bf16": {"head_dim": 128, "dtype": torch.bfloat16},
+    "D 80, bf16": {"head_dim": 80, "dtype": torch.bfloat16},
+    "D 2": {"head_dim": 2},
+    "D 10": {"head_dim": 10},
+    "pages of 7": {"page_size": 7},
     "theta 1e4": {"theta": 1e4},
 }
 

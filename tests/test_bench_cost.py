@@ -23,6 +23,16 @@ def test_matrices():
     )
 
 
+def test_paged_attention_with_a_prefix():
+    """256 samples of a prompt of 512 tokens with 256 of their own, 8 kv heads of 64, in bf16."""
+    q_and_y = 2 * 256 * 32 * 64 * 2
+    cache = 2 * (512 + 256 * 256) * 8 * 64 * 2
+    one, none = ([768] * 256, [1] * 256), ([], [])
+    assert cost.paged_attention_bytes(*one, 32, 8, 64, 2, prefix=512) == cache + q_and_y
+    assert cost.paged_attention_bytes(*one, 32, 8, 64, 2) == 2 * 768 * 256 * 1024 + q_and_y
+    assert cost.paged_attention_bytes(*none, 32, 8, 64, 2, prefix=512) == 0
+
+
 def test_llamba_step():
     # Scan: 16 layers x 32 x 64 x 64 x 4 B, read and written = 16.8 MB. Convolution: 16 layers x (3
     # inputs read, 1 written) x (2048 + 2048 + 2048) channels x 2 B = 0.8 MB. Its length changes nothing.

@@ -37,6 +37,27 @@ def test_fork_shares_full_pages_and_copies_the_partial_one(hybrid):
     assert not torch.equal(states.scan[child], states.scan[parent])
 
 
+def test_groups_are_forks_with_the_pages_that_all_of_them_share(hybrid):
+    cache = Cache(hybrid, num_slots=8, max_length=32, page_size=4)
+    one, two, lone = (cache.allocate(16) for _ in range(3))
+    for slot, count in ((one, 10), (two, 3), (lone, 9)):
+        fill(hybrid, cache, slot, count)
+    forks = [cache.fork(one, 20), cache.fork(one, 20)]
+    short = cache.fork(two, 20)  # shares no full page
+    slots = [forks[0], lone, one, short, two, forks[1]]
+    order, shared = cache.group(slots)
+    assert order == [0, 2, 5, 1, 3, 4]
+    assert shared == [(0, 8), (0, 8), (0, 8), (3, 0), (4, 0), (5, 0)]
+    fill(hybrid, cache, forks[0], 6)
+    late = cache.fork(forks[0], 20)  # shares 4 pages with its parent, 2 of them with all
+    assert cache.group([forks[0], late]) == ([0, 1], [(0, 16), (0, 16)])
+    assert cache.group([late, lone, forks[1], forks[0]]) == (
+        [0, 2, 3, 1], [(0, 8), (0, 8), (0, 8), (3, 0)],
+    )  # fmt: skip
+    assert cache.group([lone]) == ([0], [(0, 0)])
+    assert cache.group([]) == ([], [])
+
+
 def test_everything_comes_back_in_any_order_of_free(hybrid):
     cache = Cache(hybrid, num_slots=4, max_length=32, page_size=4)
     total = cache.num_free_pages
@@ -105,6 +126,7 @@ def test_pure_recurrent_models_need_no_pages():
     slots = [cache.allocate(1000), cache.allocate(900)]
     assert cache.num_pages == 0
     assert cache.page_table.shape == (2, 0)
+    assert cache.group(slots) == ([0, 1], [(0, 0), (1, 0)])
     cache.free(slots[0])
 
 

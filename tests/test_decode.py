@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_engine import FAMILIES, PROMPTS, assert_all_free, collect, naive, tiny
 
+from reasoners import decode
 from reasoners.cache import Cache
 from reasoners.decode import ENDED, DecodeLoop, Row, ladder
 from reasoners.engine import Engine, Request
@@ -14,8 +15,8 @@ from reasoners.model import CONFIGS, HybridLM
 from reasoners.sampling import SamplingParams
 
 DECODE_OPERATORS = (
-    "discrete_mamba2_update", "mamba2_update", "mamba1_update", "add_rms_norm", "rotate", "gate",
-    "append_kv", "paged_attention", "sample", "advance", "count_pending", "ssd_scan",
+    "discrete_mamba2_update", "mamba2_update", "mamba1_update", "add_rms_norm", "gate",
+    "rotate_append_kv", "paged_attention", "sample", "advance", "count_pending", "ssd_scan",
     "selective_scan", "causal_conv1d", "softplus",
 )  # fmt: skip
 
@@ -147,6 +148,81 @@ def test_a_sequence_with_recent_tokens_can_be_prefilled_and_forked():
     torch.testing.assert_close(two, expected, rtol=1e-9, atol=1e-9)
 
 
+def shared_prompts(model, rows, monkeypatch, pays, **options):
+    """Tokens of samples of prompts that end inside of pages, and the pairs that the loop had."""
+    monkeypatch.setattr(decode, "SHARED_PAYS", pays)
+    params = SamplingParams(n=5, max_tokens=20, seed=8)
+    prompts = [tuple(range(3, 3 + n)) for n in (75, 70, 1, 130)]
+    engine = Engine(model, max_rows=rows, max_length=160, page_size=4, **options)
+    seen, load = [], engine.loop.load
+
+    def watch(rows):
+        load(rows)
+        size, grouped = engine.loop.kind
+        seen.append((grouped, engine.loop.rows.shared[:size].cpu().clone()))
+
+    engine.loop.load = watch
+    tokens = collect(engine, [Request(p, params) for p in prompts])
+    assert len(tokens) == 20
+    return tokens, seen
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mamba2"])
+def test_rows_that_share_pages_are_neighbours_and_draw_the_same(name, monkeypatch):
+    model = tiny(name)
+    alone, seen = shared_prompts(model, 20, monkeypatch, 10**9)
+    assert not any(grouped for grouped, _ in seen)
+    for rows in (20, 7):
+        tokens, seen = shared_prompts(model, rows, monkeypatch, 1)
+        assert tokens == alone
+        assert all(grouped for grouped, pairs in seen if (pairs[:, 1] >= 64).any())
+        assert {int(t) for _, pairs in seen for t in pairs[:, 1]} == {0, 72, 68, 128}
+        for _, pairs in seen:
+            for i, (first, shares) in enumerate(pairs.tolist()):
+                assert first == i or (shares and pairs[i - 1].tolist() == [first, shares])
+
+
+def test_tokens_come_back_in_the_order_of_the_rows(monkeypatch):
+    monkeypatch.setattr(decode, "SHARED_PAYS", 1)
+    model = tiny("tiny-llama")
+
+    def run(order):
+        cache = Cache(model, num_slots=4, max_length=160, page_size=4)
+        one, two = cache.allocate(100), cache.allocate(100)
+        prompts = torch.arange(145) % 251
+        model.extend(prompts, cache, cache.step([one, two], [70, 75]))
+        slots = [one, cache.fork(one, 100), two, cache.fork(two, 100)]
+        rows = [
+            Row(slot, 10 + i, (71, 71, 76, 76)[i], 12, (3, 44, i), (), SamplingParams())
+            for i, slot in enumerate(slots)
+        ]
+        loop = DecodeLoop(model, cache, max_rows=6, max_steps=8)
+        loop.load([rows[i] for i in order])
+        assert loop.kind == (4, True)
+        assert loop.rows.shared[:4, 0].tolist() == [0, 0, 2, 2]
+        assert set(loop.rows.shared[:4, 1].tolist()) == {68, 72}
+        tokens, logprobs = loop.run(8)
+        back = sorted(range(4), key=order.__getitem__)
+        return tokens[:, back], logprobs[:, back]
+
+    expected = run([0, 1, 2, 3])
+    assert len({tuple(column.tolist()) for column in expected[0].T}) == 4
+    for order in ([0, 2, 1, 3], [3, 0, 2, 1]):
+        assert all(torch.equal(a, b) for a, b in zip(run(order), expected))
+
+
+def test_sharing_waits_until_it_pays(monkeypatch):
+    """5 samples of a prompt with 72 tokens in pages: 64 of them are read once and not 5 times."""
+    model, params = tiny("tiny-llama"), SamplingParams(n=5, max_tokens=4)
+    for pays, expected in ((256, True), (257, False)):
+        monkeypatch.setattr(decode, "SHARED_PAYS", pays)
+        engine = Engine(model, max_rows=5, max_length=160, page_size=4)
+        run = engine.run([Request(range(75), params)])
+        assert next(run) is None
+        assert engine.loop.kind == (5, expected)
+        run.close()
+
+
 def test_graphs_and_rounding_that_cannot_be_had_are_refused():
     with pytest.raises(ValueError, match="graphs expected a CUDA model, got one on cpu"):
         started(graphs=True)
@@ -171,6 +247,26 @@ def test_graphs_equal_eager_token_for_token(name, dtype):
         for graphs, k in ((False, 1), (False, 8), (True, 8), (True, 3))
     ]
     assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.cuda(*DECODE_OPERATORS)
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_cuda_rows_that_share_pages_draw_the_same(graphs, monkeypatch):
+    """Pages of one prompt are read once for its samples; they end at different steps."""
+    config = replace(CONFIGS["llama-3.2-1b"], mixers=("attention",) * 2, vocab_size=4096)
+    torch.manual_seed(0)
+    model = HybridLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)
+    model = model.to("cuda", torch.bfloat16)
+    options = {"graphs": graphs, "look_every": 4, "max_bytes": 2**30}
+    alone, _ = shared_prompts(model, 20, monkeypatch, 10**9, **options)
+    for rows in (20, 7):
+        tokens, seen = shared_prompts(model, rows, monkeypatch, 1, **options)
+        assert tokens == alone
+        assert any(grouped for grouped, _ in seen)
 
 
 @pytest.mark.cuda(*DECODE_OPERATORS)

@@ -103,6 +103,130 @@ def test_batch_mates_change_nothing_cuda(dtype, head_dim):
         assert torch.equal(ops.paged_attention(**to_device(alone, "cuda")), y[mine])
 
 
+@pytest.mark.cuda("paged_attention")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 64), (24, 8, 128), (6, 2, 96)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_is_the_same_bits_at_any_batch_size_cuda(dtype, heads, kv_heads, head_dim):
+    """At 150 rows a block walks all of a row, at 1 its splits are dealt out; so are long tables."""
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    lengths = tuple(1 + 37 * i % 2500 for i in range(150))
+    inputs = paged_attention_inputs(lengths=lengths, queries=(1,) * 150, **shape)
+    y = ops.paged_attention(**to_device(inputs, "cuda"))
+    for row in (0, 1, 33, 66, 67, 149):
+        alone, mine = row_of(inputs, row)
+        assert torch.equal(ops.paged_attention(**to_device(alone, "cuda")), y[mine])
+        longer = F.pad(alone["page_table"], (0, 5000))
+        assert torch.equal(
+            ops.paged_attention(**to_device({**alone, "page_table": longer}, "cuda")), y[mine]
+        )
+    some = {
+        "q": inputs["q"][40:80],
+        "page_table": inputs["page_table"][40:80],
+        "cu_seqlens_q": torch.arange(41).int(),
+        "kv_lengths": inputs["kv_lengths"][40:80],
+    }
+    assert torch.equal(ops.paged_attention(**to_device(inputs | some, "cuda")), y[40:80])
+
+
+# lengths, groups of (rows, tokens they share)
+SHARED = {
+    "one group": ((600, 560, 530, 700), ((4, 512),)),
+    "rows part within a split": ((500, 490, 470), ((3, 448),)),
+    "less than a block": ((60, 70, 80), ((3, 48),)),
+    "groups and loners": ((600, 40, 300, 310, 320, 17, 700, 710),
+                          ((1, 0), (1, 0), (3, 272), (1, 0), (2, 640))),
+    "padding rows in a group": ((400, 0, 420, -3, 0), ((4, 384), (1, 0))),
+    "one token of its own": ((513, 513), ((2, 512),)),
+    "a long prefix": ((2100, 2200, 2050), ((3, 2048),)),
+    "more rows than a block takes": (tuple(330 + 3 * i for i in range(90)), ((33, 320), (57, 256))),
+}  # fmt: skip
+
+
+def check_shared(lengths, groups, device="cpu", **change):
+    """With and without `shared`: the same bits, also for each row alone."""
+    inputs = paged_attention_inputs(
+        lengths=lengths, queries=(1,) * len(lengths), groups=groups, **change
+    )
+    if device == "cuda":
+        inputs = to_device(inputs, device)
+    together = ops.paged_attention(**inputs)
+    assert torch.equal(ops.paged_attention(**{**inputs, "shared": None}), together)
+    if device == "cuda":  # splits are dealt out otherwise
+        longer = F.pad(inputs["page_table"], (0, 3000))
+        assert torch.equal(ops.paged_attention(**{**inputs, "page_table": longer}), together)
+    for row in range(min(len(lengths), 4)):
+        alone, mine = row_of(to_device(inputs, "cpu"), row)
+        alone = to_device({**alone, "shared": None}, device)
+        assert torch.equal(ops.paged_attention(**alone), together[mine])
+
+
+@pytest.mark.parametrize(("lengths", "groups"), SHARED.values(), ids=SHARED.keys())
+def test_sharing_changes_no_bit(lengths, groups):
+    check_shared(lengths, groups)
+
+
+@pytest.mark.cuda("paged_attention")
+@pytest.mark.parametrize(("lengths", "groups"), SHARED.values(), ids=SHARED.keys())
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 32, "kv_heads": 8, "dtype": torch.bfloat16},
+        {"heads": 6, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16},
+        {"heads": 10, "kv_heads": 1, "head_dim": 96, "dtype": torch.float16},
+        {"page_size": 8, "heads": 2, "dtype": torch.float16},
+        {"dtype": torch.float32},
+    ],
+    ids=["32/8 D 64", "6/2 D 128", "10/1 D 96", "2/2 D 64", "fp32"],
+)
+def test_sharing_changes_no_bit_cuda(lengths, groups, shape):
+    check_shared(lengths, groups, "cuda", **shape)
+
+
+@pytest.mark.cuda("paged_attention")
+@pytest.mark.parametrize("rows", [4, 60])
+def test_shared_pages_are_those_of_the_first_row_cuda(rows):
+    """The tables of the others are not asked, even when the first row has ended."""
+    inputs = paged_attention_inputs(
+        lengths=(400,) * rows, queries=(1,) * rows, groups=((rows, 384),), heads=32, kv_heads=8,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    inputs = to_device(inputs, "cuda")
+    y = ops.paged_attention(**inputs)
+    inputs["page_table"][1:, :24] = inputs["page_table"][:1, 24]
+    inputs["kv_lengths"][0] = 0
+    ended = ops.paged_attention(**inputs)
+    assert torch.equal(ended[1:], y[1:]) and not ended[0].any()
+
+
+@pytest.mark.cuda("paged_attention")
+@pytest.mark.parametrize("rows", [3, 60])
+def test_captured_graph_follows_growing_rows_and_groups_cuda(rows):
+    """Lengths grow over splits and groups come and go between capture and replay."""
+    pages, prefix = 60, 320
+    q = torch.randn(rows, 32, 64, device="cuda").bfloat16()
+    caches = torch.randn(2, rows * pages, 8, 16, 64, device="cuda").bfloat16()
+    table = torch.randperm(rows * pages, device="cuda").int().view(rows, pages)
+    table[:, : prefix // 16] = table[0, : prefix // 16]
+    starts, lengths = torch.arange(rows + 1, device="cuda").int(), torch.zeros(rows).int().cuda()
+    alone = torch.stack([torch.arange(rows), torch.zeros(rows)], 1).int().cuda()
+    group = torch.tensor([[0, prefix]] * (rows - 1) + [[rows - 1, 0]]).int().cuda()
+    shared = alone.clone()
+
+    def step(shared):
+        return ops.paged_attention(q, caches[0], caches[1], table, starts, lengths, shared=shared)
+
+    step(shared)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step(shared)
+    for length in (1, 64, 255, 256, 321, 511, 512, 513, 950):
+        lengths.copy_(length + torch.arange(rows) % 7)
+        shared.copy_(group if length > prefix else alone)
+        graph.replay()
+        assert torch.equal(y, step(None)), length
+
+
 @pytest.mark.cuda("append_kv", "paged_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_graph_follows_the_values_cuda(dtype):
@@ -297,7 +421,7 @@ def test_errors(change, error, words):
     with pytest.raises(error, match=f"paged_attention: .*{words}"):
         ops.paged_attention(**inputs)
     k = torch.randn(3, 2, 64)
-    inputs = {name: value for name, value in inputs.items() if name not in ("q", "scale")}
+    inputs = {name: value for name, value in inputs.items() if name not in ("q", "scale", "shared")}
     before = inputs["k_cache"].clone(), inputs["v_cache"].clone()
     with pytest.raises(error, match=f"append_kv: .*{words}"):
         ops.append_kv(**inputs, k=k, v=k)
@@ -315,6 +439,33 @@ def test_errors_of_q_and_k():
         ops.append_kv(**{**append_kv_inputs(), "k": torch.zeros(3, 4, 64)})
     with pytest.raises(ValueError, match=r"append_kv: v expected shape .* \(3, 2, 64\), got"):
         ops.append_kv(**{**append_kv_inputs(), "v": torch.zeros(4, 2, 64)})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (((0, 32), (0, 16), (2, 0)), r"shared\[1\] expected .* pair of the row before, got \[0, 16\]"),
+        (((0, 32), (2, 0), (2, 0)), r"shared\[1\] expected its own row, .* got \[2, 0\]"),
+        (((0, 0), (1, 32), (0, 0)), r"shared\[2\] expected its own row"),
+        (((0, 24), (0, 24), (2, 0)), r"shared\[0\] expected a multiple of 16 tokens up to 80, got 24"),
+        (((0, -16), (1, 0), (2, 0)), r"shared\[0\] expected a multiple of 16"),
+        (((0, 48), (0, 48), (2, 0)), r"shared\[0\] expected fewer tokens than its row's 37, got 48"),
+        (((0, 32), (0, 32), (2, 0)), r"page_table\[1\]\[0\] expected page \d+ of row 0, with which"),
+        (((0, 0), (1, 0)), r"shared expected shape \(rows, 2\) = \(3, 2\), got \(2, 2\)"),
+    ],
+)  # fmt: skip
+def test_errors_of_shared(pairs, words):
+    inputs = paged_attention_inputs(lengths=(37, 40, 64)) | {"shared": torch.tensor(pairs).int()}
+    with pytest.raises(ValueError, match=f"paged_attention: {words}"):
+        ops.paged_attention(**inputs)
+
+
+def test_shared_needs_one_query_a_row():
+    pairs = torch.tensor([[0, 0], [1, 0], [2, 0]]).int()
+    with pytest.raises(ValueError, match="one query a row, got 7 queries of 3 rows"):
+        ops.paged_attention(**paged_attention_inputs(queries=(1, 1, 5)) | {"shared": pairs})
+    with pytest.raises(ValueError, match="one query a row, got 2 queries of row 0"):
+        ops.paged_attention(**paged_attention_inputs(queries=(2, 0, 1)) | {"shared": pairs})
 
 
 def test_opcheck():

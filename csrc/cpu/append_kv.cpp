@@ -1,15 +1,13 @@
-// Writes the keys and values of new tokens to their places in the paged cache.
-//
-// The last queries of a row are its new tokens: token i of a row with n of them goes to position
-// length - n + i. Places are resolved first, on one thread; then tokens are copied in parallel.
+// Writes the keys and values of new tokens to their places in the paged cache. Places are resolved
+// first, on one thread; then tokens are copied in parallel.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cstring>
-#include <vector>
 
 #include "checks.h"
+#include "cpu/new_tokens.h"
 
 namespace reasoners {
 namespace {
@@ -21,22 +19,11 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in,
   const Tensor k = k_in.contiguous(), v = v_in.contiguous();
   const int64_t tokens = k.size(0), heads = k.size(1), page_size = k_cache.size(2);
   check_page_values("append_kv", k_cache, page_table, offsets, lengths, tokens);
-
-  const auto table = page_table.accessor<int32_t, 2>();
-  const auto* starts = offsets.const_data_ptr<int32_t>();
-  std::vector<int64_t> places(tokens, -1);  // of head 0, in head vectors; -1: a padding row
-  for (int64_t row = 0; row < lengths.numel(); ++row) {
-    const int64_t length = lengths.const_data_ptr<int32_t>()[row], end = starts[row + 1];
-    if (length <= 0) continue;
-    for (int64_t token = starts[row]; token < end; ++token) {
-      const int64_t position = length - end + token;
-      places[token] = table[row][position / page_size] * heads * page_size + position % page_size;
-    }
-  }
+  const auto places = places_of_new_tokens(k_cache, page_table, offsets, lengths, tokens);
 
   const int64_t bytes = k.size(2) * k.element_size();
   const auto copy = [&](const Tensor& cache, const Tensor& data, int64_t token) {
-    auto* to = static_cast<char*>(cache.mutable_data_ptr()) + places[token] * bytes;
+    auto* to = static_cast<char*>(cache.mutable_data_ptr()) + places[token].vector * bytes;
     const auto* from = static_cast<const char*>(data.const_data_ptr()) + token * heads * bytes;
     for (int64_t head = 0; head < heads; ++head)
       std::memcpy(to + head * page_size * bytes, from + head * bytes, bytes);
@@ -45,7 +32,7 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in,
   const int64_t grain = 1 + kGrainBytes / std::max<int64_t>(1, 2 * heads * bytes);
   at::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      if (places[token] < 0) continue;
+      if (places[token].position < 0) continue;
       copy(k_cache, k, token);
       copy(v_cache, v, token);
     }

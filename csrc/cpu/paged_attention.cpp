@@ -14,7 +14,8 @@
 //
 // Split units run by position, then row, then kv head: rows forked from one prompt read its pages
 // while they are in cache. Tried: kv head outermost, slower in every shape with and without sharing
-// (2 to 40 %); 512 positions a unit, no faster.
+// (2 to 40 %); 512 positions a unit, no faster. Hence `shared`, which says as much, changes
+// nothing.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -448,11 +449,12 @@ class PagedAttention {
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                        const Tensor& page_table, const Tensor& cu_seqlens_q,
-                       const Tensor& kv_lengths, double scale) {
-  check_paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths);
+                       const Tensor& kv_lengths, double scale, const OptionalTensor& shared) {
+  check_paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, shared);
   const Tensor table = page_table.contiguous(), starts = cu_seqlens_q.contiguous(),
                lengths = kv_lengths.contiguous();
   check_page_values("paged_attention", k_cache, table, starts, lengths, q.size(0));
+  if (shared) check_shared_values(k_cache, table, starts, lengths, *shared);
   auto out = at::empty(q.sizes(), q.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q.scalar_type(), "paged_attention", [&] {
     PagedAttention<scalar_t>(q.contiguous(), k_cache, v_cache, table, starts, lengths, scale, out)

@@ -650,13 +650,43 @@ void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in,
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+void rotate_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& qkv,
+                      const Tensor& inv_freq_in, const Tensor& page_table_in,
+                      const Tensor& cu_seqlens_q, const Tensor& kv_lengths) {
+  check_rotate_append_kv(k_cache, v_cache, qkv, inv_freq_in, page_table_in, cu_seqlens_q,
+                         kv_lengths);
+  const c10::cuda::CUDAGuard guard(k_cache.device());
+  const Tensor inv_freq = inv_freq_in.contiguous(), page_table = packed_rows(page_table_in),
+               starts = cu_seqlens_q.contiguous(), lengths = kv_lengths.contiguous();
+  RotateAppendKvParams p{};
+  p.k_cache = k_cache.mutable_data_ptr();
+  p.v_cache = v_cache.mutable_data_ptr();
+  p.qkv = qkv.mutable_data_ptr();
+  p.inv_freq = inv_freq.const_data_ptr<float>();
+  p.page_table = page_table.const_data_ptr<int32_t>();
+  p.cu_seqlens_q = starts.const_data_ptr<int32_t>();
+  p.kv_lengths = lengths.const_data_ptr<int32_t>();
+  p.qkv_stride = qkv.stride(0);
+  p.table_stride = page_table.stride(0);
+  p.tokens = qkv.size(0);
+  p.rows = lengths.numel();
+  p.kv_heads = k_cache.size(1);
+  p.heads = qkv.size(1) - 2 * p.kv_heads;
+  p.page_size = k_cache.size(2);
+  p.head_dim = k_cache.size(3);
+  p.dtype = dtype_of(k_cache);
+  launch_rotate_append_kv(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
                        const Tensor& page_table_in, const Tensor& cu_seqlens_q,
-                       const Tensor& kv_lengths, double scale) {
-  check_paged_attention(q_in, k_cache, v_cache, page_table_in, cu_seqlens_q, kv_lengths);
+                       const Tensor& kv_lengths, double scale, const OptionalTensor& shared_in) {
+  check_paged_attention(q_in, k_cache, v_cache, page_table_in, cu_seqlens_q, kv_lengths, shared_in);
   const c10::cuda::CUDAGuard guard(q_in.device());
   const Tensor q = packed_rows(q_in), page_table = packed_rows(page_table_in),
                starts = cu_seqlens_q.contiguous(), lengths = kv_lengths.contiguous();
+  const OptionalTensor shared = contiguous(shared_in);
   auto out = at::empty(q.sizes(), q.options());
   PagedAttentionParams p{};
   p.q = q.const_data_ptr();
@@ -665,17 +695,21 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   p.page_table = page_table.const_data_ptr<int32_t>();
   p.cu_seqlens_q = starts.const_data_ptr<int32_t>();
   p.kv_lengths = lengths.const_data_ptr<int32_t>();
+  p.shared = data_or_null<int32_t>(shared);
   p.out = out.mutable_data_ptr();
   p.q_stride = q.stride(0);
   p.table_stride = page_table.stride(0);
   p.tokens = q.size(0);
   p.rows = lengths.numel();
+  p.max_pages = page_table.size(1);
   p.heads = q.size(1);
   p.kv_heads = k_cache.size(1);
   p.page_size = k_cache.size(2);
   p.head_dim = q.size(2);
   p.scale = scale;
   p.dtype = dtype_of(q);
+  const auto scratch = at::empty({count_paged_attention_scratch(p)}, q.options().dtype(at::kFloat));
+  p.scratch = scratch.mutable_data_ptr<float>();
   launch_paged_attention(p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
@@ -728,6 +762,7 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("gate", &gate);
   m.impl("softplus", &softplus);
   m.impl("append_kv", &append_kv);
+  m.impl("rotate_append_kv", &rotate_append_kv);
   m.impl("paged_attention", &paged_attention);
   m.impl("sample", &sample);
 }

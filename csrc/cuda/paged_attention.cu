@@ -1,29 +1,31 @@
 // Causal attention of each row's last tokens over the row's pages.
 //
-// A block serves one (token, kv head) and up to 8 of the query heads that share it (4 outside of
-// the tensor core path): they all use one read of K and V, and that read is the floor. The row, the
-// query's position and the pages are found on the device. Positions are dealt out to walkers in
-// turn; each keeps the maximum, the sum and the weighted values of its own positions (the online
-// softmax of Dao 2023, FlashAttention-2), and at the end the walkers are merged through shared
-// memory in a fixed order. Which walker sees a position depends on the position alone, so that the
-// bits of a row depend neither on the batch nor on its pages' numbers. Positions past the query are
-// not read: their scores are -inf and their values 0.
+// A thread block serves one (token, kv head) and up to 8 of the query heads that share it (4
+// outside of the tensor core path): they all use one read of K and V, and that read is the floor.
+// The row, the query's position and the pages are found on the device, and the launch depends on
+// shapes alone. Positions past the query are not read: their scores are -inf.
+// The bits of a row depend neither on the batch nor on its pages' numbers.
 //
-// tensor: bfloat16 and float16 with head_dim 64, 96 or 128. A walker is a warp, 16 positions a
-//   step. K (16 x D) times the queries (D x 8) gives the scores, V^T (D x 16) times the weights
-//   (16 x 8) the values, both with m16n8k16. K's fragments are 16-byte loads straight from the
-//   cache, because the order of the channels in a dot product is free; V's are put together from
-//   two positions by byte permutations, the weights' by an 8 x 8 transposition. Weights are split
-//   in two numbers of the data type, so that nothing is lost against float32.
-// plain: everything else. A walker is kLanes threads, that each hold kVec x kChunks channels.
+// tensor: bfloat16 and float16 with head_dim 64, 96 or 128; attention_block.cuh says in which order
+//   a row is summed. Its splits of 256 positions are walked by one thread block that folds them as
+//   it goes, or, where the batch alone would not fill the machine, dealt to several that leave them
+//   in memory for combine_kernel: two floats and D more for 256 positions of K and V.
+// prefix: rows that share their first pages. A thread block takes 32 columns, that is pairs of a
+// row
+//   and a query head, over a split of the shared pages, so that K and V are read once for all of
+//   them. What it finds waits in memory until the rows' own thread blocks come to it: whole splits,
+//   and the whole blocks of the split in which the rows part.
+// plain: everything else. Positions are dealt out in turn to walkers of kLanes threads, each of
+//   which holds kVec x kChunks channels; the walkers are merged at the end.
 //
 // Prefill goes the same way, a query at a time: right, and as slow as that sounds.
 
-#include <cmath>
-#include <cstring>
+#include <algorithm>
 
-#include "convert.cuh"
+#include "async_copy.cuh"
+#include "attention_block.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "rows.cuh"
 
 namespace reasoners {
@@ -31,20 +33,12 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr unsigned kAll = ~0u;
-constexpr float kMinusInfinity = -INFINITY;
-constexpr float kLog2E = 1.44269504088896f;
-
-// exp(score - max); a walker that has seen nothing yet has max = -inf and weighs 0.
-__device__ inline float weight(float score, float max) {
-  return exp2f((score - (max == kMinusInfinity ? 0.f : max)) * kLog2E);
-}
+static_assert(kWarps == kWalkers);
 
 // What a block works on.
 struct Work {
-  int token, kv_head, visible;  // the query sees positions below `visible`; padding: none
-  int first_head, heads;        // of the query heads
-  const int32_t* table;         // the row's pages
+  int token, row, kv_head, visible;  // the query sees positions below `visible`; padding: none
+  int first_head, heads;             // of the query heads
 };
 
 template <int kHeads>
@@ -58,59 +52,35 @@ __device__ inline Work find_work(const PagedAttentionParams& p) {
   work.first_head = work.kv_head * group + slice * kHeads;
   work.heads = min(kHeads, group - slice * kHeads);
   const RowPosition at = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, work.token);
+  work.row = at.row;
   work.visible = at.position + 1;
-  work.table = p.page_table + at.row * p.table_stride;
   return work;
 }
 
-// Where the vector of a position begins in the caches, in elements.
-__device__ inline int64_t locate_vector(const PagedAttentionParams& p, const PageSize& pages,
-                                        const Work& work, int position) {
+// Where a position of a row is in the caches, counted in vectors: 2^31 of them are more than fit.
+__device__ inline int locate_vector(const PagedAttentionParams& p, const PageSize& pages, int row,
+                                    int kv_head, int position) {
   const int turn = pages.page(position);
-  const int64_t page = work.table[turn];
-  return ((page * p.kv_heads + work.kv_head) * p.page_size + (position - turn * p.page_size)) *
-         p.head_dim;
+  const int page = p.page_table[row * p.table_stride + turn];
+  return (page * p.kv_heads + kv_head) * p.page_size + (position - turn * p.page_size);
 }
-
-// The walkers' results. Values are not yet divided by the sum.
-template <int kWalkers, int kHeads, int kDim>
-struct alignas(16) Partials {
-  float max[kWalkers][kHeads], sum[kWalkers][kHeads];
-  float values[kWalkers][kHeads][kDim];
-
-  template <typename data_t>
-  __device__ void merge(data_t* out, int heads, int head_dim) const {
-    for (int i = threadIdx.x; i < heads * head_dim; i += kThreads) {
-      const int head = i / head_dim, channel = i - head * head_dim;
-      float top = kMinusInfinity;
-#pragma unroll
-      for (int w = 0; w < kWalkers; ++w) top = fmaxf(top, max[w][head]);
-      float total = 0.f, value = 0.f;
-#pragma unroll
-      for (int w = 0; w < kWalkers; ++w) {
-        const float fade = weight(max[w][head], top);
-        total += fade * sum[w][head];
-        value += fade * values[w][head][channel];
-      }
-      out[i] = from_float<data_t>(value / total);
-    }
-  }
-};
 
 template <typename data_t>
 __device__ void write_zeros(data_t* out, int n) {
-  for (int i = threadIdx.x; i < n; i += kThreads) out[i] = from_float<data_t>(0.f);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = from_float<data_t>(0.f);
 }
 
 // ---- plain
 
 // kWhole: head_dim is kLanes * kVec * kChunks; otherwise it is less.
 template <typename data_t, int kLanes, int kVec, int kChunks, bool kWhole, int kHeads, int kUnroll>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     plain_kernel(const PagedAttentionParams p, const PageSize pages) {
   static_assert(kWhole || kVec == 1);
   constexpr int kWalkers = kThreads / kLanes, kDim = kLanes * kVec * kChunks;
   using Chunk = Vec<data_t, kVec>;
+  let_next_start();
+  wait_for_inputs();
   const Work work = find_work<kHeads>(p);
   const int head_dim = kWhole ? kDim : p.head_dim;
   auto* out =
@@ -149,7 +119,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int u = 0; u < kUnroll; ++u) {
       const int position = begin + u * kWalkers + walker;
       valid[u] = position < work.visible;
-      const int64_t offset = valid[u] ? locate_vector(p, pages, work, position) : 0;
+      const int64_t offset =
+          valid[u] ? int64_t(locate_vector(p, pages, work.row, work.kv_head, position)) * head_dim
+                   : 0;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         k[u][c] = valid[u] ? read(k_cache + offset, c) : Chunk{};
@@ -169,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int offset = kLanes / 2; offset > 0; offset /= 2)
           dot += __shfl_xor_sync(kAll, dot, offset);
-        score[u][h] = valid[u] ? dot * p.scale : kMinusInfinity;
+        score[u][h] = valid[u] ? dot * (p.scale * kLog2E) : kMinusInfinity;
       }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
@@ -206,184 +178,362 @@ __global__ void __launch_bounds__(kThreads)
         partials.values[walker][h][(c * kLanes + lane) * kVec + i] = values[h][c][i];
   }
   __syncthreads();
-  partials.merge(out, work.heads, head_dim);
+  for (int i = threadIdx.x; i < work.heads * head_dim; i += kThreads) {
+    const auto row = partials.template merged<1>(i / head_dim, i % head_dim);
+    out[i] = from_float<data_t>(row.values.at[0] / row.sum);
+  }
 }
 
 // ---- tensor
 
-template <typename data_t>
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-template <>
-__device__ inline void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4],
-                                                   const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4],
-                                            const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// How the tensor path is dealt out, by shapes alone.
+struct Plan {
+  int deals;          // thread blocks that walk the splits of one (token, kv head)
+  int splits;         // of a (token, head) that have room in memory
+  int shared_blocks;  // of a row that are read with its group at most
+  int slots;          // splits, then the shared blocks of the split in which the rows part
+};
+
+// Results that wait in memory, plan.slots for each (token, head).
+template <int kDim>
+struct Slots {
+  float* values;  // (tokens * heads, slots, kDim)
+  float2* stats;  // (tokens * heads, slots): maximum, sum
+  int heads, slots;
+
+  __device__ Slots(const PagedAttentionParams& p, const Plan& plan)
+      : values(p.scratch),
+        stats(
+            reinterpret_cast<float2*>(p.scratch + int64_t(p.tokens) * p.heads * plan.slots * kDim)),
+        heads(p.heads),
+        slots(plan.slots) {}
+  __device__ int64_t at(int token, int head, int slot) const {
+    return (int64_t(token) * heads + head) * slots + slot;
+  }
+  __device__ Part<4> read(int64_t at, int channel) const {
+    return {stats[at].x, stats[at].y, load_vector<4>(values + at * kDim + channel)};
+  }
+  __device__ void write(int64_t at, int channel, const Part<4>& part) const {
+    store_vector<4>(values + at * kDim + channel, part.values);
+    if (channel == 0) stats[at] = make_float2(part.max, part.sum);
+  }
+};
+
+// Of a row's first blocks, how many prefix_kernel reads.
+__device__ inline int count_shared_blocks(const PagedAttentionParams& p, const Plan& plan,
+                                          int row) {
+  return p.shared ? min(p.shared[2 * row + 1] / kBlock, plan.shared_blocks) : 0;
 }
 
-// The 8 x 8 matrix of which lane (g, t) = (lane / 4, lane % 4) holds row g, columns 2t and 2t + 1.
-__device__ inline uint32_t transpose(uint32_t pair) {
-  uint32_t transposed;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
-  return transposed;
-}
+// Lane i finds the places of positions begin + i and begin + 32 + i. The last position stands in
+// for those past the end, so that loads need no conditions: they wait for nothing and for nobody.
+struct Places {
+  int place[2];
 
-// a in the low half, b in the high half, and what rounding takes from them.
-template <typename data_t>
-__device__ inline void split(float a, float b, uint32_t& coarse, uint32_t& fine) {
-  const auto join = [](data_t low, data_t high) {
-    Vec<data_t, 2> pair{{low, high}};
-    uint32_t bits;
-    memcpy(&bits, &pair, sizeof(bits));
-    return bits;
-  };
-  const data_t low = from_float<data_t>(a), high = from_float<data_t>(b);
-  coarse = join(low, high);
-  fine = join(from_float<data_t>(a - to_float(low)), from_float<data_t>(b - to_float(high)));
-}
+  __device__ int of(int position) const { return position < 32 ? place[0] : place[1]; }
 
-// Lane (g, t) = (lane / 4, lane % 4) of a warp holds, of the 16 positions of a step:
-//   K        positions g and g + 8, channels 32 c + 8 t + (0 to 7) of every chunk c of 32
-//   scores   positions g and g + 8 of heads 2t and 2t + 1
-//   V        positions 2t, 2t + 1, 2t + 8, 2t + 9, channels 8 kWide j + kWide g + (0 to kWide - 1)
-//   values   those channels of heads 2t and 2t + 1
+  __device__ void look_up(const PagedAttentionParams& p, const PageSize& pages, int row,
+                          int kv_head, int begin, int end) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int position = min(begin + 32 * r + int(threadIdx.x % 32), end - 1);
+      place[r] = locate_vector(p, pages, row, kv_head, position);
+    }
+  }
+};
+
+// The splits folded so far. What changes is written beside what is still read.
+template <int kDim>
+struct Folded {
+  float max[2][kTileHeads], sum[2][kTileHeads];
+  alignas(16) float values[kTileHeads][kDim];
+
+  __device__ Part<4> read(int turn, int head, int channel) const {
+    return {max[turn][head], sum[turn][head], load_vector<4>(&values[head][channel])};
+  }
+  __device__ void write(int turn, int head, int channel, const Part<4>& part) {
+    store_vector<4>(&values[head][channel], part.values);
+    if (channel == 0) max[turn][head] = part.max, sum[turn][head] = part.sum;
+  }
+};
+
 template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kThreads)
-    tensor_kernel(const PagedAttentionParams p, const PageSize pages) {
-  constexpr int kHeads = 8, kStep = 16;
-  constexpr int kChunks = kDim / 32;             // 16-byte loads of a position of K
-  constexpr int kWide = kDim % 64 == 0 ? 8 : 4;  // channels of one load of V
-  constexpr int kLoads = kDim / (8 * kWide);     // loads of a position of V
-  constexpr int kTiles = kWide / 2;              // pairs of channels in one of them
-  using KChunk = Vec<uint32_t, 4>;
-  using VChunk = Vec<uint32_t, kTiles>;
-
-  const Work work = find_work<kHeads>(p);
+__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
+    tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
+  using KChunk = typename Fragments<kDim>::KChunk;
+  __shared__ Partials<kWalkers, kTileHeads, kDim> partials;
+  __shared__ Folded<kDim> folded;
+  __shared__ alignas(16) data_t queries[kTileHeads][kDim + 8];  // padded, or heads share banks
+  let_next_start();
+  wait_for_inputs();
+  const Work work = find_work<kTileHeads>(p);
+  const bool alone = gridDim.y == 1;  // otherwise combine_kernel writes the result
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * kDim;
-  if (work.visible <= 0) return write_zeros(out, work.heads * kDim);
+  if (work.visible <= 0) {
+    if (alone) write_zeros(out, work.heads * kDim);
+    return;
+  }
+  const int shared_blocks = count_shared_blocks(p, plan, work.row);
+  const int first = shared_blocks / kWalkers, end = (work.visible + kSplit - 1) / kSplit;
+  int split = first + blockIdx.y;
+  if (split >= end) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
+  Places next;
+  next.look_up(p, pages, work.row, work.kv_head, begin_of(split), work.visible);
 
-  // Head g of the queries, in the same order of channels as K; heads past the group are 0.
-  KChunk q[kChunks];
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    q[c] = KChunk{};
-    if (g < work.heads)
-      q[c] = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
-                                              work.token * p.q_stride +
-                                              (work.first_head + g) * kDim + c * 32 + t * 8);
-  }
-
-  float values[kLoads][kTiles][4] = {};
-  float max[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {0.f, 0.f};
-  const auto* k_cache = static_cast<const data_t*>(p.k_cache);
-  const auto* v_cache = static_cast<const data_t*>(p.v_cache);
-  // Each lane looks up one position (two lanes the same), a step ahead of its use.
-  const auto look_up = [&](int begin) {
-    const int position = begin + lane % kStep;
-    return position < work.visible ? locate_vector(p, pages, work, position) : int64_t(0);
-  };
-  int64_t own = look_up(warp * kStep);
-  for (int begin = warp * kStep; begin < work.visible; begin += kWarps * kStep) {
-    const int seen = work.visible - begin;  // of this step's positions
-    KChunk k[2][kChunks];
-    VChunk v[4][kLoads];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int i = g + 8 * r;
-      const data_t* from = k_cache + __shfl_sync(kAll, own, i) + t * 8;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        k[r][c] = i < seen ? *reinterpret_cast<const KChunk*>(from + c * 32) : KChunk{};
-    }
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int i = 2 * t + r % 2 + r / 2 * 8;
-      const data_t* from = v_cache + __shfl_sync(kAll, own, i) + g * kWide;
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j)
-        v[r][j] = i < seen ? *reinterpret_cast<const VChunk*>(from + j * 8 * kWide) : VChunk{};
-    }
-    own = look_up(begin + kWarps * kStep);
-
-    float score[4] = {};  // (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; i += 2)
-        multiply_add<data_t>(score,
-                             {k[0][c].at[i], k[1][c].at[i], k[0][c].at[i + 1], k[1][c].at[i + 1]},
-                             {q[c].at[i], q[c].at[i + 1]});
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      score[i] = g + i / 2 * 8 < seen ? score[i] * p.scale : kMinusInfinity;
-
-    float fade[2], w[4];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = fmaxf(score[h], score[2 + h]);
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2)
-        top = fmaxf(top, __shfl_xor_sync(kAll, top, offset));
-      top = fmaxf(top, max[h]);
-      fade[h] = weight(max[h], top);
-      max[h] = top;
-      w[h] = weight(score[h], top);
-      w[2 + h] = weight(score[2 + h], top);
-      sum[h] = sum[h] * fade[h] + (w[h] + w[2 + h]);
-    }
-    uint32_t coarse[2], fine[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      split<data_t>(w[2 * r], w[2 * r + 1], coarse[r], fine[r]);
-      coarse[r] = transpose(coarse[r]);
-      fine[r] = transpose(fine[r]);
-    }
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j)
-#pragma unroll
-      for (int e = 0; e < kTiles; ++e) {
-        float (&c)[4] = values[j][e];
-        c[0] *= fade[0], c[1] *= fade[1], c[2] *= fade[0], c[3] *= fade[1];
-        // Row g of the tile is the even channel of the pair, row g + 8 the odd one.
-        const uint32_t a[4] = {__byte_perm(v[0][j].at[e], v[1][j].at[e], 0x5410),
-                               __byte_perm(v[0][j].at[e], v[1][j].at[e], 0x7632),
-                               __byte_perm(v[2][j].at[e], v[3][j].at[e], 0x5410),
-                               __byte_perm(v[2][j].at[e], v[3][j].at[e], 0x7632)};
-        multiply_add<data_t>(c, a, coarse);
-        multiply_add<data_t>(c, a, fine);
-      }
-  }
-
-  __shared__ Partials<kWarps, kHeads, kDim> partials;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2) sum[h] += __shfl_xor_sync(kAll, sum[h], offset);
-    const int head = 2 * t + h;
-    if (g == 0) partials.max[warp][head] = max[h], partials.sum[warp][head] = sum[h];
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j)
-#pragma unroll
-      for (int e = 0; e < kTiles; ++e)
-        *reinterpret_cast<float2*>(
-            &partials.values[warp][head][j * 8 * kWide + g * kWide + 2 * e]) =
-            make_float2(values[j][e][h], values[j][e][2 + h]);
+  constexpr int kVectors = kDim / 8;
+  for (int i = threadIdx.x; i < kTileHeads * kVectors; i += kThreads) {
+    const int head = i / kVectors, channel = i % kVectors * 8;
+    KChunk q{};  // heads past the group
+    if (head < work.heads)
+      q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
+                                           work.token * p.q_stride +
+                                           (work.first_head + head) * kDim + channel);
+    *reinterpret_cast<KChunk*>(&queries[head][channel]) = q;
   }
   __syncthreads();
-  partials.merge(out, work.heads, kDim);
+  const Slots<kDim> slots(p, plan);
+  const auto each_vector = [&](const auto& f) {  // always the same thread's
+#pragma unroll 1
+    for (int i = threadIdx.x * 4; i < work.heads * kDim; i += kThreads * 4) f(i / kDim, i % kDim);
+  };
+  int turn = 0;
+  if (alone)
+    each_vector([&](int head, int channel) {
+      const int64_t at = slots.at(work.token, work.first_head + head, 0);
+      auto all = nothing<4>();
+#pragma unroll 2
+      for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
+      folded.write(turn, head, channel, all);
+    });
+
+  const auto* k_cache = static_cast<const data_t*>(p.k_cache);
+  const auto* v_cache = static_cast<const data_t*>(p.v_cache);
+  for (; split < end; split += gridDim.y) {
+    const Places places = next;
+    next.look_up(p, pages, work.row, work.kv_head, begin_of(split + gridDim.y), work.visible);
+    if (warp < shared_blocks - split * kWalkers) {
+#pragma unroll 1
+      for (int i = lane * 4; i < work.heads * kDim; i += 32 * 4) {
+        const int head = i / kDim, channel = i % kDim;
+        const int64_t at = slots.at(work.token, work.first_head + head, plan.splits + warp);
+        partials.write(warp, head, channel, slots.read(at, channel));
+      }
+    } else {
+      BlockTile<data_t, kDim> tile;
+      tile.clear();
+      const int visible = work.visible - begin_of(split);
+      if (visible > 0) {
+        // Two steps are on their way at a time. No conditions, or the compiler waits at each: a
+        // step past the end adds nothing.
+        StepLoads<data_t, kDim> loads[2];
+        loads[0].read(k_cache, v_cache, places.of(0), 0);
+#pragma unroll
+        for (int begin = 0; begin < kBlock; begin += kStep) {
+          const int ahead = begin + kStep;
+          if (ahead < kBlock)
+            loads[ahead / kStep % 2].read(k_cache, v_cache, places.of(ahead), ahead % 32);
+          tile.take(StepFragments<data_t, kDim>(loads[begin / kStep % 2]), visible - begin,
+                    p.scale * kLog2E, [&](int c) {
+                      return *reinterpret_cast<const KChunk*>(&queries[g][t * 8 + c * 32]);
+                    });
+        }
+      }
+      tile.store(partials, warp);
+    }
+    __syncthreads();
+    each_vector([&](int head, int channel) {
+      const auto part = partials.template merged<4>(head, channel);
+      if (alone) {
+        auto all = folded.read(turn, head, channel);
+        fold(all, part);
+        folded.write(turn ^ 1, head, channel, all);
+      } else {
+        slots.write(slots.at(work.token, work.first_head + head, split), channel, part);
+      }
+    });
+    turn ^= 1;
+    __syncthreads();
+  }
+  if (alone)
+    each_vector([&](int head, int channel) {
+      const auto row = folded.read(turn, head, channel);
+      const float inverse = 1.f / row.sum;
+#pragma unroll
+      for (int i = 0; i < 4; i += 2)
+        *reinterpret_cast<uint32_t*>(out + head * kDim + channel + i) = pack<data_t>(
+            __fmul_rn(row.values.at[i], inverse), __fmul_rn(row.values.at[i + 1], inverse));
+    });
+}
+
+// Folds the splits of one (token, head), as tensor_kernel does when it walks alone. How much each
+// step of the fold keeps and takes is known beforehand, so that the chain is short.
+constexpr int kCombineThreads = 256;
+
+template <typename data_t, int kDim>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_kernel(const PagedAttentionParams p, const Plan plan) {
+  constexpr int kBatch = 8192 / kDim;  // splits in shared memory
+  static_assert(kBatch <= kCombineThreads);
+  __shared__ float4 values[kBatch * kDim / 4];
+  __shared__ float4 folds[kBatch];  // keep, take, sum of the split, maximum so far
+  __shared__ float max[kBatch];
+  let_next_start();
+  wait_for_inputs();
+  const int head = blockIdx.x % p.heads, token = blockIdx.x / p.heads, thread = threadIdx.x;
+  auto* out = static_cast<data_t*>(p.out) + (int64_t(token) * p.heads + head) * kDim;
+  const int visible = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, token).position + 1;
+  if (visible <= 0) return write_zeros(out, kDim);
+  const int end = (visible + kSplit - 1) / kSplit;
+  const Slots<kDim> slots(p, plan);
+  const int64_t at = slots.at(token, head, 0);
+  float top = kMinusInfinity, sum = 0.f, value = 0.f;
+  for (int begin = 0; begin < end; begin += kBatch) {
+    const int count = min(kBatch, end - begin);
+    const auto* stored = reinterpret_cast<const float4*>(slots.values + (at + begin) * kDim);
+    for (int i = thread; i < count * kDim / 4; i += kCombineThreads)
+      copy_async_16(&values[i], stored + i);
+    float2 stats{};
+    if (thread < count) {
+      stats = slots.stats[at + begin + thread];
+      max[thread] = stats.x;
+    }
+    __syncthreads();
+    if (thread < count) {
+      float before = top;
+#pragma unroll 8
+      for (int i = 0; i < thread; ++i) before = fmaxf(before, max[i]);
+      const float now = fmaxf(before, stats.x);
+      folds[thread] = make_float4(weight(before, now), weight(stats.x, now), stats.y, now);
+    }
+    wait_copies();
+    __syncthreads();
+    if (thread < kDim)
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        const auto [keep, take, part, now] = folds[i];
+        sum = fold(sum, keep, part, take);
+        value = fold(value, keep, reinterpret_cast<const float*>(values)[i * kDim + thread], take);
+      }
+    top = folds[count - 1].w;
+    __syncthreads();
+  }
+  if (thread < kDim) out[thread] = from_float<data_t>(__fmul_rn(value, 1.f / sum));
+}
+
+// ---- prefix
+
+constexpr int kTiles = 2;  // of eight columns, of a warp: as registers hold
+constexpr int kSides = 2;  // each has a warp for every block of a split
+constexpr int kColumns = kSides * kTiles * kTileHeads;
+constexpr int kPrefixThreads = kSides * kThreads;
+static_assert(kColumns == 32);  // bits of a mask, lanes of a warp
+
+template <typename data_t, int kDim>
+__global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
+    prefix_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
+  using KChunk = typename Fragments<kDim>::KChunk;
+  __shared__ Partials<kWalkers, kTileHeads, kDim> partials[kSides];
+  __shared__ alignas(16) data_t queries[kColumns][kDim + 8];  // padded, or columns share banks
+  let_next_start();
+  wait_for_inputs();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int group = p.heads / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
+  const int first_column = blockIdx.x / p.kv_heads * kColumns;
+  const auto row_of = [&](int column) { return (first_column + column) / group; };
+  const auto head_of = [&](int column) {
+    return kv_head * group + (first_column + column) % group;
+  };
+
+  // Lane i knows column i: its group, and what the group shares. Every warp does the same.
+  int leader = -1, blocks = 0;
+  bool live = false;
+  if (const int row = row_of(lane); row < p.rows) {
+    leader = p.shared[2 * row];
+    blocks = count_shared_blocks(p, plan, row);
+    live = blocks > 0 && p.kv_lengths[row] > 0;
+  }
+  const unsigned wanted = __ballot_sync(kAll, live);
+  const int before = __shfl_up_sync(kAll, leader, 1);
+  const unsigned starts = __ballot_sync(kAll, lane == 0 || leader != before);
+  if (!wanted) return;
+  constexpr int kVectors = kDim / 8;
+  for (int i = threadIdx.x; i < kColumns * kVectors; i += kPrefixThreads) {
+    const int column = i / kVectors, channel = i % kVectors * 8;
+    KChunk q{};
+    if (wanted >> column & 1)
+      q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
+                                           row_of(column) * p.q_stride + head_of(column) * kDim +
+                                           channel);
+    *reinterpret_cast<KChunk*>(&queries[column][channel]) = q;
+  }
+  __syncthreads();
+
+  const int walker = warp % kWalkers, side = warp / kWalkers;
+  const auto* k_cache = static_cast<const data_t*>(p.k_cache);
+  const auto* v_cache = static_cast<const data_t*>(p.v_cache);
+  const Slots<kDim> slots(p, plan);
+  BlockTile<data_t, kDim> tiles[kTiles];
+  int turn = 0;
+  for (unsigned rest = starts; rest; rest &= rest - 1) {
+    // The columns of one group, from one start to the next.
+    const unsigned later = rest & (rest - 1);
+    const unsigned mine = wanted & ((later & -later) - 1) & ~((rest ^ later) - 1);
+    if (!mine) continue;
+    const int first = __ffs(rest) - 1;
+    const int row = __shfl_sync(kAll, leader, first);
+    const int shared_blocks = __shfl_sync(kAll, blocks, first);
+    const auto columns_of = [&](int side, int tile) {
+      return mine >> (side * kTiles + tile) * kTileHeads & 0xff;
+    };
+    for (int split = 0; split * kWalkers < shared_blocks; ++split) {
+      if (turn++ % gridDim.y != blockIdx.y) continue;
+      const int count = min(kWalkers, shared_blocks - split * kWalkers);
+      if (walker < count) {
+        const int start = split * kSplit + walker * kBlock;
+        Places places;
+        places.look_up(p, pages, row, kv_head, start, start + kBlock);
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) tiles[i].clear();
+#pragma unroll 1
+        for (int begin = 0; begin < kBlock; begin += kStep) {
+          StepLoads<data_t, kDim> loads;
+          loads.read(k_cache, v_cache, places.of(begin), begin % 32);
+          const StepFragments<data_t, kDim> step(loads);
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            const data_t* query = &queries[(side * kTiles + i) * kTileHeads + g][t * 8];
+            if (columns_of(side, i))
+              tiles[i].take(step, kStep, p.scale * kLog2E, [&](int c) {
+                return *reinterpret_cast<const KChunk*>(query + c * 32);
+              });
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        if (!columns_of(0, i) && !columns_of(1, i)) continue;
+        if (walker < count) tiles[i].store(partials[side], walker);
+        __syncthreads();
+        for (int j = threadIdx.x % kThreads * 4; j < kTileHeads * kDim; j += kThreads * 4) {
+          const int head = j / kDim, channel = j % kDim;
+          if (!(columns_of(side, i) >> head & 1)) continue;
+          const int column = (side * kTiles + i) * kTileHeads + head;
+          const int64_t at = slots.at(row_of(column), head_of(column), 0);
+          if (count == kWalkers) {
+            slots.write(at + split, channel, partials[side].template merged<4>(head, channel));
+          } else {
+            for (int w = 0; w < count; ++w)
+              slots.write(at + plan.splits + w, channel,
+                          partials[side].template read<4>(w, head, channel));
+          }
+        }
+        __syncthreads();
+      }
+    }
+  }
 }
 
 // ---- launch
@@ -396,8 +546,8 @@ int num_blocks(const PagedAttentionParams& p) {
 
 template <typename data_t, int kLanes, int kVec, int kChunks, bool kWhole, int kHeads>
 void launch_plain(const PagedAttentionParams& p, cudaStream_t stream) {
-  plain_kernel<data_t, kLanes, kVec, kChunks, kWhole, kHeads, 2>
-      <<<num_blocks<kHeads>(p), kThreads, 0, stream>>>(p, PageSize(p.page_size));
+  launch_overlapping(plain_kernel<data_t, kLanes, kVec, kChunks, kWhole, kHeads, 2>,
+                     num_blocks<kHeads>(p), kThreads, 0, stream, p, PageSize(p.page_size));
 }
 
 template <typename data_t, int kLanes, int kVec, int kChunks, bool kWhole>
@@ -412,31 +562,83 @@ void dispatch_group(const PagedAttentionParams& p, cudaStream_t stream) {
   }
 }
 
+// Whether all vectors are read in 16 bytes at a time.
+bool is_vectorised(const PagedAttentionParams& p) {
+  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+  const int bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  const auto all = address(p.q) | address(p.k_cache) | address(p.v_cache) |
+                   uintptr_t(bytes * p.head_dim) | uintptr_t(bytes * p.q_stride);
+  return all % 16 == 0 && (p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128);
+}
+
+constexpr int kFull = 352;                        // thread blocks that keep the memory busy
+constexpr int kWave = 1056;                       // as many as a machine of 132 SMs likes to get
+constexpr int kPrefixWave = 528;                  // of the larger ones of prefix_kernel
+constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
+
+int divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Plan make_plan(const PagedAttentionParams& p) {
+  const int blocks = num_blocks<kTileHeads>(p);
+  const int most_splits = divide_up(int64_t(p.max_pages) * p.page_size, kSplit);
+  const int64_t room =
+      kMostScratchBytes / (int64_t(p.tokens) * p.heads * (p.head_dim + 2) * sizeof(float));
+  Plan plan{1, 0, 0, 0};
+  if (blocks < kFull && most_splits > 1 && most_splits + kWalkers <= room) {
+    const int each = std::max<int64_t>(1, (int64_t(blocks) * most_splits + kWave / 2) / kWave);
+    plan.deals = divide_up(most_splits, each);
+    plan.splits = most_splits;
+  }
+  if (p.shared) {
+    // Alone, only what is shared waits; what has no room is read by every row for itself.
+    if (plan.splits == 0) plan.splits = std::min<int64_t>(most_splits, room - kWalkers);
+    plan.splits = std::max(plan.splits, 0);
+    plan.shared_blocks = plan.splits * kWalkers;
+  }
+  plan.slots = plan.splits == 0 ? 0 : plan.splits + (p.shared ? kWalkers - 1 : 0);
+  return plan;
+}
+
 template <typename data_t, int kDim>
 void launch_tensor(const PagedAttentionParams& p, cudaStream_t stream) {
-  tensor_kernel<data_t, kDim><<<num_blocks<8>(p), kThreads, 0, stream>>>(p, PageSize(p.page_size));
+  const Plan plan = make_plan(p);
+  const PageSize pages(p.page_size);
+  if (plan.shared_blocks > 0) {
+    const int64_t columns = int64_t(p.rows) * (p.heads / p.kv_heads);
+    const int blocks = divide_up(columns, kColumns) * p.kv_heads;
+    const dim3 grid(blocks, std::clamp(kPrefixWave / blocks, 1, plan.splits));
+    launch_overlapping(prefix_kernel<data_t, kDim>, grid, kPrefixThreads, 0, stream, p, pages,
+                       plan);
+  }
+  const dim3 grid(num_blocks<kTileHeads>(p), plan.deals);
+  launch_overlapping(tensor_kernel<data_t, kDim>, grid, kThreads, 0, stream, p, pages, plan);
+  if (plan.deals > 1)
+    launch_overlapping(combine_kernel<data_t, kDim>, p.tokens * p.heads, kCombineThreads, 0, stream,
+                       p, plan);
 }
 
 template <typename data_t>
 void dispatch(const PagedAttentionParams& p, cudaStream_t stream) {
-  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-  const auto all = address(p.q) | address(p.k_cache) | address(p.v_cache) |
-                   uintptr_t(sizeof(data_t) * p.head_dim) | uintptr_t(sizeof(data_t) * p.q_stride);
-  if (all % 16 == 0) {
+  if (is_vectorised(p)) {
     if constexpr (sizeof(data_t) == 2) {
       if (p.head_dim == 64) return launch_tensor<data_t, 64>(p, stream);
       if (p.head_dim == 96) return launch_tensor<data_t, 96>(p, stream);
-      if (p.head_dim == 128) return launch_tensor<data_t, 128>(p, stream);
+      return launch_tensor<data_t, 128>(p, stream);
     } else {
       if (p.head_dim == 64) return dispatch_group<data_t, 8, 4, 2, true>(p, stream);
       if (p.head_dim == 96) return dispatch_group<data_t, 8, 4, 3, true>(p, stream);
-      if (p.head_dim == 128) return dispatch_group<data_t, 16, 4, 2, true>(p, stream);
+      return dispatch_group<data_t, 16, 4, 2, true>(p, stream);
     }
   }
   dispatch_group<data_t, 32, 1, 8, false>(p, stream);
 }
 
 }  // namespace
+
+int64_t count_paged_attention_scratch(const PagedAttentionParams& p) {
+  if (p.tokens == 0 || p.heads == 0 || p.dtype == DType::kFloat32 || !is_vectorised(p)) return 0;
+  return int64_t(p.tokens) * p.heads * make_plan(p).slots * (p.head_dim + 2);
+}
 
 void launch_paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.heads == 0 || p.head_dim == 0) return;

@@ -4,6 +4,7 @@
 #include "convert.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "rotation.cuh"
 
 namespace reasoners {
 namespace {
@@ -19,15 +20,14 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateParams p) 
   const int64_t token = unit / half;
   const int i = unit % half;
   if (token >= p.tokens) return;
-  float sine, cosine;
-  sincosf(float(p.positions[token]) * p.inv_freq[i], &sine, &cosine);
+  const Rotation rotation(p.positions[token], p.inv_freq[i]);
   auto* x = static_cast<data_t*>(p.x) + token * p.x_stride + i;
   // Heads are split over the grid's second dimension when there are few tokens.
   for (int head = blockIdx.y; head < p.heads; head += gridDim.y) {
     data_t* pair = x + int64_t(head) * p.head_dim;
     const float first = to_float(pair[0]), second = to_float(pair[half]);
-    pair[0] = from_float<data_t>(first * cosine - second * sine);
-    pair[half] = from_float<data_t>(second * cosine + first * sine);
+    pair[0] = from_float<data_t>(rotation.first(first, second));
+    pair[half] = from_float<data_t>(rotation.second(first, second));
   }
 }
 
