@@ -49,6 +49,7 @@ for topic in $topics; do
           $PYTHON -m pytest -x -p no:cacheprovider -m cuda tests/test_state_update.py \
           tests/test_deferred_state_update.py tests/test_mixer_update.py tests/test_selective_scan.py \
           tests/test_linear.py tests/test_add_rms_norm.py tests/test_advance.py tests/test_rotate.py \
+          tests/test_paged_attention.py tests/test_rotate_append_kv.py \
           -k "reference and not tiles and not stages" >"$OUT/$tool.log" 2>&1 || true
         echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$tool.log")"
       done ;;
