@@ -134,7 +134,11 @@ def distill(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="JSONL file or Hugging Face dataset id.", show_default="the recipe's"),
+        typer.Option(
+            help='JSONL files ("data/*.jsonl"), a Hugging Face dataset ("openai/gsm8k:main"), or '
+            "arithmetic.",
+            show_default="the recipe's",
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="auto")] = None,

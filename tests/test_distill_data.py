@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import sys
 import types
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from folders import END, byte_tokenizer
 from test_model import random_model
+from tokenizers import processors
 
 from reasoners.distill.data import (
     Batch,
@@ -69,6 +71,14 @@ def test_a_record_of_unknown_fields():
         example_from_record({"prompt": "a", "reply": "b"})
 
 
+@pytest.mark.parametrize(
+    "message", ["2", {"role": "user"}, {"content": "2"}, {"role": "assistant", "content": None}]
+)
+def test_messages_that_are_none(message):
+    with pytest.raises(ValueError, match="expected messages with a role and a content of text"):
+        example_from_record({"messages": [{"role": "user", "content": "1+1?"}, message]})
+
+
 def test_the_assistants_tokens_are_learned_to_the_end_of_the_turn(tokenizer):
     whole, counted = learned(chat("1+1?", "2", "and 2+2?", "4"), tokenizer)
     assert whole == f"<|user|>1+1?{END}<|assistant|>2{END}<|user|>and 2+2?{END}<|assistant|>4{END}"
@@ -82,6 +92,11 @@ def test_an_end_is_appended_where_the_template_has_none(tokenizer):
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     assert learned(chat("1+1?", "2"), bare) == (f"user: 1+1?\nassistant: 2\n{END}", f"2\n{END}")
+    # Only at the very end: within a conversation sampling puts none there either.
+    long = chat("1+1?", "2", "and 2+2?", "4")
+    assert learned(long, bare)[1] == f"2\n4\n{END}"
+    prompt = LLM.encode_chat(types.SimpleNamespace(tokenizer=bare), long.messages[:3])
+    assert tokenize([long], bare)[0][0][: len(prompt)] == prompt
 
 
 def test_what_follows_the_end_is_not_learned():
@@ -90,10 +105,32 @@ def test_what_follows_the_end_is_not_learned():
     whole, counted = learned(chat("1+1?", "2"), loud)
     assert whole.endswith(f"2{END}\n")
     assert counted == f"2{END}"
+    # An answer that mentions the end itself goes on.
+    assert learned(chat("1+1?", f"2{END}3"), loud)[1] == f"2{END}3{END}"
 
 
-def test_a_text_is_learned_whole(tokenizer):
-    assert learned(Example(text="abc"), tokenizer) == (f"abc{END}", f"abc{END}")
+@pytest.mark.parametrize("text", ["abc", f"abc{END}def", f"{END}abc"])
+def test_a_text_is_learned_whole(text, tokenizer):
+    assert learned(Example(text=text), tokenizer) == (text + END, text + END)
+
+
+def test_a_text_that_ends_gets_no_second_end(tokenizer):
+    assert learned(Example(text=f"abc{END}"), tokenizer)[0] == f"abc{END}"
+    assert tokenize([Example(text="")], tokenizer) == [([], [])]
+
+
+def test_a_text_begins_as_in_sampling():
+    beginning = byte_tokenizer()
+    beginning.add_special_tokens({"bos_token": "<|begin|>"})
+    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", beginning.bos_token_id)]
+    )
+    example = Example(text="abc")
+    prompt = LLM.encode(types.SimpleNamespace(tokenizer=beginning), "abc")
+    assert prompt[0] == beginning.bos_token_id
+    (text, conversation) = tokenize([example, chat("1+1?", "2")], beginning)
+    assert text[0] == [*prompt, beginning.eos_token_id]
+    assert beginning.bos_token_id not in conversation[0]  # the template's own affair
 
 
 def test_prompts_are_those_of_sampling(tokenizer):
@@ -131,19 +168,37 @@ def questions(source, start, count):
 
 
 def test_every_epoch_has_every_record_in_its_own_order(file):
-    source = Records(file, seed=3)
+    source = Records([file], seed=3)
     first, second = questions(source, 0, 23), questions(source, 23, 23)
     assert sorted(first) == sorted(second) == sorted(f"{i}?" for i in range(23))
     assert first != second
-    assert questions(Records(file, seed=3), 0, 46) == first + second
-    assert questions(Records(file, seed=4), 0, 23) != first
+    assert questions(Records([file], seed=3), 0, 46) == first + second
+    assert questions(Records([file], seed=4), 0, 23) != first
 
 
 def test_a_json_list_is_a_file_of_records(file, tmp_path):
     rows = [json.loads(line) for line in file.read_text().split("\n") if line]
     (tmp_path / "sums.json").write_text(json.dumps(rows))
     source = open_source(str(tmp_path / "sums.json"), 3)
-    assert questions(source, 0, 23) == questions(Records(file, seed=3), 0, 23)
+    assert questions(source, 0, 23) == questions(Records([file], seed=3), 0, 23)
+
+
+def test_several_files_are_shuffled_as_one(file, tmp_path):
+    rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+    for name, part in (("a", rows[:9]), ("b", []), ("c", rows[9:])):
+        (tmp_path / f"part-{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    source = open_source(str(tmp_path / "part-*.jsonl"), 3)
+    assert questions(source, 0, 46) == questions(Records([file], seed=3), 0, 46)
+    assert source.name == "part-a.jsonl and 2 more, 23 records, seed 3"
+    (tmp_path / "part-d.jsonl").write_text("\n{")
+    with pytest.raises(ValueError, match=r"part-d\.jsonl, line 2: expected JSON"):
+        questions(open_source(str(tmp_path / "part-*.jsonl"), 3), 0, 24)
+
+
+def test_a_list_that_is_no_text_names_the_file(tmp_path):
+    (tmp_path / "bad.json").write_bytes(b'["\xff"]')
+    with pytest.raises(ValueError, match=r"bad\.json: expected JSON, got .*utf-8"):
+        open_source(str(tmp_path / "bad.json"), 0)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +214,7 @@ def test_bad_files_name_the_line(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        questions(Records(path, seed=0), 0, 2)
+        questions(Records([path], seed=0), 0, 2)
 
 
 def test_no_such_file(tmp_path):
@@ -196,8 +251,25 @@ def test_the_hub_is_streamed_over_and_over(hub):
     assert isinstance(source, Hub)
     found = questions(source, 0, 40)
     assert sorted(found[:17]) == sorted(found[17:34])
+    assert found[:17] != found[17:34]
     assert questions(open_source("someone/sums", 0), 20, 10) == found[20:30]
     assert questions(source, 3, 2) == found[3:5]
+    # Another process reads a stream of its own.
+    assert questions(pickle.loads(pickle.dumps(source)), 3, 2) == found[3:5]
+
+
+def test_a_dataset_with_its_configuration(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return FakeStream([{"text": "a"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    open_source("openai/gsm8k:main", 0)
+    open_source("someone/sums", 0)
+    streamed = {"split": "train", "streaming": True}
+    assert asked == [(("openai/gsm8k", "main"), streamed), (("someone/sums", None), streamed)]
 
 
 def test_the_hub_needs_its_package(monkeypatch):
@@ -228,6 +300,7 @@ def test_documents_stay_whole_and_none_is_lost(tokenizer):
         found += [d for d, a in zip(documents(batch), batch.cu_seqlens.tolist()) if batch.real[a]]
         assert 0.9 * 512 < batch.num_tokens <= 512
         assert not batch.tokens[0, ~batch.real].any()
+    assert batches.padding_share == pytest.approx(1 - sum(map(len, found)) / (6 * 512))
     expected = [
         t for t, _ in tokenize([made_up(i) for i in range(batches.num_examples)], tokenizer)
     ]
@@ -246,6 +319,22 @@ def test_targets_are_the_tokens_before_learned_ones(tokenizer):
             expected += [start + i - 1 for i, c in enumerate(counted) if c]
     assert batch.targets.tolist() == expected
     assert torch.equal(batch.labels, batch.tokens[0, batch.targets + 1])
+
+
+def texts(*lengths):
+    """Documents of these lengths, the end included, over and over."""
+    return Generated("texts", lambda i: Example(text="x" * (lengths[i % len(lengths)] - 1)))
+
+
+def test_a_document_goes_where_it_fits_best(tokenizer):
+    batch = Batches(texts(4, 7, 3), tokenizer, length=10).take(1)
+    assert batch.cu_seqlens.tolist() == [0, 7, 10]
+
+
+def test_no_document_learns_the_first_token_of_the_next(tokenizer):
+    batch = Batches(texts(4, 6), tokenizer, length=10).take(2)
+    assert batch.cu_seqlens.tolist() == [0, 4, 10, 14, 20]
+    assert batch.targets.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12, 14, 15, 16, 17, 18]
 
 
 def test_a_long_document_is_cut(tokenizer):
@@ -280,8 +369,23 @@ def test_cut_and_put_together(tokenizer):
         assert [d for part in cut for d in documents(part)] == documents(batch)
         assert sum(part.num_tokens for part in cut) == batch.num_tokens
         assert {part.num_sequences for part in cut} == {6 // parts}
-    with pytest.raises(ValueError, match="parts expected to divide 6 sequences, got 4"):
-        batch.split(4)
+    for parts in (4, 0):
+        with pytest.raises(ValueError, match=f"expected to divide 6 sequences, got {parts}"):
+            batch.split(parts)
+
+
+def test_sequences_with_no_room(tokenizer):
+    with pytest.raises(ValueError, match="length expected at least 2, got 1"):
+        Batches(Generated("made up", made_up), tokenizer, length=1)
+
+
+def test_a_state_stays_as_it_was(tokenizer):
+    batches = Batches(Generated("made up", made_up), tokenizer, length=128)
+    batches.take(1)
+    state = batches.state_dict()
+    before = json.dumps(state)
+    batches.take(4)
+    assert json.dumps(state) == before
 
 
 @pytest.mark.parametrize("kind", ["generated", "file", "hub"])
@@ -310,8 +414,8 @@ def test_going_on_in_the_middle(kind, file, hub, tokenizer):
 
 
 def test_other_processes_tokenize_the_same(file, tokenizer):
-    alone = Batches(Records(file, 1), tokenizer, length=96)
-    helped = Batches(Records(file, 1), tokenizer, length=96, processes=2)
+    alone = Batches(Records([file], 1), tokenizer, length=96)
+    helped = Batches(Records([file], 1), tokenizer, length=96, processes=2)
     try:
         for _ in range(20):  # more than one chunk of documents
             expected, found = alone.take(2), helped.take(2)
@@ -321,15 +425,20 @@ def test_other_processes_tokenize_the_same(file, tokenizer):
         expected = alone.take(2)
         for _ in range(30):
             helped.take(2)
-        helped.load_state_dict(state)
+        helped.load_state_dict(state)  # back
         assert torch.equal(helped.take(2).tokens, expected.tokens)
+        for _ in range(60):
+            alone.take(2)
+        assert alone.next_example - helped.next_example > 2 * 64
+        helped.load_state_dict(alone.state_dict())  # ahead by whole chunks
+        assert torch.equal(helped.take(2).tokens, alone.take(2).tokens)
     finally:
         helped.close()
 
 
 def test_errors_come_back_from_other_processes(tmp_path, tokenizer):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}')
-    batches = Batches(Records(tmp_path / "bad.jsonl", 0), tokenizer, length=96, processes=1)
+    batches = Batches(Records([tmp_path / "bad.jsonl"], 0), tokenizer, length=96, processes=1)
     try:
         with pytest.raises(ValueError, match="expected fields problem"):
             batches.take(1)
@@ -338,13 +447,13 @@ def test_errors_come_back_from_other_processes(tmp_path, tokenizer):
 
 
 def test_a_state_of_something_else(file, tokenizer):
-    state = Batches(Records(file, 1), tokenizer, length=96).state_dict()
+    state = Batches(Records([file], 1), tokenizer, length=96).state_dict()
     with pytest.raises(
         ValueError, match=r"source expected 'sums\.jsonl, 23 records, seed 2', got .*seed 1"
     ):
-        Batches(Records(file, 2), tokenizer, length=96).load_state_dict(state)
+        Batches(Records([file], 2), tokenizer, length=96).load_state_dict(state)
     with pytest.raises(ValueError, match="length expected 64, got 96"):
-        Batches(Records(file, 1), tokenizer, length=64).load_state_dict(state)
+        Batches(Records([file], 1), tokenizer, length=64).load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-llamba", "tiny-mamba1", "tiny-mamba2"])

@@ -5,9 +5,11 @@ other, packs whole documents into sequences and knows at any moment how to go on
 learns the assistant's tokens alone, up to and with the one that ends the turn.
 """
 
+import glob
 import itertools
 import json
 import multiprocessing
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -42,7 +44,8 @@ FIELDS = (
 def example_from_record(record: Mapping, instruction: str = "") -> Example:
     """The example of a dataset's record: question and solution, `messages`, or `text`.
 
-    instruction: follows a question as in scaling.tasks.messages. Raises ValueError for other fields.
+    instruction: follows a question as in scaling.tasks.messages. Raises ValueError for other fields, or
+    messages without a role and a content of text.
     """
     for question, solution in FIELDS:
         if isinstance(record.get(question), str) and isinstance(record.get(solution), str):
@@ -56,6 +59,15 @@ def example_from_record(record: Mapping, instruction: str = "") -> Example:
                 )
             )
     if isinstance(record.get("messages"), list):
+        for message in record["messages"]:
+            if not (
+                isinstance(message, Mapping)
+                and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str)
+            ):
+                raise ValueError(
+                    f"record expected messages with a role and a content of text, got {message!r:.60}"
+                )
         return Example(tuple(record["messages"]))
     if isinstance(record.get("text"), str):
         return Example(text=record["text"])
@@ -84,36 +96,25 @@ class Generated:
 
 
 class Records:
-    """A JSONL file, or a JSON list, over and over, each time in another order.
+    """JSONL files, or JSON lists, over and over, each time in another order.
 
-    Of a JSONL file only the lines' places are kept in memory.
+    Of JSONL only the lines' places are kept in memory. All files are shuffled together.
     """
 
-    def __init__(self, path: Path, seed: int, instruction: str = ""):
-        self.path, self.seed, self.instruction = path, seed, instruction
-        self._list = None
-        if path.suffix == ".json":
-            self._list = self._parse(path.read_text(), f"{path}")
-            if not isinstance(self._list, list):
-                raise ValueError(f"{path}: expected a JSON list, got {type(self._list).__name__}")
-            self.count = len(self._list)
-        else:
-            self._lines = self._find_lines()
-            self.count = len(self._lines)
+    def __init__(self, paths: Sequence[Path], seed: int, instruction: str = ""):
+        self.paths, self.seed, self.instruction = list(paths), seed, instruction
+        self._files = [self._list(p) if p.suffix == ".json" else _lines(p) for p in self.paths]
+        self._ends = np.cumsum([len(file) for file in self._files])
+        self.count = int(self._ends[-1])
+        title = self.paths[0].name
+        if len(self.paths) > 1:
+            title += f" and {len(self.paths) - 1} more"
         if not self.count:
-            raise ValueError(f"{path}: expected at least one record, got none")
-        self.name = f"{path.name}, {self.count} records, seed {seed}"
+            raise ValueError(
+                f"{self.paths[0].with_name(title)}: expected at least one record, got none"
+            )
+        self.name = f"{title}, {self.count} records, seed {seed}"
         self._order = (-1, None)
-
-    def _find_lines(self) -> np.ndarray:
-        """(records, 2): line number and offset of every line that is not blank."""
-        found, offset = [], 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    found.append((number, offset))
-                offset += len(line)
-        return np.array(found, dtype=np.int64).reshape(-1, 2)
 
     def example(self, index: int) -> Example:
         """Record `index` of the endless order."""
@@ -121,14 +122,17 @@ class Records:
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count))
         at = int(self._order[1][place])
-        if self._list is not None:
-            where, record = f"{self.path}, item {at + 1}", self._list[at]
+        file = int(np.searchsorted(self._ends, at, side="right"))
+        path, entries = self.paths[file], self._files[file]
+        at -= int(self._ends[file]) - len(entries)
+        if isinstance(entries, list):
+            where, record = f"{path}, item {at + 1}", entries[at]
         else:
-            number, offset = map(int, self._lines[at])
-            where = f"{self.path}, line {number}"
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                record = self._parse(file.readline(), where)
+            number, offset = map(int, entries[at])
+            where = f"{path}, line {number}"
+            with path.open("rb") as lines:
+                lines.seek(offset)
+                record = self._parse(lines.readline(), where)
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
         try:
@@ -136,30 +140,52 @@ class Records:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
+    @classmethod
+    def _list(cls, path: Path) -> list:
+        found = cls._parse(path.read_bytes(), f"{path}")
+        if not isinstance(found, list):
+            raise ValueError(f"{path}: expected a JSON list, got {type(found).__name__}")
+        return found
+
     @staticmethod
-    def _parse(text: str | bytes, where: str):
+    def _parse(text: bytes, where: str):
         try:
             return json.loads(text)
         except ValueError as error:  # of JSON, or of UTF-8
             raise ValueError(f"{where}: expected JSON, got {text[:60]!r} ({error})") from None
 
 
+def _lines(path: Path) -> np.ndarray:
+    """(records, 2) int64: line number and offset of every line that is not blank."""
+    found, offset = array("q"), 0  # a list of pairs takes ten times the memory
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                found.extend((number, offset))
+            offset += len(line)
+    return np.frombuffer(found, dtype=np.int64).reshape(-1, 2)
+
+
 class Hub:
-    """A dataset of the Hugging Face hub, streamed and shuffled in a buffer, over and over."""
+    """A dataset of the Hugging Face hub, streamed and shuffled in a buffer, over and over.
+
+    dataset: its id, and its configuration after a colon where it has several.
+    """
 
     BUFFER = 10_000
 
-    def __init__(self, dataset_id: str, seed: int, instruction: str = ""):
+    def __init__(self, dataset: str, seed: int, instruction: str = ""):
         try:
             from datasets import load_dataset
         except ModuleNotFoundError:
             raise ModuleNotFoundError(
-                f"{dataset_id!r} is no .json or .jsonl path, and to read it from the Hugging Face hub "
+                f"{dataset!r} is no .json or .jsonl path, and to read it from the Hugging Face hub "
                 "takes: pip install 'distilled-reasoners[datasets]'"
             ) from None
-        stream = load_dataset(dataset_id, split="train", streaming=True)
+        dataset_id, _, config = dataset.partition(":")
+        stream = load_dataset(dataset_id, config or None, split="train", streaming=True)
         self._stream = stream.shuffle(seed=seed, buffer_size=self.BUFFER)
-        self.name = f"{dataset_id}, seed {seed}"
+        self.name = f"{dataset}, seed {seed}"
         self.instruction = instruction
         self._next, self._records = 0, None
 
@@ -174,6 +200,10 @@ class Hub:
         except ValueError as error:
             raise ValueError(f"{self.name}, record {index}: {error}") from None
 
+    def __getstate__(self) -> dict:
+        # Another process cannot take over an open stream; it opens its own.
+        return {**vars(self), "_next": 0, "_records": None}
+
     def _endless(self) -> Iterator[dict]:
         for epoch in itertools.count():
             self._stream.set_epoch(epoch)
@@ -186,16 +216,20 @@ class Hub:
 
 
 def open_source(name: str, seed: int, instruction: str = "") -> Source:
-    """The source of a name: "arithmetic" (endless made-up problems), a .json or .jsonl file, or a
-    dataset of the Hugging Face hub.
+    """The source of a name: "arithmetic" (endless made-up problems), a .json or .jsonl file, several
+    as in "data/*.jsonl", or a dataset of the Hugging Face hub as in "openai/gsm8k:main".
+
+    Raises FileNotFoundError where there is no such file, ModuleNotFoundError for a dataset when
+    `datasets` is not installed.
     """
     if name == "arithmetic":
         return Generated("arithmetic", arithmetic_example)
     path = Path(name)
     if path.suffix in (".json", ".jsonl"):
-        if not path.exists():
+        paths = [path] if path.exists() else [Path(found) for found in sorted(glob.glob(name))]
+        if not paths:
             raise FileNotFoundError(f"{path}: expected a file of records, there is none")
-        return Records(path, seed, instruction)
+        return Records(paths, seed, instruction)
     return Hub(name, seed, instruction)
 
 
@@ -218,35 +252,46 @@ def arithmetic_example(index: int) -> Example:
 def tokenize(examples: Sequence[Example], tokenizer) -> list[tuple[list[int], list[bool]]]:
     """Tokens of each example, and which of them are to be learned.
 
-    Prompts get the tokens that LLM.encode_chat gives them. Of an assistant's message everything is
-    learned up to the end-of-sequence token, which is appended if the chat template has none there.
-    Raises ValueError for a tokenizer without a chat template, or one that rewrites earlier messages.
+    Prompts get the tokens that LLM.encode_chat gives them, texts those of LLM.encode. Of an assistant's
+    message everything is learned up to the end-of-sequence token; at the end of an example that token is
+    appended where it is missing. Raises ValueError for a tokenizer without a chat template, or one that
+    rewrites earlier messages.
     """
     pieces = [_pieces(example, tokenizer) for example in examples]
-    texts = [text for parts in pieces for text, _ in parts]
-    # All in one call: a call takes longer than the tokens of a short text.
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    written = iter(_encode(tokenizer, [text for parts in pieces for text, _ in parts], False))
+    texts = iter(_encode(tokenizer, [e.text for e in examples if e.text], True))
     eos = tokenizer.eos_token_id
+    end = [] if eos is None else [eos]
     found = []
-    for parts in pieces:
+    for example, parts in zip(examples, pieces):
         tokens: list[int] = []
         counted: list[bool] = []
-        for (_, answers), ids in zip(parts, encoded):
-            if answers and eos is not None and eos not in ids:
-                ids = [*ids, eos]
+        if example.text:
+            tokens = next(texts)
+            tokens = tokens if tokens[-1:] == end else tokens + end
+            counted = [True] * len(tokens)
+        for i, (_, answers) in enumerate(parts, 1):
+            ids = next(written)
+            if i == len(parts) and eos not in ids:
+                ids = ids + end
             learned = 0
             if answers:
-                learned = ids.index(eos) + 1 if eos in ids else len(ids)
+                learned = len(ids) - ids[::-1].index(eos) if eos in ids else len(ids)
             tokens += ids
             counted += [True] * learned + [False] * (len(ids) - learned)
         found.append((tokens, counted))
     return found
 
 
+def _encode(tokenizer, texts: list[str], special: bool) -> list[list[int]]:
+    # All in one call: a call takes longer than the tokens of a short text.
+    return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []
+
+
 def _pieces(example: Example, tokenizer) -> list[tuple[str, bool]]:
-    """The text of an example in pieces, prompts and answers by turns; whether each is an answer."""
+    """A conversation in pieces, prompts and answers by turns; whether each is an answer."""
     if example.text is not None:
-        return [(example.text, True)]
+        return []
     if not tokenizer.chat_template:
         raise ValueError("tokenize: a conversation needs a tokenizer with a chat template")
 
@@ -305,7 +350,7 @@ class Batch:
 
     def split(self, parts: int) -> list["Batch"]:
         """Cut into batches of equally many whole sequences."""
-        if self.num_sequences % parts:
+        if parts < 1 or self.num_sequences % parts:
             raise ValueError(
                 f"Batch: parts expected to divide {self.num_sequences} sequences, got {parts}"
             )
@@ -379,7 +424,7 @@ class Tokenized:
         if not self.first <= index < self.first + self.CHUNK * (len(self.chunks) or 1):
             self.chunks.clear()
             self.first = index
-        if index >= self.first + self.CHUNK:
+        while index >= self.first + self.CHUNK:
             self.chunks.popleft()
             self.first += self.CHUNK
         while len(self.chunks) < self.depth:
@@ -411,15 +456,19 @@ class Batches:
     length: tokens of a sequence; a longer document is cut. Each document goes into the fullest of the
     open sequences that has room for it. Documents with nothing to learn are left out; ValueError if
     there are 1,000 of them without one to learn from. processes: that tokenize beside this one; 0
-    tokenizes here. They do not change the batches.
+    tokenizes here. They do not change the batches. Counted in num_examples, num_cut and num_empty: examples
+    read, cut, and left out.
     """
 
     def __init__(self, source: Source, tokenizer, *, length: int, processes: int = 0):
+        if length < 2:
+            raise ValueError(f"Batches: length expected at least 2, got {length}")
         self.source, self.tokenizer, self.length = source, tokenizer, length
         self._tokenized = Tokenized(source, tokenizer, processes) if processes else None
         self.next_example = 0
         self.open: list[list] = []
         self.num_examples = self.num_cut = self.num_empty = self._empty_in_a_row = 0
+        self._taken = self._padding = 0
 
     def take(self, sequences: int) -> Batch:
         """The next batch of so many sequences."""
@@ -427,7 +476,15 @@ class Batches:
         while len(full) < sequences:
             if closed := self._add(self._document()):
                 full.append(closed)
-        return _pack(full, self.length)
+        batch = _pack(full, self.length)
+        self._taken += batch.real.numel()
+        self._padding += batch.real.numel() - batch.num_tokens
+        return batch
+
+    @property
+    def padding_share(self) -> float:
+        """How much of the batches that this object has given out is padding."""
+        return self._padding / max(self._taken, 1)
 
     def _document(self) -> tuple[list[int], list[bool]]:
         while True:
@@ -479,7 +536,9 @@ class Batches:
     def state_dict(self) -> dict:
         """Where the stream stands, for JSON."""
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return {"source": self.source.name, "length": self.length, "open": self.open, **counts}
+        # Copied, because open sequences grow in place.
+        still_open = [list(sequence) for sequence in self.open]
+        return {"source": self.source.name, "length": self.length, "open": still_open, **counts}
 
     def load_state_dict(self, state: dict):
         """Go on from there; ValueError for the state of another source or length."""

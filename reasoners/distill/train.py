@@ -146,10 +146,12 @@ class _Training:
             return AutoTokenizer.from_pretrained(self.teacher_folder)
         folder = self.folder / "tokenizer"
         if self.workers.first and not (folder / "tokenizer.json").exists():
+            examples = (source.example(index) for index in range(TOKENIZER_EXAMPLES))
             texts = (
-                message["content"]
-                for index in range(TOKENIZER_EXAMPLES)
-                for message in source.example(index).messages
+                text
+                for example in examples
+                for text in (example.text, *(m["content"] for m in example.messages))
+                if text
             )
             build_tokenizer(texts, self.recipe.student.vocabulary).save_pretrained(folder)
         self.workers.wait()
