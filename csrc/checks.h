@@ -651,9 +651,9 @@ inline void check_sample(const Tensor& logits, const Tensor& temperature, const 
 }
 
 inline void check_advance(const Tensor& token, const Tensor& logprob, const Tensor& stop_ids,
-                          const Tensor& last, const Tensor& slots, const Tensor& positions,
-                          const Tensor& lengths, const Tensor& remaining, const Tensor& rng_key,
-                          const Tensor& drawn, const Tensor& logprobs, const Tensor& step) {
+                          const Tensor& last, const Tensor& slots, const Tensor& lengths,
+                          const Tensor& remaining, const Tensor& rng_key, const Tensor& drawn,
+                          const Tensor& logprobs, const Tensor& step) {
   const Check check{"advance"};
   check.tensor("token", token, token, at::kLong, {kAny}, "(rows)");
   const int64_t rows = token.size(0);
@@ -666,7 +666,6 @@ inline void check_advance(const Tensor& token, const Tensor& logprob, const Tens
   check.tensor("stop_ids", stop_ids, token, at::kLong, {rows, kAny}, "(rows, any)");
   mutated("last", last, at::kLong, {rows}, "(rows)");
   mutated("slots", slots, at::kInt, {rows}, "(rows)");
-  mutated("positions", positions, at::kInt, {rows}, "(rows)");
   mutated("lengths", lengths, at::kInt, {rows}, "(rows)");
   mutated("remaining", remaining, at::kInt, {rows}, "(rows)");
   mutated("rng_key", rng_key, at::kLong, {rows, 4}, "(rows, 4)");

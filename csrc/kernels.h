@@ -161,7 +161,6 @@ struct AdvanceParams {
   const int64_t* stop_ids;                                 // (rows, num_stop_ids), -1 = none
   int64_t* last;                                           // (rows)
   int32_t* slots;                                          // (rows)
-  int32_t* positions;                                      // (rows)
   int32_t* lengths;                                        // (rows)
   int32_t* remaining;                                      // (rows)
   int64_t* rng_key;                                        // (rows, 4)

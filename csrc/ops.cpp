@@ -87,8 +87,8 @@ TORCH_LIBRARY(reasoners, m) {
       "Tensor rng_key) -> (Tensor token, Tensor logprob)");
   m.def(
       "advance(Tensor token, Tensor logprob, Tensor stop_ids, Tensor(a!) last, Tensor(b!) slots, "
-      "Tensor(c!) positions, Tensor(d!) lengths, Tensor(e!) remaining, Tensor(f!) rng_key, "
-      "Tensor(g!) drawn, Tensor(h!) logprobs, Tensor(i!) step) -> ()");
+      "Tensor(c!) lengths, Tensor(d!) remaining, Tensor(e!) rng_key, Tensor(f!) drawn, "
+      "Tensor(g!) logprobs, Tensor(h!) step) -> ()");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

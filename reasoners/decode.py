@@ -167,7 +167,7 @@ class DecodeLoop:
             logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.rng_key
         )
         ops.advance(
-            token, logprob, rows.stop_ids, rows.last, rows.slots, rows.positions, rows.lengths,
+            token, logprob, rows.stop_ids, rows.last, rows.slots, rows.lengths,
             rows.remaining, rows.rng_key, self.drawn, self.logprobs, self.steps_done,
         )  # fmt: skip
 
@@ -193,7 +193,7 @@ class DecodeLoop:
 class _Buffers:
     """What a step knows of its rows, as views of two flat tensors; first(n) is the same of n rows."""
 
-    INTS = ("slots", "positions", "lengths", "remaining", "top_k")
+    INTS = ("slots", "lengths", "remaining", "top_k")
     FLOATS = ("temperature", "top_p", "min_p")
 
     def __init__(self, device: torch.device, max_rows: int):
@@ -232,7 +232,6 @@ class _Buffers:
             return
         for name, values in (
             ("slots", [row.slot for row in rows]),
-            ("positions", [row.length - 1 for row in rows]),
             ("lengths", [row.length for row in rows]),
             ("remaining", [row.remaining for row in rows]),
             ("top_k", [row.params.top_k for row in rows]),

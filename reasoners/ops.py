@@ -827,7 +827,6 @@ def advance(
     stop_ids: Tensor,
     last: Tensor,
     slots: Tensor,
-    positions: Tensor,
     lengths: Tensor,
     remaining: Tensor,
     rng_key: Tensor,
@@ -839,19 +838,19 @@ def advance(
 
     With t = step[0], each row with slots[row] >= 0: drawn[t, row] = last = token, logprobs[t, row] =
     logprob, remaining -= 1. It ends if token < 0, token is one of its stop_ids or remaining is 0: slots
-    = -1, lengths = 0. Otherwise positions, lengths and rng_key[row, 3] move on by 1. A row with a
+    = -1, lengths = 0. Otherwise lengths and rng_key[row, 3] move on by 1. A row with a
     negative slot records drawn[t, row] = -2 and nothing else. At last step[0] += 1.
 
     token: (rows) int64; logprob: (rows) float32: what `sample` returned.
     stop_ids: (rows, any) int64, -1 where a row has fewer.
-    last: (rows) int64; slots, positions, lengths, remaining: (rows) int32; rng_key: (rows, 4) int64; the
+    last: (rows) int64; slots, lengths, remaining: (rows) int32; rng_key: (rows, 4) int64; the
         next step's arguments, mutated. They may be the first rows of larger buffers.
     drawn: (steps, rows or more) int64; logprobs: (steps, rows or more) float32: the record, mutated at
         row t. step: (1) int32, below steps, mutated.
     """
     _ops.advance(
-        token, logprob, stop_ids, last, slots, positions, lengths, remaining, rng_key, drawn,
-        logprobs, step,
+        token, logprob, stop_ids, last, slots, lengths, remaining, rng_key, drawn, logprobs,
+        step,
     )  # fmt: skip
 
 

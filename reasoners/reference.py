@@ -830,14 +830,12 @@ def rotate_inputs(
 
 
 def advance(
-    token, logprob, stop_ids, last, slots, positions, lengths, remaining, rng_key, drawn, logprobs,
+    token, logprob, stop_ids, last, slots, lengths, remaining, rng_key, drawn, logprobs,
     step,
 ):  # fmt: skip
     """Returns everything from `last` on, moved; the arguments are left as they were."""
-    moved = (last, slots, positions, lengths, remaining, rng_key, drawn, logprobs, step)
-    last, slots, positions, lengths, remaining, rng_key, drawn, logprobs, step = (
-        t.clone() for t in moved
-    )
+    moved = (last, slots, lengths, remaining, rng_key, drawn, logprobs, step)
+    last, slots, lengths, remaining, rng_key, drawn, logprobs, step = (t.clone() for t in moved)
     t = int(step[0])
     for row, slot in enumerate(slots.tolist()):
         drawn[t, row] = token[row] if slot >= 0 else -2
@@ -848,11 +846,10 @@ def advance(
         if token[row] < 0 or token[row] in stop_ids[row] or remaining[row] == 0:
             slots[row], lengths[row] = -1, 0
         else:
-            positions[row] += 1
             lengths[row] += 1
             rng_key[row, 3] += 1
     step[0] += 1
-    return last, slots, positions, lengths, remaining, rng_key, drawn, logprobs, step
+    return last, slots, lengths, remaining, rng_key, drawn, logprobs, step
 
 
 def advance_inputs(rows=12, steps=5, t=2, stops=3, spare=2, alive=0.8, seed=0):
@@ -870,7 +867,6 @@ def advance_inputs(rows=12, steps=5, t=2, stops=3, spare=2, alive=0.8, seed=0):
         "stop_ids": ints(-1, 9, rows, stops, dtype=torch.int64),
         "last": ints(0, 9, rows, dtype=torch.int64),
         "slots": slots.masked_fill(ended, -1),
-        "positions": ints(0, 50, rows),
         "lengths": ints(1, 50, rows),
         "remaining": ints(1, 4, rows),
         "rng_key": _keys(rows, g),
@@ -992,7 +988,6 @@ OPERATORS = {
         (
             "last",
             "slots",
-            "positions",
             "lengths",
             "remaining",
             "rng_key",

@@ -5,7 +5,7 @@ from cases import ADVANCE_CASES
 from reasoners import ops, reference
 from reasoners.reference import advance_inputs
 
-ROWS = ("last", "slots", "positions", "lengths", "remaining", "rng_key")
+ROWS = ("last", "slots", "lengths", "remaining", "rng_key")
 MUTATED = (*ROWS, "drawn", "logprobs", "step")
 
 
@@ -29,17 +29,16 @@ def check_every_way_to_end(device):
     token = ints(7, 8, 9, 7, -1, 7, dtype=torch.int64)
     stop_ids = ints([3, -1], [3, 8], [8, -1], [-1, -1], [3, -1], [7, -1], dtype=torch.int64)
     last, slots = ints(*range(6), dtype=torch.int64), ints(4, 3, 2, 1, 0, -1)
-    positions, lengths = ints(10, 11, 12, 13, 14, 15), ints(11, 12, 13, 14, 15, 0)
+    lengths = ints(11, 12, 13, 14, 15, 0)
     remaining, step = ints(5, 5, 2, 1, 5, 5), ints(1)
     rng_key = torch.zeros(6, 4, dtype=torch.int64, device=device)
     drawn = torch.full((3, 6), -5, dtype=torch.int64, device=device)
     logprobs = torch.zeros(3, 6, device=device)
     logprob = torch.arange(6.0, device=device) - 6
-    moved = (last, slots, positions, lengths, remaining, rng_key, drawn, logprobs, step)
+    moved = (last, slots, lengths, remaining, rng_key, drawn, logprobs, step)
     ops.advance(token, logprob, stop_ids, *moved)
     assert slots.tolist() == [4, -1, 2, -1, -1, -1]
     assert lengths.tolist() == [12, 0, 14, 0, 0, 0]
-    assert positions.tolist() == [11, 11, 13, 13, 14, 15]
     assert remaining.tolist() == [4, 4, 1, 0, 4, 5]
     assert last.tolist() == [7, 8, 9, 7, -1, 5]
     assert rng_key[:, 3].tolist() == [1, 0, 1, 0, 0, 0]
@@ -105,7 +104,7 @@ def test_opcheck():
 def test_compiles_whole_with_dynamic_shapes():
     def step(inputs):
         ops.advance(**inputs)
-        return inputs["positions"] * 2
+        return inputs["lengths"] * 2
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (3, 5):

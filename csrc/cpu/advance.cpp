@@ -10,11 +10,11 @@ namespace reasoners {
 namespace {
 
 void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& stop_ids_in,
-             const Tensor& last, const Tensor& slots, const Tensor& positions,
-             const Tensor& lengths, const Tensor& remaining, const Tensor& rng_key,
-             const Tensor& drawn, const Tensor& logprobs, const Tensor& step) {
-  check_advance(token_in, logprob_in, stop_ids_in, last, slots, positions, lengths, remaining,
-                rng_key, drawn, logprobs, step);
+             const Tensor& last, const Tensor& slots, const Tensor& lengths,
+             const Tensor& remaining, const Tensor& rng_key, const Tensor& drawn,
+             const Tensor& logprobs, const Tensor& step) {
+  check_advance(token_in, logprob_in, stop_ids_in, last, slots, lengths, remaining, rng_key, drawn,
+                logprobs, step);
   const Tensor token = token_in.contiguous(), logprob = logprob_in.contiguous(),
                stop_ids = stop_ids_in.contiguous();
   const int64_t rows = token.size(0), stops = stop_ids.size(1);
@@ -25,7 +25,6 @@ void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& sto
   const auto* from = logprob.const_data_ptr<float>();
   const auto* stop_data = stop_ids.const_data_ptr<int64_t>();
   auto* slot_of = slots.mutable_data_ptr<int32_t>();
-  auto* position_of = positions.mutable_data_ptr<int32_t>();
   auto* length_of = lengths.mutable_data_ptr<int32_t>();
   auto* left = remaining.mutable_data_ptr<int32_t>();
   auto* last_of = last.mutable_data_ptr<int64_t>();
@@ -47,7 +46,6 @@ void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& sto
       slot_of[row] = -1;
       length_of[row] = 0;
     } else {
-      position_of[row] += 1;
       length_of[row] += 1;
       keys[4 * row + 3] += 1;
     }

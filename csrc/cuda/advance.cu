@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const AdvanceParams p
       p.slots[row] = -1;
       p.lengths[row] = 0;
     } else {
-      ++p.positions[row];
       ++p.lengths[row];
       ++p.rng_key[row * 4 + 3];
     }

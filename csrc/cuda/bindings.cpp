@@ -430,11 +430,11 @@ void count_pending(const Tensor& pending, const Tensor& slots_in, int64_t period
 }
 
 void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& stop_ids_in,
-             const Tensor& last, const Tensor& slots, const Tensor& positions,
-             const Tensor& lengths, const Tensor& remaining, const Tensor& rng_key,
-             const Tensor& drawn, const Tensor& logprobs, const Tensor& step) {
-  check_advance(token_in, logprob_in, stop_ids_in, last, slots, positions, lengths, remaining,
-                rng_key, drawn, logprobs, step);
+             const Tensor& last, const Tensor& slots, const Tensor& lengths,
+             const Tensor& remaining, const Tensor& rng_key, const Tensor& drawn,
+             const Tensor& logprobs, const Tensor& step) {
+  check_advance(token_in, logprob_in, stop_ids_in, last, slots, lengths, remaining, rng_key, drawn,
+                logprobs, step);
   const c10::cuda::CUDAGuard guard(token_in.device());
   const Tensor token = token_in.contiguous(), logprob = logprob_in.contiguous(),
                stop_ids = packed_rows(stop_ids_in);
@@ -444,7 +444,6 @@ void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& sto
   p.stop_ids = stop_ids.const_data_ptr<int64_t>();
   p.last = last.mutable_data_ptr<int64_t>();
   p.slots = slots.mutable_data_ptr<int32_t>();
-  p.positions = positions.mutable_data_ptr<int32_t>();
   p.lengths = lengths.mutable_data_ptr<int32_t>();
   p.remaining = remaining.mutable_data_ptr<int32_t>();
   p.rng_key = rng_key.mutable_data_ptr<int64_t>();
