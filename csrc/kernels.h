@@ -191,7 +191,7 @@ struct SsdScanParams {
   void* y;                     // (batch, length, heads, head_dim), dtype
   float* final_state;          // (sequences, heads, head_dim, state_dim)
   TokenStrides x_strides, log_decay_strides, b_strides, c_strides, scale_strides;
-  int64_t sequences, length;
+  int64_t batch, sequences, length;
   int heads, x_heads, b_groups, c_groups, head_dim, state_dim;
   DType dtype;
 };
@@ -210,12 +210,30 @@ struct SelectiveScanParams {
   void* y;                     // (batch, length, channels), dtype
   float* final_state;          // (sequences, channels, state_dim)
   TokenStrides x_strides, delta_strides, b_strides, c_strides;
-  int64_t sequences, length;
+  int64_t batch, sequences, length;
   int channels, b_groups, c_groups, state_dim;
   DType dtype;
 };
 constexpr int kSelectiveScanMaxStateDim = 256;
 void launch_selective_scan(const SelectiveScanParams& params, cudaStream_t stream);
+
+struct SelectiveScanBackwardParams {
+  SelectiveScanParams forward;  // y and final_state are null
+  const void* dy;               // (batch, length, channels), dtype
+  const float* dfinal_state;    // (sequences, channels, state_dim)
+  void* dx;                     // (batch, length, channels), dtype
+  float* ddelta;                // (batch, length, channels)
+  float* dA;                    // (channels, state_dim)
+  void* dB;                     // (batch, length, b_groups, state_dim), dtype
+  void* dC;                     // (batch, length, c_groups, state_dim), dtype
+  float* dD;                    // (channels) or null
+  float* dinitial_state;        // (sequences, channels, state_dim) or null
+  float* scratch;               // count_selective_scan_scratch
+  TokenStrides dy_strides;
+};
+// Floats of scratch memory.
+int64_t count_selective_scan_scratch(const SelectiveScanParams& forward);
+void launch_selective_scan_backward(const SelectiveScanBackwardParams& params, cudaStream_t stream);
 
 struct CausalConv1dParams {
   const void* x;              // (batch, length, channels), dtype as everything here
@@ -232,6 +250,21 @@ struct CausalConv1dParams {
   DType dtype;
 };
 void launch_causal_conv1d(const CausalConv1dParams& params, cudaStream_t stream);
+
+struct CausalConv1dBackwardParams {
+  CausalConv1dParams forward;  // y and final_state are null
+  const void* dy;              // (batch, length, channels), dtype as everything here
+  const void* dfinal_state;    // (sequences, width - 1, channels)
+  void* dx;                    // (batch, length, channels)
+  void* dweight;               // (channels, width)
+  void* dbias;                 // (channels) or null
+  void* dinitial_state;        // (sequences, width - 1, channels) or null
+  float* partials;             // count_causal_conv1d_partials
+  TokenStrides dy_strides;
+};
+// Floats of scratch memory.
+int64_t count_causal_conv1d_partials(const CausalConv1dParams& forward);
+void launch_causal_conv1d_backward(const CausalConv1dBackwardParams& params, cudaStream_t stream);
 
 struct GateParams {
   const void* x;     // (rows, channels), dtype as everything here

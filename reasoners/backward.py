@@ -1,7 +1,7 @@
-"""Derivatives that are made of forward operators, for devices without a kernel of their own.
+"""The derivative of the SSD recurrence made of forward ones, for CUDA, which has no kernel of its own.
 
-The derivatives of the SSD recurrence are recurrences of the same kind, two of them back in time; those
-of a causal convolution are shifts. Everything is float32 inside, whatever the data.
+The derivatives are recurrences of the same kind, two of them back in time. Everything is float32
+inside, whatever the data.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,11 @@ class Sequences:
             return values[:, None].expand(-1, self.length, *values.shape[1:])
         return values.repeat_interleave(self.sizes, 0, output_size=self.length)[None]
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """(batch, length) each: tokens before this one in its sequence, and after it."""
-        device = self.bounds.device
-        at = torch.arange(self.length, device=device)
-        begins = self.bounds[:-1].repeat_interleave(self.sizes, output_size=self.length)
+    def lasts(self) -> Tensor:
+        """(1, length) booleans: whether a token is the last of its sequence."""
+        at = torch.arange(self.length, device=self.bounds.device)
         ends = self.bounds[1:].repeat_interleave(self.sizes, output_size=self.length)
-        return (at - begins)[None], (ends - 1 - at)[None]
+        return (at + 1 == ends)[None]
 
     def firsts(self, tokens: Tensor, empty: float) -> Tensor:
         """(batch, length, ...) -> (sequences, ...): each one's first token, `empty` without one."""
@@ -85,8 +83,7 @@ def ssd_scan_backward(
         y, final = scan(*inputs, None, None, initial, back)
         return y.flip(1), final if cu_seqlens is None else final.flip(0)
 
-    _, after = sequences.places()
-    next_decay = log_decay.roll(-1, 1).masked_fill(after[..., None] == 0, 0.0)
+    next_decay = log_decay.roll(-1, 1).masked_fill(sequences.lasts()[..., None], 0.0)
     started = None if initial_state is None else initial_state.mT.contiguous()
     dC, final_state = scan(B, log_decay, x, dy, scale, None, started, cu_seqlens)
     dx, first_state = backwards(dy, C, B, dfinal_state)
@@ -110,62 +107,3 @@ def ssd_scan_backward(
     return (
         per_group(dx, x), dlog_decay, per_group(dB, B), per_group(dC, C), dscale, dD, dinitial_state,
     )  # fmt: skip
-
-
-def causal_conv1d_backward(
-    dy: Tensor, dfinal_state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, silu: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The arguments and results of the operator, by shifts of x and dy."""
-    dtype, history = x.dtype, weight.shape[1] - 1
-    sequences = Sequences(*x.shape[:2], cu_seqlens, x.device)
-    before, after = (t[..., None] for t in sequences.places())
-    dv, x, taps, dfinal = (t.float() for t in (dy, x, weight, dfinal_state))
-    past = torch.zeros_like(dfinal) if initial_state is None else initial_state.float()
-
-    def earlier(steps: int) -> Tensor:
-        """u_{t - steps}: x, or the initial state before the first token."""
-        moved = x.roll(steps, 1)
-        for place in range(steps):  # of the tokens whose input is in the initial state
-            old = sequences.to_tokens(past[:, history - steps + place])
-            moved = torch.where(before == place, old, moved)
-        return moved
-
-    inputs = [earlier(history - w) for w in range(history)] + [x]
-    if silu:
-        v = sum(taps[:, w] * inputs[w] for w in range(history + 1))
-        v = v if bias is None else v + bias.float()
-        s = torch.sigmoid(v)
-        dv = dv * (s + v * s * (1 - s))
-    dweight = torch.stack([(dv * u).sum((0, 1)) for u in inputs], 1).to(dtype)
-    dbias = None if bias is None else dv.sum((0, 1)).to(dtype)
-
-    dx = taps[:, history] * dv
-    dpast = [torch.zeros_like(past[:, 0]) for _ in range(history)]
-    for steps in range(1, history + 1):
-        # Token t is input history - steps of token t + steps.
-        moved = dv.roll(-steps, 1).masked_fill(after < steps, 0.0)
-        dx = dx + taps[:, history - steps] * moved
-        # The last `history` inputs are the final state.
-        last = sequences.to_tokens(dfinal[:, history - steps])
-        dx = torch.where(after == steps - 1, dx + last, dx)
-    if initial_state is None:
-        return dx.to(dtype), dweight, dbias, None
-    sizes = sequences.sizes if sequences.packed else sequences.sizes.expand(sequences.batch)
-    starts = sequences.bounds[:-1] if sequences.packed else torch.zeros_like(sizes)
-    rows = (
-        torch.zeros_like(starts) if sequences.packed else torch.arange(len(sizes), device=x.device)
-    )
-    for place in range(history):  # of the initial state, oldest first
-        for steps in range(history - place, history + 1):
-            token = place + steps - history  # that reads it through tap history - steps
-            there = (sizes > token)[:, None]
-            if sequences.length:
-                at = (starts + token).clamp(max=sequences.length - 1)
-                dpast[place] = dpast[place] + torch.where(
-                    there, taps[:, history - steps] * dv[rows, at], 0.0
-                )
-        for w in range(history):  # of the final state, where the sequence is too short to fill it
-            stays = (sizes + w == place)[:, None]
-            dpast[place] = dpast[place] + torch.where(stays, dfinal[:, w], 0.0)
-    return dx.to(dtype), dweight, dbias, torch.stack(dpast, 1).to(dtype)

@@ -205,12 +205,8 @@ torch.library.register_autograd(
 
 @torch.library.impl("reasoners::ssd_scan_backward", "CUDA")
 def _(*arguments):
-    return _present(arguments[0], backward.ssd_scan_backward(_ops.ssd_scan, *arguments))
-
-
-def _present(model: Tensor, gradients):
-    """Gradients of arguments that are not there are empty."""
-    return tuple(model.new_empty(0) if g is None else g for g in gradients)
+    gradients = backward.ssd_scan_backward(_ops.ssd_scan, *arguments)
+    return tuple(arguments[0].new_empty(0) if g is None else g for g in gradients)
 
 
 def mamba_chunk_scan(
@@ -327,11 +323,6 @@ def _causal_conv1d_derivative(ctx, dy, dfinal_state):
 torch.library.register_autograd(
     "reasoners::causal_conv1d", _causal_conv1d_derivative, setup_context=_causal_conv1d_setup
 )
-
-
-@torch.library.impl("reasoners::causal_conv1d_backward", "CUDA")
-def _(*arguments):
-    return _present(arguments[0], backward.causal_conv1d_backward(*arguments))
 
 
 def conv_update(

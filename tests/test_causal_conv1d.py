@@ -24,14 +24,50 @@ CUDA_TABLE = (
     | {
         "packed, width 3, odd channels": {"lengths": [0, 7, 0, 40, 1], "width": 3, "channels": 7},
         "no sequences": {"lengths": []},
+        "several runs and tiles": {"length": 300, "channels": 136},
+        "packed, ends within runs, bf16": {
+            "lengths": [100, 3, 0, 1, 200, 64, 32, 1], "channels": 132, "dtype": torch.bfloat16,
+        },
     }
-)
+)  # fmt: skip
 
 
 @pytest.mark.cuda("causal_conv1d")
 @pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
 def test_against_reference_cuda(case):
     reference.check(ops.causal_conv1d, "causal_conv1d", "cuda", **case)
+
+
+@pytest.mark.cuda("causal_conv1d", "causal_conv1d_backward")
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
+def test_gradients_against_reference_cuda(case):
+    check_gradients(ops.causal_conv1d, "causal_conv1d", TENSORS, case, "cuda")
+
+
+@pytest.mark.cuda("causal_conv1d_backward")
+@pytest.mark.parametrize("shift", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, shift):
+    """And two runs give the same bits, of the sums over all tokens too."""
+    lengths, backward = [7, 2, 0, 40, 100, 1, 33], torch.ops.reasoners.causal_conv1d_backward
+    packed = causal_conv1d_inputs(lengths=lengths, dtype=dtype)
+    packed = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
+    dy, dfinal = torch.randn_like(packed["x"]), torch.randn_like(packed["initial_state"])
+    together = backward(dy, dfinal, *packed.values())
+    assert all(map(torch.equal, backward(dy, dfinal, *packed.values()), together))
+    x, dy = (
+        rows.new_zeros(1, rows.shape[1], 40)[..., shift : shift + 24].copy_(rows)
+        for rows in (packed["x"], dy)
+    )
+    begin = 0
+    for i, length in enumerate(lengths):
+        where = slice(begin, begin + length)
+        alone = {**packed, "x": x[:, where], "cu_seqlens": None}
+        alone["initial_state"] = packed["initial_state"][i : i + 1]
+        dx, _, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
+        assert torch.equal(dx, together[0][:, where])
+        assert torch.equal(dinitial[0], together[3][i])
+        begin += length
 
 
 @pytest.mark.cuda("causal_conv1d")

@@ -17,13 +17,54 @@ def test_against_reference(case):
     check_gradients(ops.selective_scan, "selective_scan", TENSORS, case)
 
 
-CUDA_TABLE = SELECTIVE_SCAN_CASES | CUDA_N_CASES
+CUDA_TABLE = (
+    SELECTIVE_SCAN_CASES
+    | CUDA_N_CASES
+    | {
+        "N 32": {"N": 32},
+        "several spans": {"length": 200, "batch": 1},
+        "several spans, packed, bf16": {
+            "lengths": [100, 3, 0, 64, 65, 1], "dtype": torch.bfloat16,
+        },
+        "several tiles of a group": {"channels": 200, "Gb": 1, "Gc": 1, "length": 20},
+    }
+)  # fmt: skip
 
 
 @pytest.mark.cuda("selective_scan")
 @pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
 def test_against_reference_cuda(case):
     reference.check(ops.selective_scan, "selective_scan", "cuda", **case)
+
+
+@pytest.mark.cuda("selective_scan", "selective_scan_backward")
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
+def test_gradients_against_reference_cuda(case):
+    check_gradients(ops.selective_scan, "selective_scan", TENSORS, case, "cuda")
+
+
+@pytest.mark.cuda("selective_scan_backward")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype):
+    """And two runs give the same bits, of the sums over all tokens too."""
+    lengths, backward = [33, 2, 130], torch.ops.reasoners.selective_scan_backward
+    packed = {k: v.cuda() for k, v in selective_scan_inputs(lengths=lengths, dtype=dtype).items()}
+    dy, dfinal = torch.randn_like(packed["x"]), torch.randn_like(packed["initial_state"])
+    together = backward(dy, dfinal, *packed.values())
+    assert all(map(torch.equal, backward(dy, dfinal, *packed.values()), together))
+    begin = 0
+    for i, length in enumerate(lengths):
+        where = slice(begin, begin + length)
+        part = {"initial_state": packed["initial_state"][i : i + 1], "cu_seqlens": None}
+        for name in ("x", "delta", "B", "C"):
+            rows = packed[name][:, where]
+            wide = rows.new_zeros(1, length, rows[0, 0].numel() + 3)
+            part[name] = wide[..., 3:].view(rows.shape).copy_(rows)
+        alone = backward(dy[:, where], dfinal[i : i + 1], *(packed | part).values())
+        for gradient in (0, 1, 3, 4):
+            assert torch.equal(alone[gradient], together[gradient][:, where])
+        assert torch.equal(alone[6][0], together[6][i])
+        begin += length
 
 
 @pytest.mark.cuda("selective_scan")

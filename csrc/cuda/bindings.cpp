@@ -43,6 +43,11 @@ OptionalTensor contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(t->contiguous()) : t;
 }
 
+// A gradient of the argument, packed, in the dtype of `model`; empty when the argument is absent.
+Tensor empty_like(const OptionalTensor& argument, const Tensor& model) {
+  return at::empty(argument ? argument->sizes() : at::IntArrayRef{0}, model.options());
+}
+
 template <typename T>
 const T* data_or_null(const OptionalTensor& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
@@ -459,126 +464,244 @@ void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& sto
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x_in, const Tensor& log_decay_in,
-                                    const Tensor& B_in, const Tensor& C_in,
-                                    const OptionalTensor& scale_in, const OptionalTensor& D_in,
-                                    const OptionalTensor& initial_state_in,
-                                    const OptionalTensor& cu_seqlens_in) {
-  const int64_t sequences = check_ssd_scan("ssd_scan", x_in, log_decay_in, B_in, C_in, scale_in,
-                                           D_in, initial_state_in, cu_seqlens_in);
-  Check{"ssd_scan"}.at_most_on_cuda("N", B_in.size(3), kSsdScanMaxStateDim);
-  const c10::cuda::CUDAGuard guard(x_in.device());
-  const Tensor x = packed_rows(x_in, 2), log_decay = packed_rows(log_decay_in, 2),
-               B = packed_rows(B_in, 2), C = packed_rows(C_in, 2);
-  const OptionalTensor scale = packed_rows(scale_in, 2), D = contiguous(D_in),
-                       initial_state = contiguous(initial_state_in),
-                       cu_seqlens = contiguous(cu_seqlens_in);
-  const int64_t heads = log_decay.size(2);
-  auto y = at::empty({x.size(0), x.size(1), heads, x.size(3)}, x.options());
-  auto final_state = at::empty({sequences, heads, x.size(3), B.size(3)}, log_decay.options());
+// What ssd_scan and its derivative read.
+struct SsdScanTensors {
+  Tensor x, log_decay, B, C;
+  OptionalTensor scale, D, initial_state, cu_seqlens;
   SsdScanParams p{};
-  p.x = x.const_data_ptr();
-  p.log_decay = log_decay.const_data_ptr<float>();
-  p.B = B.const_data_ptr();
-  p.C = C.const_data_ptr();
-  p.scale = data_or_null<float>(scale);
-  p.D = data_or_null<float>(D);
-  p.initial_state = data_or_null<float>(initial_state);
-  p.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
-  p.y = y.mutable_data_ptr();
-  p.final_state = final_state.mutable_data_ptr<float>();
-  p.x_strides = token_strides(x);
-  p.log_decay_strides = token_strides(log_decay);
-  p.b_strides = token_strides(B);
-  p.c_strides = token_strides(C);
-  if (scale) p.scale_strides = token_strides(*scale);
-  p.sequences = sequences;
-  p.length = x.size(1);
-  p.heads = heads;
-  p.x_heads = x.size(2);
-  p.b_groups = B.size(2);
-  p.c_groups = C.size(2);
-  p.head_dim = x.size(3);
-  p.state_dim = B.size(3);
-  p.dtype = dtype_of(x);
-  launch_ssd_scan(p, at::cuda::getCurrentCUDAStream());
+
+  SsdScanTensors(const char* op, const Tensor& x_in, const Tensor& log_decay_in, const Tensor& B_in,
+                 const Tensor& C_in, const OptionalTensor& scale_in, const OptionalTensor& D_in,
+                 const OptionalTensor& initial_state_in, const OptionalTensor& cu_seqlens_in,
+                 int64_t sequences)
+      : x(packed_rows(x_in, 2)),
+        log_decay(packed_rows(log_decay_in, 2)),
+        B(packed_rows(B_in, 2)),
+        C(packed_rows(C_in, 2)),
+        scale(packed_rows(scale_in, 2)),
+        D(contiguous(D_in)),
+        initial_state(contiguous(initial_state_in)),
+        cu_seqlens(contiguous(cu_seqlens_in)) {
+    Check{op}.at_most_on_cuda("N", B.size(3), kSsdScanMaxStateDim);
+    p.x = x.const_data_ptr();
+    p.log_decay = log_decay.const_data_ptr<float>();
+    p.B = B.const_data_ptr();
+    p.C = C.const_data_ptr();
+    p.scale = data_or_null<float>(scale);
+    p.D = data_or_null<float>(D);
+    p.initial_state = data_or_null<float>(initial_state);
+    p.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
+    p.x_strides = token_strides(x);
+    p.log_decay_strides = token_strides(log_decay);
+    p.b_strides = token_strides(B);
+    p.c_strides = token_strides(C);
+    if (scale) p.scale_strides = token_strides(*scale);
+    p.batch = x.size(0);
+    p.sequences = sequences;
+    p.length = x.size(1);
+    p.heads = log_decay.size(2);
+    p.x_heads = x.size(2);
+    p.b_groups = B.size(2);
+    p.c_groups = C.size(2);
+    p.head_dim = x.size(3);
+    p.state_dim = B.size(3);
+    p.dtype = dtype_of(x);
+  }
+};
+
+std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& log_decay, const Tensor& B,
+                                    const Tensor& C, const OptionalTensor& scale,
+                                    const OptionalTensor& D, const OptionalTensor& initial_state,
+                                    const OptionalTensor& cu_seqlens) {
+  constexpr const char* op = "ssd_scan";
+  const int64_t sequences =
+      check_ssd_scan(op, x, log_decay, B, C, scale, D, initial_state, cu_seqlens);
+  const c10::cuda::CUDAGuard guard(x.device());
+  SsdScanTensors t(op, x, log_decay, B, C, scale, D, initial_state, cu_seqlens, sequences);
+  auto y = at::empty({x.size(0), x.size(1), t.p.heads, x.size(3)}, x.options());
+  auto final_state = at::empty({sequences, t.p.heads, x.size(3), B.size(3)}, log_decay.options());
+  t.p.y = y.mutable_data_ptr();
+  t.p.final_state = final_state.mutable_data_ptr<float>();
+  launch_ssd_scan(t.p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor> selective_scan(const Tensor& x_in, const Tensor& delta_in,
-                                          const Tensor& A_in, const Tensor& B_in,
-                                          const Tensor& C_in, const OptionalTensor& D_in,
-                                          const OptionalTensor& initial_state_in,
-                                          const OptionalTensor& cu_seqlens_in) {
-  const int64_t sequences = check_selective_scan("selective_scan", x_in, delta_in, A_in, B_in, C_in,
-                                                 D_in, initial_state_in, cu_seqlens_in);
-  Check{"selective_scan"}.at_most_on_cuda("N", A_in.size(1), kSelectiveScanMaxStateDim);
-  const c10::cuda::CUDAGuard guard(x_in.device());
-  const Tensor x = packed_rows(x_in, 2), delta = packed_rows(delta_in, 2), A = A_in.contiguous(),
-               B = packed_rows(B_in, 2), C = packed_rows(C_in, 2);
-  const OptionalTensor D = contiguous(D_in), initial_state = contiguous(initial_state_in),
-                       cu_seqlens = contiguous(cu_seqlens_in);
+// What selective_scan and its derivative read.
+struct SelectiveScanTensors {
+  Tensor x, delta, A, B, C;
+  OptionalTensor D, initial_state, cu_seqlens;
+  SelectiveScanParams p{};
+
+  SelectiveScanTensors(const char* op, const Tensor& x_in, const Tensor& delta_in,
+                       const Tensor& A_in, const Tensor& B_in, const Tensor& C_in,
+                       const OptionalTensor& D_in, const OptionalTensor& initial_state_in,
+                       const OptionalTensor& cu_seqlens_in, int64_t sequences)
+      : x(packed_rows(x_in, 2)),
+        delta(packed_rows(delta_in, 2)),
+        A(A_in.contiguous()),
+        B(packed_rows(B_in, 2)),
+        C(packed_rows(C_in, 2)),
+        D(contiguous(D_in)),
+        initial_state(contiguous(initial_state_in)),
+        cu_seqlens(contiguous(cu_seqlens_in)) {
+    Check{op}.at_most_on_cuda("N", A.size(1), kSelectiveScanMaxStateDim);
+    p.x = x.const_data_ptr();
+    p.delta = delta.const_data_ptr<float>();
+    p.A = A.const_data_ptr<float>();
+    p.B = B.const_data_ptr();
+    p.C = C.const_data_ptr();
+    p.D = data_or_null<float>(D);
+    p.initial_state = data_or_null<float>(initial_state);
+    p.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
+    p.x_strides = token_strides(x);
+    p.delta_strides = token_strides(delta);
+    p.b_strides = token_strides(B);
+    p.c_strides = token_strides(C);
+    p.batch = x.size(0);
+    p.sequences = sequences;
+    p.length = x.size(1);
+    p.channels = x.size(2);
+    p.b_groups = B.size(2);
+    p.c_groups = C.size(2);
+    p.state_dim = A.size(1);
+    p.dtype = dtype_of(x);
+  }
+};
+
+std::tuple<Tensor, Tensor> selective_scan(const Tensor& x, const Tensor& delta, const Tensor& A,
+                                          const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                          const OptionalTensor& initial_state,
+                                          const OptionalTensor& cu_seqlens) {
+  constexpr const char* op = "selective_scan";
+  const int64_t sequences =
+      check_selective_scan(op, x, delta, A, B, C, D, initial_state, cu_seqlens);
+  const c10::cuda::CUDAGuard guard(x.device());
+  SelectiveScanTensors t(op, x, delta, A, B, C, D, initial_state, cu_seqlens, sequences);
   auto y = at::empty(x.sizes(), x.options());
   auto final_state = at::empty({sequences, x.size(2), A.size(1)}, A.options());
-  SelectiveScanParams p{};
-  p.x = x.const_data_ptr();
-  p.delta = delta.const_data_ptr<float>();
-  p.A = A.const_data_ptr<float>();
-  p.B = B.const_data_ptr();
-  p.C = C.const_data_ptr();
-  p.D = data_or_null<float>(D);
-  p.initial_state = data_or_null<float>(initial_state);
-  p.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
-  p.y = y.mutable_data_ptr();
-  p.final_state = final_state.mutable_data_ptr<float>();
-  p.x_strides = token_strides(x);
-  p.delta_strides = token_strides(delta);
-  p.b_strides = token_strides(B);
-  p.c_strides = token_strides(C);
-  p.sequences = sequences;
-  p.length = x.size(1);
-  p.channels = x.size(2);
-  p.b_groups = B.size(2);
-  p.c_groups = C.size(2);
-  p.state_dim = A.size(1);
-  p.dtype = dtype_of(x);
-  launch_selective_scan(p, at::cuda::getCurrentCUDAStream());
+  t.p.y = y.mutable_data_ptr();
+  t.p.final_state = final_state.mutable_data_ptr<float>();
+  launch_selective_scan(t.p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x_in, const Tensor& weight_in,
-                                         const OptionalTensor& bias_in,
-                                         const OptionalTensor& initial_state_in,
-                                         const OptionalTensor& cu_seqlens_in, bool silu) {
-  const int64_t sequences = check_causal_conv1d("causal_conv1d", x_in, weight_in, bias_in,
-                                                initial_state_in, cu_seqlens_in);
-  const c10::cuda::CUDAGuard guard(x_in.device());
-  const Tensor x = packed_rows(x_in, 2), weight = weight_in.contiguous();
-  const OptionalTensor bias = contiguous(bias_in), initial_state = contiguous(initial_state_in),
-                       cu_seqlens = contiguous(cu_seqlens_in);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
+    const Tensor& dy_in, const Tensor& dfinal_state_in, const Tensor& x, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+    const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+  constexpr const char* op = "selective_scan_backward";
+  const int64_t sequences =
+      check_selective_scan(op, x, delta, A, B, C, D, initial_state, cu_seqlens);
+  const Check check{op};
+  check.tensor("dy", dy_in, x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)},
+               "(batch, length, channels)");
+  check.tensor("dfinal_state", dfinal_state_in, x, A.scalar_type(),
+               {sequences, x.size(2), A.size(1)}, "(batch or sequences, channels, N)");
+  const c10::cuda::CUDAGuard guard(x.device());
+  SelectiveScanTensors t(op, x, delta, A, B, C, D, initial_state, cu_seqlens, sequences);
+  const Tensor dy = packed_rows(dy_in, 2), dfinal_state = dfinal_state_in.contiguous();
+  auto dx = empty_like(x, x), ddelta = empty_like(delta, A), dA = empty_like(A, A),
+       dB = empty_like(B, x), dC = empty_like(C, x), dD = empty_like(D, A),
+       dinitial_state = empty_like(initial_state, A);
+  auto scratch = at::empty({count_selective_scan_scratch(t.p)}, A.options());
+  SelectiveScanBackwardParams p{};
+  p.forward = t.p;
+  p.dy = dy.const_data_ptr();
+  p.dfinal_state = dfinal_state.const_data_ptr<float>();
+  p.dx = dx.mutable_data_ptr();
+  p.ddelta = ddelta.mutable_data_ptr<float>();
+  p.dA = dA.mutable_data_ptr<float>();
+  p.dB = dB.mutable_data_ptr();
+  p.dC = dC.mutable_data_ptr();
+  p.dD = D ? dD.mutable_data_ptr<float>() : nullptr;
+  p.dinitial_state = initial_state ? dinitial_state.mutable_data_ptr<float>() : nullptr;
+  p.scratch = scratch.mutable_data_ptr<float>();
+  p.dy_strides = token_strides(dy);
+  launch_selective_scan_backward(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dx, ddelta, dA, dB, dC, dD, dinitial_state};
+}
+
+// What causal_conv1d and its derivative read.
+struct CausalConv1dTensors {
+  Tensor x, weight;
+  OptionalTensor bias, initial_state, cu_seqlens;
+  CausalConv1dParams p{};
+
+  CausalConv1dTensors(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& bias_in,
+                      const OptionalTensor& initial_state_in, const OptionalTensor& cu_seqlens_in,
+                      bool silu, int64_t sequences)
+      : x(packed_rows(x_in, 2)),
+        weight(weight_in.contiguous()),
+        bias(contiguous(bias_in)),
+        initial_state(contiguous(initial_state_in)),
+        cu_seqlens(contiguous(cu_seqlens_in)) {
+    p.x = x.const_data_ptr();
+    p.weight = weight.const_data_ptr();
+    p.bias = bias ? bias->const_data_ptr() : nullptr;
+    p.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
+    p.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
+    p.x_strides = token_strides(x);
+    p.batch = x.size(0);
+    p.sequences = sequences;
+    p.length = x.size(1);
+    p.channels = x.size(2);
+    p.width = weight.size(1);
+    p.silu = silu;
+    p.dtype = dtype_of(x);
+  }
+};
+
+std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight,
+                                         const OptionalTensor& bias,
+                                         const OptionalTensor& initial_state,
+                                         const OptionalTensor& cu_seqlens, bool silu) {
+  const int64_t sequences =
+      check_causal_conv1d("causal_conv1d", x, weight, bias, initial_state, cu_seqlens);
+  const c10::cuda::CUDAGuard guard(x.device());
+  CausalConv1dTensors t(x, weight, bias, initial_state, cu_seqlens, silu, sequences);
   auto y = at::empty(x.sizes(), x.options());
   auto final_state = at::empty({sequences, weight.size(1) - 1, x.size(2)}, x.options());
-  CausalConv1dParams p{};
-  p.x = x.const_data_ptr();
-  p.weight = weight.const_data_ptr();
-  p.bias = bias ? bias->const_data_ptr() : nullptr;
-  p.initial_state = initial_state ? initial_state->const_data_ptr() : nullptr;
-  p.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
-  p.y = y.mutable_data_ptr();
-  p.final_state = final_state.mutable_data_ptr();
-  p.x_strides = token_strides(x);
-  p.batch = x.size(0);
-  p.sequences = sequences;
-  p.length = x.size(1);
-  p.channels = x.size(2);
-  p.width = weight.size(1);
-  p.silu = silu;
-  p.dtype = dtype_of(x);
-  launch_causal_conv1d(p, at::cuda::getCurrentCUDAStream());
+  t.p.y = y.mutable_data_ptr();
+  t.p.final_state = final_state.mutable_data_ptr();
+  launch_causal_conv1d(t.p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
+    const Tensor& dy_in, const Tensor& dfinal_state_in, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& initial_state,
+    const OptionalTensor& cu_seqlens, bool silu) {
+  constexpr const char* op = "causal_conv1d_backward";
+  const int64_t sequences = check_causal_conv1d(op, x, weight, bias, initial_state, cu_seqlens);
+  const Check check{op};
+  check.tensor("dy", dy_in, x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)},
+               "(batch, length, channels)");
+  check.tensor("dfinal_state", dfinal_state_in, x, x.scalar_type(),
+               {sequences, weight.size(1) - 1, x.size(2)},
+               "(batch or sequences, width - 1, channels)");
+  const c10::cuda::CUDAGuard guard(x.device());
+  CausalConv1dTensors t(x, weight, bias, initial_state, cu_seqlens, silu, sequences);
+  const Tensor dy = packed_rows(dy_in, 2), dfinal_state = dfinal_state_in.contiguous();
+  auto dx = empty_like(x, x), dweight = empty_like(weight, x), dbias = empty_like(bias, x),
+       dinitial_state = empty_like(initial_state, x);
+  auto partials = at::empty({count_causal_conv1d_partials(t.p)}, x.options().dtype(at::kFloat));
+  CausalConv1dBackwardParams p{};
+  p.forward = t.p;
+  p.dy = dy.const_data_ptr();
+  p.dfinal_state = dfinal_state.const_data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  p.dweight = dweight.mutable_data_ptr();
+  p.dbias = bias ? dbias.mutable_data_ptr() : nullptr;
+  p.dinitial_state = initial_state ? dinitial_state.mutable_data_ptr() : nullptr;
+  p.partials = partials.mutable_data_ptr<float>();
+  p.dy_strides = token_strides(dy);
+  launch_causal_conv1d_backward(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dx, dweight, dbias, dinitial_state};
 }
 
 Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_in) {
@@ -757,7 +880,9 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("advance", &advance);
   m.impl("ssd_scan", &ssd_scan);
   m.impl("selective_scan", &selective_scan);
+  m.impl("selective_scan_backward", &selective_scan_backward);
   m.impl("causal_conv1d", &causal_conv1d);
+  m.impl("causal_conv1d_backward", &causal_conv1d_backward);
   m.impl("gate", &gate);
   m.impl("softplus", &softplus);
   m.impl("append_kv", &append_kv);

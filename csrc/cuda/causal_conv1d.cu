@@ -8,6 +8,7 @@
 // final states, one thread per (sequence, place in the history, channels).
 
 #include "activation.cuh"
+#include "conv_inputs.cuh"
 #include "convert.cuh"
 #include "kernels.h"
 #include "scan.cuh"
@@ -18,47 +19,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kSegment = 16;
 constexpr int kAhead = 4;
-
-// Where a sequence's inputs are: token t of it for any t >= -kHistory, from `channel` on.
-template <typename data_t, int kVec, int kHistory>
-struct Inputs {
-  using Channels = Vec<data_t, kVec>;
-
-  __device__ Inputs(const CausalConv1dParams& p, const Sequence& sequence, int64_t index,
-                    int channel)
-      : x(static_cast<const data_t*>(p.x) + sequence.batch * p.x_strides.batch +
-          sequence.begin * p.x_strides.token + channel),
-        past(p.initial_state ? static_cast<const data_t*>(p.initial_state) +
-                                   index * kHistory * p.channels + channel
-                             : nullptr),
-        token(p.x_strides.token),
-        channels(p.channels) {}
-  __device__ Channels since_begin(int64_t t) const {
-    return *reinterpret_cast<const Channels*>(x + t * token);
-  }
-  __device__ Channels at(int64_t t) const {
-    if (t >= 0) return since_begin(t);
-    if (past) return *reinterpret_cast<const Channels*>(past + (kHistory + t) * channels);
-    Channels zeros;
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) zeros.at[k] = from_float<data_t>(0.f);
-    return zeros;
-  }
-
-  const data_t *x, *past;
-  int64_t token, channels;
-};
-
-// The sequence that holds token `at` of the batch: the last to begin there or before.
-__device__ inline int64_t sequence_of(const CausalConv1dParams& p, int64_t at) {
-  if (p.cu_seqlens == nullptr) return at / p.length;
-  int64_t low = 0, high = p.sequences;  // the answer is in [low, high)
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (p.cu_seqlens[middle] <= at ? low : high) = middle;
-  }
-  return low;
-}
 
 template <typename data_t, int kVec, int kWidth>
 __global__ void __launch_bounds__(kThreads)
@@ -72,19 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stop = min(t + kSegment, tokens);
   const int channel = at % vectors * kVec;
 
-  float taps[kWidth][kVec], bias[kVec];
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {  // the channels' weights are kVec * kWidth neighbours
-    const auto some = *reinterpret_cast<const Channels*>(static_cast<const data_t*>(p.weight) +
-                                                         int64_t(channel) * kWidth + i * kVec);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k)
-      taps[(i * kVec + k) % kWidth][(i * kVec + k) / kWidth] = to_float(some.at[k]);
-  }
-#pragma unroll
-  for (int k = 0; k < kVec; ++k)
-    bias[k] = p.bias ? to_float(static_cast<const data_t*>(p.bias)[channel + k]) : 0.f;
-
+  const Taps<data_t, kVec, kWidth> taps(p, channel);
   auto* y = static_cast<data_t*>(p.y) + channel;
   for (int64_t index = sequence_of(p, t); t < stop && index < p.sequences; ++index) {
     const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
@@ -111,9 +59,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
           u[kHistory + i][k] = to_float(next[i].at[k]);
-          float sum = bias[k];
-#pragma unroll
-          for (int w = 0; w < kWidth; ++w) sum = fmaf(taps[w][k], u[i + w][k], sum);
+          const float sum = taps.convolve(u, i, k);
           out.at[k] = from_float<data_t>(p.silu ? silu(sum) : sum);
         }
         *reinterpret_cast<Channels*>(y + (t + i) * p.channels) = out;
