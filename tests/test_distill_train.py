@@ -236,6 +236,15 @@ def test_another_recipe_does_not_mix_in(train, tmp_path):
         train(other, out)
 
 
+def test_a_first_try_with_a_typo_holds_no_folder(train, tmp_path):
+    out = tmp_path / "student"
+    with pytest.raises(ValueError, match="which names none"):
+        train(recipe(stages=(replace(KL, train=("layers.*.mixers.*",)),)), out)
+    with pytest.raises(FileNotFoundError):
+        train(recipe(), out, teacher=tmp_path / "no-such-teacher")
+    assert (train(recipe(), out) / "model.safetensors").exists()
+
+
 def test_bad_input(train, teacher, data, tmp_path):
     with pytest.raises(ValueError, match="expected new or a training, got a model folder"):
         train(recipe(), teacher)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +119,10 @@ class _Training:
         return (self.out / "config.json").exists() and self.checkpoints.latest() is None
 
     def _claim(self, teacher):
-        """Write down what this folder is a training of, or see that it is this one."""
+        """Write down what this folder is a training of, or see that it is this one.
+
+        A folder in which nothing was saved yet is free: a first try may have had a typo.
+        """
         path = self.folder / "recipe.json"
         ours = {
             "recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))),
@@ -126,14 +130,15 @@ class _Training:
             "data": self.source_name,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        if path.exists():
-            theirs = json.loads(path.read_text())
-            differing = _difference(theirs, ours)
+        begun = self.finished or self.checkpoints.latest() is not None
+        if begun and not path.exists():
+            raise ValueError(f"distill: {self.out} expected new or a training, got a model folder")
+        if begun:
+            differing = _difference(json.loads(path.read_text()), ours)
             if differing:
                 raise ValueError(f"distill: {self.out} holds another training: {differing}")
-        elif (self.out / "config.json").exists():
-            raise ValueError(f"distill: {self.out} expected new or a training, got a model folder")
         elif self.workers.first:
+            shutil.rmtree(self.folder / "tokenizer", ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(".tmp")
             scratch.write_text(json.dumps(ours, indent=2) + "\n")
