@@ -63,3 +63,50 @@ def bench_mixer_update(measure, state, batch, period):
         num_bytes=num_bytes,
         tokens=batch,
     )
+
+
+# MambaInLlama-1B's Mamba-1 mixer
+MAMBA1_CHANNELS, MAMBA1_STATE_DIM, KV_DIM = 2048, 16, 512
+
+
+def make_mamba1(batch, state_dtype):
+    """Arguments of ops.mamba1_update."""
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    return {
+        "conv_state": normal(batch, WIDTH, MAMBA1_CHANNELS),
+        "state": normal(batch, MAMBA1_CHANNELS, MAMBA1_STATE_DIM, dtype=state_dtype),
+        "slots": torch.arange(batch, dtype=torch.int32, device="cuda"),
+        "lengths": torch.randint(4, 99, (batch,), dtype=torch.int32, device="cuda"),
+        "projected": normal(batch, 2 * MAMBA1_CHANNELS + 2 * KV_DIM),
+        "dt": normal(batch, MAMBA1_CHANNELS),
+        "conv_weight": normal(MAMBA1_CHANNELS, WIDTH),
+        "conv_bias": normal(MAMBA1_CHANNELS),
+        "dt_bias": normal(MAMBA1_CHANNELS),
+        "A_log": normal(MAMBA1_CHANNELS, MAMBA1_STATE_DIM, dtype=torch.float32),
+        "D": normal(MAMBA1_CHANNELS, dtype=torch.float32),
+        "kv_dim": KV_DIM,
+    }
+
+
+@pytest.mark.cuda("mamba1_update")
+@pytest.mark.parametrize("batch", [1, 16, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("state", DTYPES)
+def bench_mamba1_update(measure, state, batch):
+    """State and ring of the convolution, then z, x, B, C, dt in and the result out."""
+    rows = MAMBA1_CHANNELS * (WIDTH + 4) + 2 * KV_DIM
+    num_bytes = (
+        cost.selective_update_bytes(
+            batch, MAMBA1_CHANNELS, MAMBA1_STATE_DIM, DTYPES[state].itemsize
+        )
+        + 2 * batch * rows
+    )
+    torch.manual_seed(0)
+    sets = [make_mamba1(batch, DTYPES[state]) for _ in range(cost.rotation(num_bytes / 2))]
+    measure(
+        [lambda inputs=inputs: ops.mamba1_update(**inputs) for inputs in sets],
+        num_bytes=num_bytes,
+        tokens=batch,
+    )

@@ -198,6 +198,26 @@ struct SsdScanParams {
 constexpr int kSsdScanMaxStateDim = 256;
 void launch_ssd_scan(const SsdScanParams& params, cudaStream_t stream);
 
+// 16-bit data and dy begin on 16 bytes, and so do their rows where head_dim and state_dim are
+// multiples of 8.
+struct SsdScanBackwardParams {
+  SsdScanParams forward;      // y and final_state are null
+  const void* dy;             // (batch, length, heads, head_dim), dtype
+  const float* dfinal_state;  // (sequences, heads, head_dim, state_dim)
+  void* dx;                   // (batch, length, x_heads, head_dim), dtype
+  float* dlog_decay;          // (batch, length, heads)
+  void* dB;                   // (batch, length, b_groups, state_dim), dtype
+  void* dC;                   // (batch, length, c_groups, state_dim), dtype
+  float* dscale;              // (batch, length, heads) or null
+  float* dD;                  // (heads) or null
+  float* dinitial_state;      // (sequences, heads, head_dim, state_dim) or null
+  float* scratch;             // count_ssd_scan_scratch
+  TokenStrides dy_strides;
+};
+// Floats of scratch memory.
+int64_t count_ssd_scan_scratch(const SsdScanParams& forward);
+void launch_ssd_scan_backward(const SsdScanBackwardParams& params, cudaStream_t stream);
+
 struct SelectiveScanParams {
   const void* x;               // (batch, length, channels), dtype
   const float* delta;          // (batch, length, channels)

@@ -13,7 +13,7 @@ checks); decays, scales, D and scan states are float32 (float64 beside float64 d
 import torch
 from torch import Tensor
 
-from reasoners import _C, backward  # importing _C registers the operators
+from reasoners import _C  # importing _C registers the operators
 
 _ops = torch.ops.reasoners
 
@@ -201,12 +201,6 @@ def _ssd_scan_derivative(ctx, dy, dfinal_state):
 torch.library.register_autograd(
     "reasoners::ssd_scan", _ssd_scan_derivative, setup_context=_ssd_scan_setup
 )
-
-
-@torch.library.impl("reasoners::ssd_scan_backward", "CUDA")
-def _(*arguments):
-    gradients = backward.ssd_scan_backward(_ops.ssd_scan, *arguments)
-    return tuple(arguments[0].new_empty(0) if g is None else g for g in gradients)
 
 
 def mamba_chunk_scan(

@@ -72,10 +72,131 @@ def test_forward_against_reference_cuda(case):
     reference.check(ops.ssd_scan, "ssd_scan", "cuda", **case)
 
 
+# Where the derivative takes other ways: chunks of 64 tokens in segments of 256 on tensor cores, rows
+# of the state in tiles for what these do not serve.
+CUDA_GRADIENT_TABLE = CUDA_TABLE | {
+    "a large chunk less one, bf16": {"batch": 1, "length": 63, "dtype": torch.bfloat16},
+    "a large chunk, bf16": {"batch": 1, "length": 64, "dtype": torch.bfloat16},
+    "a large chunk and one, bf16": {"batch": 1, "length": 65, "dtype": torch.bfloat16},
+    "several segments, bf16": {
+        "batch": 1, "length": 600, "H": 1, "Hx": 1, "Gb": 1, "Gc": 1, "dtype": torch.bfloat16,
+    },
+    "packed, several segments, bf16": {
+        "lengths": [33, 0, 1, 64, 130, 300], "H": 2, "Hx": 1, "Gb": 2, "Gc": 1,
+        "dtype": torch.bfloat16,
+    },
+    "P 64, N 64, bf16": {
+        "batch": 1, "length": 200, "P": 64, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2,
+        "dtype": torch.bfloat16,
+    },
+    "P 64, N 64, fp16": {
+        "batch": 1, "length": 200, "P": 64, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2,
+        "dtype": torch.float16,
+    },
+    "P 96, N 64, shared, bf16": {
+        "batch": 1, "length": 150, "P": 96, "N": 64, "H": 2, "Hx": 1, "Gb": 1, "Gc": 2,
+        "dtype": torch.bfloat16,
+    },
+    "P 128, N 64, bf16": {
+        "batch": 1, "length": 150, "P": 128, "N": 64, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1,
+        "dtype": torch.bfloat16,
+    },
+    "P 64, N 128, bf16": {
+        "batch": 1, "length": 150, "P": 64, "N": 128, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1,
+        "dtype": torch.bfloat16,
+    },
+    "P 128, N 128, bf16": {
+        "batch": 1, "length": 150, "P": 128, "N": 128, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1,
+        "dtype": torch.bfloat16,
+    },
+    "P 72, N 40, bf16": {
+        "batch": 1, "length": 70, "P": 72, "N": 40, "H": 1, "Hx": 1, "Gb": 1, "Gc": 1,
+        "dtype": torch.bfloat16,
+    },
+    "odd extents, bf16": {"P": 7, "N": 5, "dtype": torch.bfloat16},
+    "P 136, bf16": {"P": 136, "length": 20, "dtype": torch.bfloat16},
+    "no scale, bf16": {"scale": False, "length": 70, "dtype": torch.bfloat16},
+    "no D, bf16": {"D": False, "length": 70, "dtype": torch.bfloat16},
+    "zero decay, bf16": {"decay": 0.0, "length": 100, "dtype": torch.bfloat16},
+    "decay -20, bf16": {"decay": 20.0, "length": 100, "dtype": torch.bfloat16},
+    "several tiles of rows": {"P": 80, "N": 20},
+    "several spans": {"batch": 1, "length": 200},
+}  # fmt: skip
+
+
 @pytest.mark.cuda("ssd_scan", "ssd_scan_backward")
-@pytest.mark.parametrize("case", SSD_SCAN_CASES.values(), ids=SSD_SCAN_CASES.keys())
+@pytest.mark.parametrize("case", CUDA_GRADIENT_TABLE.values(), ids=CUDA_GRADIENT_TABLE.keys())
 def test_against_reference_cuda(case):
     check(case, "cuda")
+
+
+SIZES_CUDA = [
+    (torch.float32, {}),
+    (torch.bfloat16, {}),
+    (torch.bfloat16, {"P": 64, "N": 64}),
+]
+
+
+def backward_arguments_cuda(dtype, **case):
+    """(dy, dfinal_state), and by name the arguments of the forward."""
+    inputs = ssd_scan_inputs(dtype=dtype, **case)
+    g = torch.Generator().manual_seed(2)
+    batch, length, heads = inputs["log_decay"].shape
+    dy = torch.randn(batch, length, heads, inputs["x"].shape[3], generator=g).to(dtype).cuda()
+    dfinal = torch.randn(inputs["initial_state"].shape, generator=g).cuda()
+    return (dy, dfinal), {k: v if v is None else v.cuda() for k, v in inputs.items()}
+
+
+@pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize(("dtype", "sizes"), SIZES_CUDA)
+def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, sizes):
+    """And two runs give the same bits, of the sums over all tokens too."""
+    lengths, backward = [33, 1, 64, 300], torch.ops.reasoners.ssd_scan_backward
+    (dy, dfinal), packed = backward_arguments_cuda(dtype, lengths=lengths, Hx=2, Gb=1, **sizes)
+    together = backward(dy, dfinal, *packed.values())
+    assert_equal(backward(dy, dfinal, *packed.values()), together)
+    begin = 0
+    for i, length in enumerate(lengths):
+        where = slice(begin, begin + length)
+        alone = {**packed, "cu_seqlens": None, "initial_state": packed["initial_state"][i : i + 1]}
+        for name in ("x", "log_decay", "B", "C", "scale"):
+            rows = packed[name][:, where]
+            wide = rows.new_zeros(1, length, rows[0, 0].numel() + 3)
+            alone[name] = wide[..., 3:].view(rows.shape).copy_(rows)
+        *tokens, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
+        assert_equal(tokens, [gradient[:, where] for gradient in together[:5]])
+        assert torch.equal(dinitial, together[6][i : i + 1])
+        begin += length
+
+
+@pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize(("dtype", "sizes"), SIZES_CUDA)
+def test_minus_infinity_passes_nothing_back_cuda(dtype, sizes):
+    (dy, dfinal), inputs = backward_arguments_cuda(dtype, length=150, batch=1, **sizes)
+    inputs["log_decay"][:, [20, 130]] = float("-inf")
+    gradients = torch.ops.reasoners.ssd_scan_backward(dy, dfinal, *inputs.values())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[1][:, [20, 130]] == 0).all()
+    dy[:, :20] = 0  # all that the tokens before the reset are for
+    gradients = torch.ops.reasoners.ssd_scan_backward(dy, dfinal, *inputs.values())
+    for gradient in (*gradients[:5], gradients[6]):
+        assert (gradient[:, :20] == 0).all()
+
+
+@pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("dtype", "sizes"), SIZES_CUDA)
+def test_bad_values_stay_in_their_sequence_cuda(dtype, sizes, bad):
+    (dy, dfinal), inputs = backward_arguments_cuda(dtype, lengths=[37, 40, 20], **sizes)
+    clean = torch.ops.reasoners.ssd_scan_backward(dy, dfinal, *inputs.values())
+    for name in ("x", "B", "C", "scale"):
+        inputs[name][0, 57] = bad
+    inputs["log_decay"][:, 58] = float("nan")
+    spoilt = torch.ops.reasoners.ssd_scan_backward(dy, dfinal, *inputs.values())
+    for got, expected in zip(spoilt[:5], clean[:5]):
+        assert torch.equal(got[:, :37], expected[:, :37])
+        assert torch.equal(got[:, 77:], expected[:, 77:])
+    assert not spoilt[1][:, 37:58].isfinite().any()
 
 
 @pytest.mark.cuda("ssd_scan")

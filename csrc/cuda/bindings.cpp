@@ -527,6 +527,56 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& log_decay, co
   return {y, final_state};
 }
 
+// The same (batch, length, ...) tensor with every token's values at a multiple of 16 bytes, if
+// their number allows it.
+Tensor aligned_to_16(const Tensor& t) {
+  const int64_t values = 16 / t.element_size();
+  const bool aligned =
+      is_aligned_to_16(t) && t.stride(0) % values == 0 && t.stride(1) % values == 0;
+  return aligned ? t : t.clone(at::MemoryFormat::Contiguous);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_backward(
+    const Tensor& dy_in, const Tensor& dfinal_state_in, const Tensor& x, const Tensor& log_decay,
+    const Tensor& B, const Tensor& C, const OptionalTensor& scale, const OptionalTensor& D,
+    const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+  constexpr const char* op = "ssd_scan_backward";
+  const int64_t sequences =
+      check_ssd_scan(op, x, log_decay, B, C, scale, D, initial_state, cu_seqlens);
+  const int64_t heads = log_decay.size(2);
+  const Check check{op};
+  check.tensor("dy", dy_in, x, x.scalar_type(), {x.size(0), x.size(1), heads, x.size(3)},
+               "(batch, length, H, P)");
+  check.tensor("dfinal_state", dfinal_state_in, x, at::kFloat,
+               {sequences, heads, x.size(3), B.size(3)}, "(batch or sequences, H, P, N)");
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor dy = aligned_to_16(packed_rows(dy_in, 2)),
+               dfinal_state = dfinal_state_in.contiguous();
+  SsdScanTensors t(op, aligned_to_16(packed_rows(x, 2)), log_decay,
+                   aligned_to_16(packed_rows(B, 2)), aligned_to_16(packed_rows(C, 2)), scale, D,
+                   initial_state, cu_seqlens, sequences);
+  auto dx = empty_like(x, x), dlog_decay = empty_like(log_decay, log_decay), dB = empty_like(B, x),
+       dC = empty_like(C, x), dscale = empty_like(scale, log_decay), dD = empty_like(D, log_decay),
+       dinitial_state = empty_like(initial_state, log_decay);
+  auto scratch = at::empty({count_ssd_scan_scratch(t.p)}, log_decay.options());
+  SsdScanBackwardParams p{};
+  p.forward = t.p;
+  p.dy = dy.const_data_ptr();
+  p.dfinal_state = dfinal_state.const_data_ptr<float>();
+  p.dx = dx.mutable_data_ptr();
+  p.dlog_decay = dlog_decay.mutable_data_ptr<float>();
+  p.dB = dB.mutable_data_ptr();
+  p.dC = dC.mutable_data_ptr();
+  p.dscale = scale ? dscale.mutable_data_ptr<float>() : nullptr;
+  p.dD = D ? dD.mutable_data_ptr<float>() : nullptr;
+  p.dinitial_state = initial_state ? dinitial_state.mutable_data_ptr<float>() : nullptr;
+  p.scratch = scratch.mutable_data_ptr<float>();
+  p.dy_strides = token_strides(dy);
+  launch_ssd_scan_backward(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {dx, dlog_decay, dB, dC, dscale, dD, dinitial_state};
+}
+
 // What selective_scan and its derivative read.
 struct SelectiveScanTensors {
   Tensor x, delta, A, B, C;
@@ -879,6 +929,7 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("rotate", &rotate);
   m.impl("advance", &advance);
   m.impl("ssd_scan", &ssd_scan);
+  m.impl("ssd_scan_backward", &ssd_scan_backward);
   m.impl("selective_scan", &selective_scan);
   m.impl("selective_scan_backward", &selective_scan_backward);
   m.impl("causal_conv1d", &causal_conv1d);

@@ -1,0 +1,920 @@
+// The derivative of ssd_scan on tensor cores, for 16-bit data; ssd_scan_backward_rows.cu serves the
+// rest.
+//
+// A block walks one head of one sequence, kChunk tokens at a time. Within a chunk, where
+// c_i = log_decay_0 + ... + log_decay_i, L_ij = exp(c_i - c_j) for j <= i and 0 elsewhere,
+// since_i = exp(c_i), until_j = exp(c_last - c_j), U = scale X, S is the state before the chunk and
+// dS the gradient of the state after it:
+//   dC = since (dY S) + (dY U^T * L) B             dU = until (B dS^T) + (C B^T * L)^T dY
+//   dB = until (U dS) + (dY U^T * L)^T C           dX = scale dU + D dY,  dscale = dU . X
+//   dS before the chunk = since_last dS + (since dY)^T C
+// and d log_decay_i is all that passes from before token i to i or later: from the state before to
+// tokens, between tokens (C B^T * L * dY U^T), from tokens to the state after, from state to state.
+// All of it comes from the fp32 sums of the products, and as plain sums, never as a difference of
+// larger ones: a decay of 0 passes on exactly nothing.
+//
+// The way there: forwards over the sequence, leaving the state at the start of every segment of
+// kSegment chunks in global memory, rounded to the data's type, 6 % of the input at P = N = 64;
+// then segment by segment from the last, forwards once more, leaving the states between the
+// segment's chunks (they and the segment's x and B are still in the second-level cache), and
+// backwards with dS in fp32 registers. What is read for the next step is on its way while one is
+// computed. Nothing quadratic in the chunk leaves the multiprocessor. To cut a long sequence into
+// parts for several blocks, the two walks would start from states and gradients at the cuts; they
+// do not depend on anything else.
+//
+// Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
+// computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
+// the lower triangle of 16 x 16 blocks is computed for (C B^T * L) and (dY U^T * L); through shared
+// memory they turn from the rows of one warp into the columns of another. Warps with many blocks on
+// or left of the diagonal have few below it.
+//
+//   P, N         64, 64   96, 64   128, 64   64, 128   128, 128      the next larger serves others
+//   buffers         2        1        1         1          2         of x, B, C, dy
+//   shared, kB     112       93      110       108        229
+//   blocks per SM   2        2        2         2          1
+//
+// Bytes that must move (P = N = 64, no sharing), a head and token: 512 in for x, B, C and dy, 384
+// out for their gradients but dy's, 16 for scalars; this kernel moves 256 more, for x and B of the
+// first walk, and 16 for states. Gradients that heads share go through fp32 sums of each head, 8
+// bytes an element and head more; a cluster of the heads that share could save that.
+
+#include <algorithm>
+
+#include "async_copy.cuh"
+#include "convert.cuh"
+#include "kernels.h"
+#include "mma.cuh"
+#include "scan.cuh"
+#include "scan_backward.cuh"
+#include "ssd_scan_backward.cuh"
+#include "sum_partials.cuh"
+
+namespace reasoners {
+namespace {
+
+constexpr int kChunk = 64, kBlock = 16, kBlocks = kChunk / kBlock;
+constexpr int kSegment = 4;  // chunks
+constexpr int kHalves = 2, kWarps = kBlocks * kHalves, kThreads = 32 * kWarps;
+constexpr float kLog2e = 1.44269504088896f;
+// Steps below this are as good as -inf in fp32, and sums over a chunk stay exact enough.
+constexpr float kSmallestStep = -110.f;
+
+template <typename data_t>
+__device__ uint32_t pack(float low, float high) {
+  const Vec<data_t, 2> pair{from_float<data_t>(low), from_float<data_t>(high)};
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <typename data_t>
+__device__ float2 unpack(uint32_t bits) {
+  const auto pair = *reinterpret_cast<const Vec<data_t, 2>*>(&bits);
+  return {to_float(pair.at[0]), to_float(pair.at[1])};
+}
+
+// A matrix in shared memory. Rows are 16 bytes further apart than they are long, so that the same
+// columns of eight rows lie in different banks.
+template <typename data_t, int kRows, int kColumns>
+struct Matrix {
+  static constexpr int kPitch = kColumns + 8;
+  data_t at[kRows][kPitch];
+
+  // The fragment of A with rows [row, row + 16) and columns [column, column + 16).
+  __device__ void load_a(uint32_t (&a)[4], int row, int column) const {
+    const int l = threadIdx.x % 32;
+    load_matrices(a, &at[row + l % 16][column + l / 16 * 8]);
+  }
+  // The same of the transposed matrix; row and column are those of the transposed matrix.
+  __device__ void load_a_transposed(uint32_t (&a)[4], int row, int column) const {
+    const int l = threadIdx.x % 32;
+    load_matrices_transposed(a, &at[column + l % 8 + l / 16 * 8][row + l / 8 % 2 * 8]);
+  }
+  // Two fragments of B, b[0], b[1] and b[2], b[3], that have the rows [row, row + 16) and the
+  // columns [column, column + 8) and the 8 columns after them.
+  __device__ void load_b(uint32_t (&b)[4], int row, int column) const {
+    const int l = threadIdx.x % 32;
+    load_matrices_transposed(b, &at[row + l % 16][column + l / 16 * 8]);
+  }
+  __device__ void load_b_transposed(uint32_t (&b)[4], int row, int column) const {
+    const int l = threadIdx.x % 32;
+    load_matrices(b, &at[column + l % 8 + l / 16 * 8][row + l / 8 % 2 * 8]);
+  }
+  // Two fragments of B of the transposed matrix below each other: 32 rows, 8 columns.
+  __device__ void load_b_transposed_tall(uint32_t (&b)[4], int row, int column) const {
+    const int l = threadIdx.x % 32;
+    load_matrices(b, &at[column + l % 8][row + l / 8 * 8]);
+  }
+  __device__ uint32_t pair(int row, int column) const {
+    return *reinterpret_cast<const uint32_t*>(&at[row][column]);
+  }
+  __device__ void put_pair(int row, int column, uint32_t value) {
+    *reinterpret_cast<uint32_t*>(&at[row][column]) = value;
+  }
+};
+
+// The blocks on and below the diagonal of a (kChunk, kChunk) matrix. The two halves of a row change
+// places every four rows, for the banks.
+template <typename data_t>
+struct Triangle {
+  data_t at[kBlocks * (kBlocks + 1) / 2][kBlock][kBlock];
+
+  __device__ static int block(int i, int j) { return i * (i + 1) / 2 + j; }
+  __device__ const data_t* half_row(int i, int j, int row, int half) const {
+    return &at[block(i, j)][row][(half ^ (row >> 2 & 1)) * 8];
+  }
+  __device__ void load_a(uint32_t (&a)[4], int i, int j) const {
+    const int l = threadIdx.x % 32;
+    load_matrices(a, half_row(i, j, l % 16, l / 16));
+  }
+  // Of block (j, i) transposed: rows are the columns of block column `j`.
+  __device__ void load_a_transposed(uint32_t (&a)[4], int i, int j) const {
+    const int l = threadIdx.x % 32;
+    load_matrices_transposed(a, half_row(i, j, l % 8 + l / 16 * 8, l / 8 % 2));
+  }
+  __device__ void put_pair(int i, int j, int row, int column, uint32_t value) {
+    auto* half = const_cast<data_t*>(half_row(i, j, row, column / 8));
+    *reinterpret_cast<uint32_t*>(half + column % 8) = value;
+  }
+};
+
+// What every token of a chunk is weighed with.
+struct alignas(16) Scalars {
+  float c[kChunk];      // log_decay summed from the start of the chunk, for powers of 2
+  float scale[kChunk];  // as it came
+  float since[kChunk], until[kChunk];
+  float gain[kChunk];  // until * scale
+  float whole;         // since of the last token
+};
+
+template <typename data_t, int kP, int kN>
+struct Tile {
+  struct Inputs {
+    Matrix<data_t, kChunk, kP> x, dy;
+    Matrix<data_t, kChunk, kN> b, c;
+  };
+  struct Rest {
+    Matrix<data_t, kP, kN> state, dstate;
+    Triangle<data_t> scores, dscores;  // C B^T * L, dY U^T * L
+    Scalars scalars[2];
+    // What passes between tokens: sums over the columns of blocks left of the diagonal, by half;
+    // over the rows of every block below it; the blocks on the diagonal.
+    alignas(16) float row_sums[kHalves][kChunk], column_sums[kBlocks][kChunk];
+    float diagonal[kBlocks][kBlock][kBlock + 1];
+    // What the state before gives to a token, a token to the state after; dscale. By half.
+    float received[kHalves][kChunk], given[kHalves][kChunk], dscale[kHalves][kChunk];
+    float inner[2][kWarps];  // products of state and dstate
+  };
+  static constexpr int kPerSM = 233472;  // bytes of a multiprocessor, 1024 of them for each block
+  static constexpr int kWanted = kP * kN <= 128 * 64 ? 2 : 1;  // blocks per multiprocessor
+  static constexpr int kBuffers =
+      kWanted * (2 * sizeof(Inputs) + sizeof(Rest) + 1024) <= kPerSM ? 2 : 1;
+  struct Shared {
+    Inputs inputs[kBuffers];
+    Rest rest;
+  };
+  static_assert(kWanted * (sizeof(Shared) + 1024) <= kPerSM);
+  // A state in registers: rows 16 (r + 4 m), columns 8 n of the warp's half.
+  static constexpr int kRowTiles = (kP / 16 + kBlocks - 1) / kBlocks;
+  static constexpr int kColumnTiles = kN / 8 / kHalves;
+  static constexpr int kStateValues = kRowTiles * kColumnTiles * 4;  // of a thread
+};
+
+// D += A B^T for the rows [row, row + 16) of A and kTiles tiles of 8 columns from `column` on,
+// which are rows of B.
+template <typename data_t, int kDepth, int kTiles, typename A, typename B>
+__device__ void multiply_by_transposed(float (&d)[kTiles][4], const A& a_rows, int row,
+                                       const B& b_rows, int column) {
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[4];
+    a_rows.load_a(a, row, k);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t b[4];
+      b_rows.load_b_transposed(b, k, column + n * 8);
+      multiply_add<data_t>(d[n], a, b[0], b[1]);
+      multiply_add<data_t>(d[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+template <typename data_t, int kDepth, int kTiles, typename A, typename B>
+__device__ void multiply(float (&d)[kTiles][4], const A& a_rows, int row, const B& b_rows,
+                         int column) {
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[4];
+    a_rows.load_a(a, row, k);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t b[4];
+      b_rows.load_b(b, k, column + n * 8);
+      multiply_add<data_t>(d[n], a, b[0], b[1]);
+      multiply_add<data_t>(d[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+// The same with one 16 x 16 fragment of A at hand.
+template <typename data_t, int kTiles, typename B>
+__device__ void multiply_block(float (&d)[kTiles][4], const uint32_t (&a)[4], const B& b_rows,
+                               int row, int column) {
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2) {
+    uint32_t b[4];
+    b_rows.load_b(b, row, column + n * 8);
+    multiply_add<data_t>(d[n], a, b[0], b[1]);
+    multiply_add<data_t>(d[n + 1], a, b[2], b[3]);
+  }
+}
+
+struct TileScratch : SsdScanScratch {
+  int first_between;  // of the states between the chunks of a segment, among all states
+  int between;        // how many a block keeps
+};
+
+// Sum over the four lanes that hold a row of D.
+__device__ inline float sum_row(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+__device__ inline float sum_warp(float v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+  return v;
+}
+
+// Where the rows of a chunk's gradient go: the output, or sums in fp32 for the heads of a group.
+template <typename data_t>
+struct GradientRows {
+  data_t* whole;
+  float* part;  // null when the head does not share
+  int token;    // values of one, all groups
+
+  // `offset`: of the head's group within a token; `first`: the chunk's first token.
+  __device__ GradientRows(const PartedGradient& gradient, void* sum, float* scratch, int head,
+                          int offset, int64_t tokens, int64_t first)
+      : token(gradient.groups * gradient.width) {
+    const int64_t at = first * token + offset;
+    whole = static_cast<data_t*>(sum) + at;
+    part = gradient.count > 1
+               ? scratch + gradient.parts + head % gradient.count * tokens * token + at
+               : nullptr;
+  }
+  // Two tiles of D with the rows row + g and row + g + 8 and the columns from `column` on. Lanes
+  // trade halves of tiles so that each writes 8 bytes and four write a whole sector.
+  __device__ void store(int count, int row, int column, int width, const float (&left)[4],
+                        const float (&right)[4]) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const bool odd = q & 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float *l = left + half * 2, *r = right + half * 2;
+      const uint32_t mine[2] = {pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])};
+      const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+      const int i = row + g + half * 8;
+      if (i >= count) continue;
+      const int64_t first = int64_t(i) * token;
+      if (part == nullptr) {
+        const int at = odd ? column + 8 + 2 * (q - 1) : column + 2 * q;
+        if (at < width)
+          *reinterpret_cast<uint2*>(whole + first + at) =
+              odd ? uint2{theirs, mine[1]} : uint2{mine[0], theirs};
+      } else {
+        float* to = part + first + column + 2 * q;
+        if (column < width) *reinterpret_cast<float2*>(to) = {l[0], l[1]};
+        if (column + 8 < width) *reinterpret_cast<float2*>(to + 8) = {r[0], r[1]};
+      }
+    }
+  }
+};
+
+template <typename data_t, int kP, int kN>
+__global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
+    ssd_scan_backward_kernel(const SsdScanBackwardParams p, const TileScratch scratch) {
+  using T = Tile<data_t, kP, kN>;
+  constexpr int kRowTiles = T::kRowTiles, kColumnTiles = T::kColumnTiles;
+  using State = float[kRowTiles][kColumnTiles][4];
+  extern __shared__ float4 shared_memory[];
+  auto& shared = *reinterpret_cast<typename T::Shared*>(shared_memory);
+  auto& rest = shared.rest;
+
+  const SsdScanParams& f = p.forward;
+  // Where the block is; offsets follow from it, in 64 bits, where they are needed.
+  const int index = blockIdx.x / f.heads, head = blockIdx.x % f.heads;
+  const Sequence sequence = sequence_at(f.cu_seqlens, f.length, index);
+  const int batch = static_cast<int>(sequence.batch), begin = static_cast<int>(sequence.begin),
+            length = static_cast<int>(sequence.end - sequence.begin);
+  const int x_offset = head / (f.heads / f.x_heads) * f.head_dim,
+            b_offset = head / (f.heads / f.b_groups) * f.state_dim,
+            c_offset = head / (f.heads / f.c_groups) * f.state_dim;
+  const float skip = f.D ? f.D[head] : 0.f;
+
+  // By a shuffle, so that the compiler knows it to be the same for all lanes.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int r = warp % kBlocks, h = warp / kBlocks;
+  const int first_token = r * kBlock, n_half = h * (kN / kHalves), p_half = h * (kP / kHalves);
+
+  // ---- What the next step reads, on its way.
+  int buffer = 0, next_buffer = 0, parity = 1;
+  float next_decay[2],
+      next_scale[2];  // of tokens 2 lane and 2 lane + 1, in the warp that sums them
+  constexpr int kScalarWarp = 2;
+  const auto copy_rows = [&](auto& to, const void* data, TokenStrides strides, int offset, int t,
+                             int width) {
+    constexpr int kVectors = sizeof(to.at[0]) / 16 - 1, kCopies = kChunk * kVectors / kThreads;
+    const auto* from = static_cast<const data_t*>(data) + opaque(batch) * strides.batch +
+                       opaque(begin + t) * strides.token + offset;
+#pragma unroll
+    for (int u = 0; u < kCopies; ++u) {
+      const int v = threadIdx.x + u * kThreads, i = v / kVectors, column = v % kVectors * 8;
+      const bool there = t + i < length && column < width;
+      copy_async_16_once(&to.at[i][column], there ? from + i * strides.token + column : from,
+                         there);
+    }
+  };
+  const auto request = [&](int chunk, bool back) {
+    const int t = chunk * kChunk;
+    auto& in = shared.inputs[next_buffer];
+    next_buffer = (next_buffer + 1) % T::kBuffers;
+    copy_rows(in.x, f.x, f.x_strides, x_offset, t, f.head_dim);
+    copy_rows(in.b, f.B, f.b_strides, b_offset, t, f.state_dim);
+    if (back) {
+      copy_rows(in.c, f.C, f.c_strides, c_offset, t, f.state_dim);
+      copy_rows(in.dy, p.dy, p.dy_strides, head * f.head_dim, t, f.head_dim);
+    }
+    commit_copies();
+    if (warp != kScalarWarp) return;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = t + 2 * lane + k;
+      const auto read = [&](const float* data, TokenStrides strides) {
+        return data[opaque(batch) * strides.batch + opaque(begin + i) * strides.token + head];
+      };
+      next_decay[k] = i < length ? read(f.log_decay, f.log_decay_strides) : 0.f;
+      next_scale[k] = i < length && f.scale ? read(f.scale, f.scale_strides) : 1.f;
+    }
+  };
+  // Of the chunk requested last; a barrier makes them visible.
+  const auto put_scalars = [&] {
+    parity ^= 1;
+    if (warp != kScalarWarp) return;
+    auto& to = rest.scalars[parity];
+    // Written so that a NaN stays one.
+    const float first = kLog2e * (next_decay[0] < kSmallestStep ? kSmallestStep : next_decay[0]);
+    const float second = kLog2e * (next_decay[1] < kSmallestStep ? kSmallestStep : next_decay[1]);
+    float sum = first + second;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const float before = __shfl_up_sync(~0u, sum, offset);
+      if (lane >= offset) sum += before;
+    }
+    const float before = __shfl_up_sync(~0u, sum, 1);
+    const float sums[2] = {lane > 0 ? before + first : first, sum};
+    const float last = __shfl_sync(~0u, sum, 31);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = 2 * lane + k;
+      const float until = exp2_fast(last - sums[k]);
+      to.c[i] = sums[k];
+      to.scale[i] = next_scale[k];
+      to.since[i] = exp2_fast(sums[k]);
+      to.until[i] = until;
+      to.gain[i] = until * next_scale[k];
+    }
+    if (lane == 0) to.whole = exp2_fast(last);
+  };
+
+  // ---- States in registers, shared and global memory.
+  const auto each = [&](auto&& visit) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) visit(m, n, 16 * (r + kBlocks * m), n_half + 8 * n);
+  };
+  const auto read_state = [&](const float* data, State& to) {
+    each([&](int m, int n, int first_row, int first_column) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int i = first_row + g + v / 2 * 8, j = first_column + 2 * q + v % 2;
+        const bool in = data != nullptr && i < f.head_dim && j < f.state_dim;
+        to[m][n][v] = in ? data[int64_t(i) * f.state_dim + j] : 0.f;
+      }
+    });
+  };
+  // to = whole to + (weight rows)^T columns, summed over the chunk's tokens.
+  const auto advance = [&](State& to, float whole, const auto& rows, const float* weight,
+                           const auto& columns) {
+    each([&](int m, int n, int, int) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) to[m][n][v] *= whole;
+    });
+#pragma unroll
+    for (int k = 0; k < kChunk; k += 16) {
+      const float2 low = *reinterpret_cast<const float2*>(weight + k + 2 * q),
+                   high = *reinterpret_cast<const float2*>(weight + k + 2 * q + 8);
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        if (16 * (r + kBlocks * m) >= kP) continue;
+        rows.load_a_transposed(a[m], 16 * (r + kBlocks * m), k);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const float2 pair = unpack<data_t>(a[m][v]), w = v < 2 ? low : high;
+          a[m][v] = pack<data_t>(pair.x * w.x, pair.y * w.y);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        uint32_t in[4];
+        columns.load_b(in, k, n_half + n * 8);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          if (16 * (r + kBlocks * m) >= kP) continue;
+          multiply_add<data_t>(to[m][n], a[m], in[0], in[1]);
+          multiply_add<data_t>(to[m][n + 1], a[m], in[2], in[3]);
+        }
+      }
+    }
+  };
+  const auto put_state = [&](Matrix<data_t, kP, kN>& to, const State& state) {
+    each([&](int m, int n, int first_row, int first_column) {
+      if (first_row >= kP) return;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        to.put_pair(first_row + g + half * 8, first_column + 2 * q,
+                    pack<data_t>(state[m][n][2 * half], state[m][n][2 * half + 1]));
+    });
+  };
+  // Kept states are in the order of the threads that keep them, and nobody else reads them.
+  constexpr int kVectors = T::kStateValues / 8;
+  const auto kept = [&](int place) {
+    return reinterpret_cast<uint4*>(p.scratch + scratch.states) +
+           int64_t(place) * kVectors * kThreads + threadIdx.x;
+  };
+  const int first_kept = static_cast<int>(
+      first_checkpoint(sequence, f.length, index, kSegment * kChunk) * f.heads + head);
+  const auto place_of = [&](int segment, int chunk) {  // of the state before a segment's chunk
+    return chunk == 0 ? first_kept + segment * f.heads
+                      : scratch.first_between + int(blockIdx.x) * scratch.between + chunk - 1;
+  };
+  const auto keep = [&](int place, const State& state) {
+    const float* values = &state[0][0][0];
+    uint4* to = kept(place);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      to[v * kThreads] = {pack<data_t>(values[8 * v], values[8 * v + 1]),
+                          pack<data_t>(values[8 * v + 2], values[8 * v + 3]),
+                          pack<data_t>(values[8 * v + 4], values[8 * v + 5]),
+                          pack<data_t>(values[8 * v + 6], values[8 * v + 7])};
+  };
+  const auto recall = [&](int place, uint4(&to)[kVectors]) {
+    const uint4* data = kept(place);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) to[v] = data[v * kThreads];
+  };
+  const auto widen = [&](const uint4(&data)[kVectors], State& to) {
+    float* values = &to[0][0][0];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t words[4] = {data[v].x, data[v].y, data[v].z, data[v].w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 pair = unpack<data_t>(words[k]);
+        values[8 * v + 2 * k] = pair.x;
+        values[8 * v + 2 * k + 1] = pair.y;
+      }
+    }
+  };
+
+  // ---- The walks.
+  const int chunks = (length + kChunk - 1) / kChunk;
+  const int segments = (chunks + kSegment - 1) / kSegment;
+  // One step forwards; `request_next` asks for what the step after this one reads.
+  const auto step_forwards = [&](State& state, auto&& request_next) {
+    put_scalars();
+    wait_copies();
+    __syncthreads();
+    const auto& in = shared.inputs[buffer];
+    buffer = (buffer + 1) % T::kBuffers;
+    const auto& scalars = rest.scalars[parity];
+    if (T::kBuffers == 2) request_next();
+    advance(state, scalars.whole, in.x, scalars.gain, in.b);
+    if (T::kBuffers == 1) {
+      __syncthreads();
+      request_next();
+    }
+  };
+
+  // Of the state in a state tensor.
+  const auto home = [&] { return int64_t(blockIdx.x) * f.head_dim * f.state_dim; };
+  {
+    State state;
+    read_state(f.initial_state ? f.initial_state + home() : nullptr, state);
+    if (segments > 0) request(0, chunks == 1);
+    for (int segment = 0; segment < segments; ++segment) {
+      keep(place_of(segment, 0), state);
+      if (segment + 1 == segments) break;
+#pragma unroll 1
+      for (int k = 0; k < kSegment; ++k) {
+        // At the end of this walk that is where the other begins, backwards if it is the last.
+        const int next = segment * kSegment + k + 1;
+        step_forwards(state, [&] { request(next, next + 1 == chunks); });
+      }
+    }
+  }
+
+  State dstate;
+  read_state(p.dfinal_state + home(), dstate);
+  float dD = 0.f;
+  for (int segment = segments - 1; segment >= 0; --segment) {
+    const int count_of_chunks = min(kSegment, chunks - segment * kSegment);
+    uint4 before[kVectors];
+    {
+      State state;
+      recall(place_of(segment, 0), before);
+      widen(before, state);
+#pragma unroll 1
+      for (int k = 0; k + 1 < count_of_chunks; ++k) {
+        step_forwards(state,
+                      [&] { request(segment * kSegment + k + 1, k + 2 == count_of_chunks); });
+        keep(place_of(segment, k + 1), state);
+      }
+      if (count_of_chunks > 1) recall(place_of(segment, count_of_chunks - 1), before);
+    }
+    for (int k = count_of_chunks - 1; k >= 0; --k) {
+      const int t = (segment * kSegment + k) * kChunk, count = min(kChunk, length - t);
+      // The chunk's rows of a gradient.
+      const auto rows_of = [&](const PartedGradient& gradient, void* sum, int offset) {
+        const int64_t tokens = f.batch * f.length;
+        const int64_t first = opaque(batch) * f.length + opaque(begin + t);
+        return GradientRows<data_t>(gradient, sum, p.scratch, head, offset, tokens, first);
+      };
+      const auto request_next = [&] {
+        const int here = segment * kSegment + k;
+        // From a segment's first chunk on to the first one of the segment before.
+        if (here > 0) request(k > 0 ? here - 1 : here - kSegment, k > 0);
+      };
+
+      // The states on both sides of the chunk, for the products with them.
+      {
+        State state;
+        widen(before, state);
+        put_state(rest.state, state);
+        put_state(rest.dstate, dstate);
+        float inner = 0.f;
+        each([&](int m, int n, int first_row, int) {
+          if (first_row >= kP) return;
+#pragma unroll
+          for (int v = 0; v < 4; ++v) inner = fmaf(state[m][n][v], dstate[m][n][v], inner);
+        });
+        inner = sum_warp(inner);
+        if (lane == 0) rest.inner[parity ^ 1][warp] = inner;
+      }
+      put_scalars();
+      wait_copies();
+      __syncthreads();
+      const auto& in = shared.inputs[buffer];
+      buffer = (buffer + 1) % T::kBuffers;
+      const Scalars& scalars = rest.scalars[parity];
+      if (T::kBuffers == 2) request_next();
+
+      // (C B^T * L) and (dY U^T * L), and what passes between tokens.
+      {
+        const int i0 = first_token + g;
+        const float c_of[2] = {scalars.c[i0], scalars.c[i0 + 8]};
+        float row_sums[2] = {};
+        // Read once where there are registers for it.
+        constexpr bool kOnce = kP * kN == 64 * 64 || T::kWanted == 1;
+        uint32_t c_rows[kN / 16][4], dy_rows[kP / 16][4];
+        const auto read_rows = [&] {
+#pragma unroll
+          for (int d = 0; d < kN / 16; ++d) in.c.load_a(c_rows[d], first_token, d * 16);
+#pragma unroll
+          for (int d = 0; d < kP / 16; ++d) in.dy.load_a(dy_rows[d], first_token, d * 16);
+        };
+        if (kOnce) read_rows();
+#pragma unroll 1
+        for (int block = 0; block <= r; ++block) {
+          const int j0 = block * kBlock + h * 8;  // a tile of 8 columns
+          float score[4] = {}, dscore[4] = {};
+          if (!kOnce) read_rows();
+#pragma unroll
+          for (int d = 0; d < kN; d += 32) {
+            uint32_t tall[4];
+            in.b.load_b_transposed_tall(tall, d, j0);
+            multiply_add<data_t>(score, c_rows[d / 16], tall[0], tall[1]);
+            multiply_add<data_t>(score, c_rows[d / 16 + 1], tall[2], tall[3]);
+          }
+#pragma unroll
+          for (int d = 0; d < kP; d += 32) {
+            uint32_t tall[4];
+            in.x.load_b_transposed_tall(tall, d, j0);
+            multiply_add<data_t>(dscore, dy_rows[d / 16], tall[0], tall[1]);
+            multiply_add<data_t>(dscore, dy_rows[d / 16 + 1], tall[2], tall[3]);
+          }
+          const float2 c_from = *reinterpret_cast<const float2*>(&scalars.c[j0 + 2 * q]),
+                       scale_of = *reinterpret_cast<const float2*>(&scalars.scale[j0 + 2 * q]);
+          float passed[4];
+#pragma unroll
+          for (int v = 0; v < 4; ++v) {
+            const int i = i0 + v / 2 * 8, j = j0 + 2 * q + v % 2;
+            const float decay =
+                j <= i ? exp2_fast(c_of[v / 2] - (v % 2 ? c_from.y : c_from.x)) : 0.f;
+            dscore[v] *= v % 2 ? scale_of.y : scale_of.x;
+            score[v] *= decay;
+            passed[v] = score[v] * dscore[v];
+            dscore[v] *= decay;
+          }
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = g + half * 8, j = h * 8 + 2 * q;
+            rest.scores.put_pair(r, block, i, j,
+                                 pack<data_t>(score[2 * half], score[2 * half + 1]));
+            rest.dscores.put_pair(r, block, i, j,
+                                  pack<data_t>(dscore[2 * half], dscore[2 * half + 1]));
+          }
+          if (block == r) {
+#pragma unroll
+            for (int v = 0; v < 4; ++v) {
+              const int i = g + v / 2 * 8, j = h * 8 + 2 * q + v % 2;
+              rest.diagonal[r][i][j] = j < i ? passed[v] : 0.f;
+            }
+            continue;
+          }
+          row_sums[0] += passed[0] + passed[1];
+          row_sums[1] += passed[2] + passed[3];
+          float columns[2] = {passed[0] + passed[2], passed[1] + passed[3]};
+#pragma unroll
+          for (int offset = 4; offset < 32; offset *= 2) {
+            columns[0] += __shfl_xor_sync(~0u, columns[0], offset);
+            columns[1] += __shfl_xor_sync(~0u, columns[1], offset);
+          }
+          if (g == 0)
+            *reinterpret_cast<float2*>(&rest.column_sums[r][j0 + 2 * q]) = {columns[0], columns[1]};
+        }
+        row_sums[0] = sum_row(row_sums[0]);
+        row_sums[1] = sum_row(row_sums[1]);
+        if (q < 2) rest.row_sums[h][i0 + q * 8] = q == 0 ? row_sums[0] : row_sums[1];
+      }
+      __syncthreads();
+
+      // dC and dB: the part of the state's, weighed and summed with the other factor, then the part
+      // of the chunk's tokens.
+      const auto weigh = [&](auto& d, const float* weight, const auto& factor, float* sums) {
+        const float weights[2] = {weight[first_token + g], weight[first_token + g + 8]};
+        float dots[2] = {};
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float2 pair =
+                unpack<data_t>(factor.pair(first_token + g + half * 8, n_half + n * 8 + 2 * q));
+            d[n][2 * half] *= weights[half];
+            d[n][2 * half + 1] *= weights[half];
+            dots[half] = fmaf(d[n][2 * half], pair.x, dots[half]);
+            dots[half] = fmaf(d[n][2 * half + 1], pair.y, dots[half]);
+          }
+        dots[0] = sum_row(dots[0]);
+        dots[1] = sum_row(dots[1]);
+        if (q < 2) sums[first_token + g + q * 8] = q == 0 ? dots[0] : dots[1];
+      };
+      {
+        float d[kColumnTiles][4] = {};
+        multiply<data_t, kP>(d, in.dy, first_token, rest.state, n_half);
+        weigh(d, scalars.since, in.c, rest.received[h]);
+#pragma unroll 1
+        for (int block = 0; block <= r; ++block) {
+          uint32_t a[4];
+          rest.dscores.load_a(a, r, block);
+          multiply_block<data_t>(d, a, in.b, block * kBlock, n_half);
+        }
+        const auto dC = rows_of(scratch.dC, p.dC, c_offset);
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; n += 2)
+          dC.store(count, first_token, n_half + n * 8, f.state_dim, d[n], d[n + 1]);
+      }
+      {
+        float d[kColumnTiles][4] = {};
+        multiply<data_t, kP>(d, in.x, first_token, rest.dstate, n_half);
+        weigh(d, scalars.gain, in.b, rest.given[h]);
+#pragma unroll 1
+        for (int block = r; block < kBlocks; ++block) {
+          uint32_t a[4];
+          rest.dscores.load_a_transposed(a, block, r);
+          multiply_block<data_t>(d, a, in.c, block * kBlock, n_half);
+        }
+        const auto dB = rows_of(scratch.dB, p.dB, b_offset);
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; n += 2)
+          dB.store(count, first_token, n_half + n * 8, f.state_dim, d[n], d[n + 1]);
+      }
+      // dU, and from it dX and dscale.
+      {
+        constexpr int kTiles = kP / 8 / kHalves;
+        float d[kTiles][4] = {};
+        multiply_by_transposed<data_t, kN>(d, in.b, first_token, rest.dstate, p_half);
+        const int j0 = first_token + g;
+        const float until[2] = {scalars.until[j0], scalars.until[j0 + 8]};
+        const float scale_of[2] = {scalars.scale[j0], scalars.scale[j0 + 8]};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int v = 0; v < 4; ++v) d[n][v] *= until[v / 2];
+#pragma unroll 1
+        for (int block = r; block < kBlocks; ++block) {
+          uint32_t a[4];
+          rest.scores.load_a_transposed(a, block, r);
+          multiply_block<data_t>(d, a, in.dy, block * kBlock, p_half);
+        }
+        float dscale[2] = {};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int column = p_half + n * 8 + 2 * q;
+            const float2 input = unpack<data_t>(in.x.pair(j0 + half * 8, column)),
+                         gradient = unpack<data_t>(in.dy.pair(j0 + half * 8, column));
+            float& low = d[n][2 * half];
+            float& high = d[n][2 * half + 1];
+            dscale[half] = fmaf(low, input.x, fmaf(high, input.y, dscale[half]));
+            dD = fmaf(gradient.x, input.x, fmaf(gradient.y, input.y, dD));
+            low = fmaf(scale_of[half], low, skip * gradient.x);
+            high = fmaf(scale_of[half], high, skip * gradient.y);
+          }
+        dscale[0] = sum_row(dscale[0]);
+        dscale[1] = sum_row(dscale[1]);
+        if (q < 2) rest.dscale[h][j0 + q * 8] = q == 0 ? dscale[0] : dscale[1];
+        const auto dx = rows_of(scratch.dx, p.dx, x_offset);
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2)
+          dx.store(count, first_token, p_half + n * 8, f.head_dim, d[n], d[n + 1]);
+      }
+      if (k > 0) recall(place_of(segment, k - 1), before);
+      advance(dstate, scalars.whole, in.dy, scalars.since, in.c);
+      __syncthreads();
+      if (T::kBuffers == 1) request_next();
+
+      // d log_decay, by two warps with a token each, while the others begin the next chunk.
+      if (threadIdx.x < kChunk) {
+        const int i = threadIdx.x, e = i % kBlock, block = i / kBlock;
+        // Between blocks: tokens of this block before i to later blocks, earlier blocks to tokens
+        // of this one from i on, and past the block altogether.
+        float from_here = 0.f;
+#pragma unroll
+        for (int later = 1; later < kBlocks; ++later)
+          if (later > block) from_here += rest.column_sums[later][i];
+        float to_here = block > 0 ? rest.row_sums[0][i] + rest.row_sums[1][i] : 0.f;
+#pragma unroll
+        for (int offset = 1; offset < kBlock; offset *= 2) {
+          const float before_here = __shfl_up_sync(~0u, from_here, offset),
+                      after_here = __shfl_down_sync(~0u, to_here, offset);
+          if (e >= offset) from_here += before_here;
+          if (e + offset < kBlock) to_here += after_here;
+        }
+        const float earlier = __shfl_up_sync(~0u, from_here, 1);
+        float sum = to_here + (e > 0 ? earlier : 0.f);
+        float past = warp == 0
+                         ? (lane < 16 ? rest.column_sums[2][lane] + rest.column_sums[3][lane] : 0.f)
+                         : rest.column_sums[3][lane];
+        past = sum_warp(past);
+        if (block == 1 || block == 2) sum += past;
+        // Within the block: rows summed up to each column, then columns from row i on.
+        float* diagonal = rest.diagonal[block][e];
+        float up_to = 0.f;
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) {
+          const float value = diagonal[j];
+          diagonal[j] = up_to;
+          up_to += value;
+        }
+        __syncwarp();
+#pragma unroll
+        for (int l = 0; l < kBlock; ++l)
+          if (l >= e) sum += rest.diagonal[block][l][e];
+        // From the state before to tokens from i on, from tokens before i to the state after.
+        const int other = i ^ 32;
+        float received = rest.received[0][i] + rest.received[1][i];
+        float given = rest.given[0][i] + rest.given[1][i];
+        const float rest_received = sum_warp(rest.received[0][other] + rest.received[1][other]);
+        const float rest_given = sum_warp(rest.given[0][other] + rest.given[1][other]);
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+          const float after_here = __shfl_down_sync(~0u, received, offset),
+                      before_here = __shfl_up_sync(~0u, given, offset);
+          if (lane + offset < 32) received += after_here;
+          if (lane >= offset) given += before_here;
+        }
+        const float given_before = __shfl_up_sync(~0u, given, 1);
+        sum += warp == 0 ? received + rest_received : received;
+        sum += (lane > 0 ? given_before : 0.f) + (warp == 1 ? rest_given : 0.f);
+        float inner = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) inner += rest.inner[parity][w];
+        sum = fmaf(scalars.whole, inner, sum);
+        const int64_t at = (batch * f.length + begin + t + i) * f.heads + head;
+        if (i < count) {
+          p.dlog_decay[at] = sum;
+          if (p.dscale) p.dscale[at] = rest.dscale[0][i] + rest.dscale[1][i];
+        }
+      }
+    }
+  }
+
+  if (p.dinitial_state) {
+    each([&](int m, int n, int first_row, int first_column) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int i = first_row + g + v / 2 * 8, j = first_column + 2 * q + v % 2;
+        if (i < f.head_dim && j < f.state_dim)
+          p.dinitial_state[home() + int64_t(i) * f.state_dim + j] = dstate[m][n][v];
+      }
+    });
+  }
+  if (p.dD) {
+    dD = sum_warp(dD);
+    __syncthreads();
+    if (lane == 0) rest.inner[0][warp] = dD;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int w = 1; w < kWarps; ++w) dD += rest.inner[0][w];
+    p.scratch[scratch.dD + blockIdx.x] = dD;
+  }
+}
+
+// What a shape runs on; the two uses are the launch and the size of its scratch memory.
+template <typename data_t, typename Use>
+void with_tile(const SsdScanParams& f, const Use& use) {
+  if (f.state_dim <= 64) {
+    if (f.head_dim <= 64)
+      return use(Tile<data_t, 64, 64>(), &ssd_scan_backward_kernel<data_t, 64, 64>);
+    if (f.head_dim <= 96)
+      return use(Tile<data_t, 96, 64>(), &ssd_scan_backward_kernel<data_t, 96, 64>);
+    return use(Tile<data_t, 128, 64>(), &ssd_scan_backward_kernel<data_t, 128, 64>);
+  }
+  if (f.head_dim <= 64)
+    return use(Tile<data_t, 64, 128>(), &ssd_scan_backward_kernel<data_t, 64, 128>);
+  use(Tile<data_t, 128, 128>(), &ssd_scan_backward_kernel<data_t, 128, 128>);
+}
+
+TileScratch scratch_of(const SsdScanParams& f, int state_values) {
+  TileScratch scratch{};
+  const int64_t checkpoints =
+      count_checkpoints(f.batch * f.length, f.sequences, kSegment * kChunk) * f.heads;
+  const int64_t most = std::min((f.length + kChunk - 1) / kChunk, int64_t(kSegment));
+  scratch.between = static_cast<int>(std::max(most - 1, int64_t(0)));
+  scratch.first_between = static_cast<int>(checkpoints);
+  const int64_t states = checkpoints + f.sequences * f.heads * scratch.between;
+  scratch.states = scratch.take(states * (state_values / 2 * kThreads));  // of 16 bits
+  scratch.dD = scratch.take(f.D ? f.sequences * f.heads : 0);
+  scratch.dx = scratch.take_parts(f, f.heads / f.x_heads, f.x_heads, f.head_dim);
+  scratch.dB = scratch.take_parts(f, f.heads / f.b_groups, f.b_groups, f.state_dim);
+  scratch.dC = scratch.take_parts(f, f.heads / f.c_groups, f.c_groups, f.state_dim);
+  return scratch;
+}
+
+template <typename data_t>
+void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
+  const SsdScanParams& f = p.forward;
+  with_tile<data_t>(f, [&](auto tile, auto* kernel) {
+    using T = decltype(tile);
+    constexpr int kBytes = sizeof(typename T::Shared);
+    const TileScratch scratch = scratch_of(f, T::kStateValues);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    const auto blocks = static_cast<unsigned>(f.sequences * f.heads);
+    if (blocks > 0) kernel<<<blocks, kThreads, kBytes, stream>>>(p, scratch);
+    sum_parts(scratch.dx, p, static_cast<data_t*>(p.dx), stream);
+    sum_parts(scratch.dB, p, static_cast<data_t*>(p.dB), stream);
+    sum_parts(scratch.dC, p, static_cast<data_t*>(p.dC), stream);
+    if (p.dD != nullptr)
+      sum_partials(p.scratch + scratch.dD, f.heads, f.sequences, f.heads, p.dD, stream);
+  });
+}
+
+template <typename data_t>
+int64_t count(const SsdScanParams& f) {
+  int64_t floats = 0;
+  with_tile<data_t>(
+      f, [&](auto tile, auto*) { floats = scratch_of(f, decltype(tile)::kStateValues).size; });
+  return floats;
+}
+
+// Rows of 16 bytes must be there to be copied; bindings.cpp sees to their alignment.
+bool on_tensor_cores(const SsdScanParams& f) {
+  return f.dtype != DType::kFloat32 && f.head_dim % 8 == 0 && f.head_dim <= 128 &&
+         f.state_dim % 8 == 0 && f.state_dim <= 128 && f.state_dim > 0;
+}
+
+}  // namespace
+
+int64_t count_ssd_scan_scratch(const SsdScanParams& f) {
+  if (f.heads == 0 || f.head_dim == 0) return 0;
+  if (!on_tensor_cores(f)) return count_ssd_scan_rows_scratch(f);
+  return f.dtype == DType::kBFloat16 ? count<__nv_bfloat16>(f) : count<__half>(f);
+}
+
+void launch_ssd_scan_backward(const SsdScanBackwardParams& p, cudaStream_t stream) {
+  if (p.forward.heads == 0 || p.forward.head_dim == 0) return;
+  if (!on_tensor_cores(p.forward)) return launch_ssd_scan_rows_backward(p, stream);
+  p.forward.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(p, stream)
+                                      : launch<__half>(p, stream);
+}
+
+}  // namespace reasoners
