@@ -139,6 +139,8 @@ SAMPLE_CASES = {
     "top-k of everything": {"top_k": 1000},
     "top-k past everything": {"top_k": 5000},
     "top-k with bf16 ties": {"top_k": 20, "dtype": torch.bfloat16, "vocabulary": 5000},
+    "top-k, all equal": {"top_k": 50, "spread": 0.0, "vocabulary": 3000},
+    "Llama-3, top-k and top-p": {"batch": 2, "vocabulary": 128256, "top_k": 50, "top_p": 0.95},
     "top-p 0": {"top_p": 0.0},
     "top-p 0.5": {"top_p": 0.5},
     "top-p 0.99, flat": {"top_p": 0.99, "spread": 0.3},

@@ -5,19 +5,23 @@
 // 66 us for a row of 128,256 bfloat16 (92 with top-k 50 and top-p 0.95), and 240 (332) for 512 of
 // them, of which every pass came from cache again, where 44 is the time to read them.
 //   1. While a block loads its part: the maximum and its lowest id.
-//   2. top-k and top-p are thresholds on the logit, found digit by digit (11 bits, highest first)
-//      on how many values of the type lie between a logit and the maximum: a histogram of what
-//      agrees with the digits found so far, summed from the top until enough is above. Enough is a
-//      count for top-k; for top-p it is a mass, in fixed point, so that atomics may add it in any
-//      order and give the same bits. The highest digits are guessed to be 0, which for bfloat16
-//      leaves one pass for all that is above 2^-16 of a positive maximum. Of k disjoint parts of
-//      the row each has a token as high as the least of their maxima: top-k counts none below.
-//   3. The winner of z + Gumbel noise, and log-sum-exp of the raw logits. Noise belongs to the
+//   2. The winner of z + Gumbel noise, and log-sum-exp of the raw logits. Noise belongs to the
 //      token (philox.h), so that no order of evaluation can change the choice. It is drawn four
 //      tokens at a time, and only where the largest possible noise could win. As
 //      -log(-log(1 - v)) <= -log(v), the least of the four uniforms tells by one exponential
 //      whether any of them can win; logarithms are taken only then.
-// Nothing is sorted. Neither token nor log-probability depends on the number of blocks: maxima,
+// Filters come between the two:
+//   top-k. A cluster has 64 to 512 disjoint parts of the row. k of them have a maximum as high as
+//      the k-th highest one, so that what top-k keeps is no lower: little more than k candidates,
+//      which one block ranks, filters and draws from, a thread to each.
+//   top-p alone, a k above the number of parts, more candidates than threads: a threshold on the
+//      logit, found digit by digit (11 bits, highest first) on how many values of the type lie
+//      between a logit and the maximum: a histogram of what agrees with the digits found so far,
+//      summed from the top until enough is above. Enough is a count for top-k; for top-p it is a
+//      mass, in fixed point, so that atomics may add it in any order and give the same bits. The
+//      highest digits are guessed to be 0, which for bfloat16 leaves one pass for all that is above
+//      2^-16 of a positive maximum.
+// Neither token nor log-probability depends on the number of blocks: maxima,
 // counts and fixed point have no order, and what log-sum-exp adds in float32 are always the same
 // lanes of kGroups parts of the row, in the same order.
 
@@ -36,7 +40,9 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kLogMostBlocks = 3;
 constexpr int kMostBlocks = 1 << kLogMostBlocks;  // of a cluster; more are not portable
 constexpr int kGroups = kMostBlocks;
-constexpr int kParts = 4;              // of a warp, for the bound of top-k
+constexpr int kParts = 4;  // of what a warp reads, for the bound of top-k
+constexpr int kMostParts = kMostBlocks * kWarps * kParts;
+constexpr int kCandidates = kThreads;
 constexpr int kResident = 264;         // blocks, two on each of 132 multiprocessors
 constexpr int kStageBytes = 88 << 10;  // so that two blocks fit
 constexpr int kDigit = 11;
@@ -46,12 +52,12 @@ constexpr unsigned kAll = ~0u;
 constexpr float kInfinity = INFINITY;
 constexpr float kLog2E = 0x1.715476p+0f;
 static_assert(kBins % kThreads == 0 && kWarps <= 32 && kThreads % kMostBlocks == 0);
+static_assert(kMostParts <= kThreads && kMostBlocks * kParts <= 32);
 
-// The maximum of a part of the row, its lowest id, and the least maximum of its kParts parts.
+// The maximum of a part of the row and its lowest id.
 struct Summary {
   float max;
   int id;
-  float least;
 };
 
 // The best score of a part of the row, its lowest id, and the logit there.
@@ -63,11 +69,10 @@ struct Best {
 
 __device__ inline Summary combine(const Summary& a, const Summary& b) {
   const int id = a.max > b.max ? a.id : a.max < b.max ? b.id : min(a.id, b.id);
-  return {fmaxf(a.max, b.max), id, fminf(a.least, b.least)};
+  return {fmaxf(a.max, b.max), id};
 }
 __device__ inline Summary from_lane(const Summary& a, int offset) {
-  return {__shfl_xor_sync(kAll, a.max, offset), __shfl_xor_sync(kAll, a.id, offset),
-          __shfl_xor_sync(kAll, a.least, offset)};
+  return {__shfl_xor_sync(kAll, a.max, offset), __shfl_xor_sync(kAll, a.id, offset)};
 }
 
 __device__ inline Best combine(const Best& a, const Best& b) {
@@ -126,8 +131,23 @@ struct Key {
   }
 };
 
+// What top-k may keep: as it comes in, a section for every block; then one after the other.
+struct Candidates {
+  Summary incoming[kCandidates];
+  float x[kCandidates];
+  int id[kCandidates];
+  uint64_t mass[kCandidates];
+};
+
 struct Shared {
-  uint32_t low[kBins + 1], high[kBins + 1];  // the two halves of every bin's weight; then the rest
+  union {
+    struct {
+      uint32_t low[kBins + 1], high[kBins + 1];  // halves of every bin's weight; then the rest
+    };
+    Candidates candidates;
+  };
+  float part_maxima[kMostParts];
+  uint32_t counts[kMostBlocks], count;  // of candidates, by block; of this one
   Summary summaries[kMostBlocks * kWarps];
   Best bests[kMostBlocks * kWarps];
   float sums[kGroups * kWarps];
@@ -176,27 +196,38 @@ class Row {
     // row's is too high for anyone else.
     const bool finite = fabsf(summary_.max) < kInfinity;
     Best best{-kInfinity, size_, 0.f};
-    float kept = -kInfinity, kept_z = -kInfinity, bar = kInfinity;
+    float kept = -kInfinity, bar = kInfinity;
+    const float kept_z = min_p > 0 ? fminf(logf(min_p), 0.f) : -kInfinity;
     if (temperature > 0 && finite) {
       if (top_k > 0 && top_k < size_) {
-        const bool bounded = top_k <= kParts * kWarps * g_.blocks;
-        kept = threshold<false>(top_k, bounded ? summary_.least : kept);
+        if (top_k <= parts() && collect(top_k)) return draw_candidate(p, top_k, top_p, kept_z);
+        kept = threshold<false>(top_k, kept);
       }
       if (top_p < 1) kept = threshold<true>(top_p, kept);
-      if (min_p > 0) kept_z = fminf(logf(min_p), 0.f);
       const PhiloxBlock words = shared_.noise.block(summary_.id / 4);
       bar = noise_gumbel(choose(words.a, words.b, words.c, words.d, summary_.id % 4));
     } else {
       best = {kInfinity, summary_.id, summary_.max};
     }
     draw(kept, kept_z, bar, best);
-    finish(p, best, finite);
+    finish(p, g_.blocks * kWarps, finite);
   }
 
  private:
   using Unit = Vec<data_t, kUnit>;
 
   __device__ float z(float x) const { return (x - summary_.max) * scale_; }
+  // exp(z) in fixed point; the sum of the row fits 63 bits.
+  __device__ uint64_t mass(float x) const {
+    const int point = 30 + __clz(size_);
+    return __float2ull_rn(expf(z(x)) * __uint_as_float(static_cast<uint32_t>(point + 127) << 23));
+  }
+  // The mass that top-p keeps at least, of all of it.
+  __device__ static uint64_t share(double top_p, uint64_t all) {
+    const double part = ceil(top_p * static_cast<double>(all));
+    return part > 1 ? static_cast<uint64_t>(part) : 1;  // the maximum stays
+  }
+  __device__ int parts() const { return kParts * kWarps * g_.blocks; }
 
   __device__ void sync() const {
     if (g_.blocks == 1) return __syncthreads();
@@ -261,7 +292,7 @@ class Row {
   __device__ void summarize(const int64_t* rng_key) {
     const int64_t key[] = {rng_key[0], rng_key[1], rng_key[2], rng_key[3]};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Summary mine{-kInfinity, size_, kInfinity};
+    Summary mine{-kInfinity, size_};
     for_groups([&](int group) {
       for_units<4, true>(group, [&](int begin, const float (&x)[kUnit]) {
         const float top = maximum(x);
@@ -275,14 +306,104 @@ class Row {
     });
     if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
     mine = combine_lanes<1, 32 / kParts>(mine);
-    mine.least = mine.max;
+    const float part_max = __shfl_sync(kAll, mine.max, lane % kParts * (32 / kParts));
     mine = combine_lanes<32 / kParts, 32>(mine);
     if (g_.blocks > 1) wait();  // all blocks run
+    if (lane / kParts < g_.blocks) {
+      float* there = in_block(shared_.part_maxima, lane / kParts);
+      there[(rank_ * kWarps + warp) * kParts + lane % kParts] = part_max;
+    }
     if (lane < g_.blocks) *in_block(&shared_.summaries[rank_ * kWarps + warp], lane) = mine;
     sync();
-    Summary all{-kInfinity, size_, kInfinity};
+    Summary all{-kInfinity, size_};
     for (int i = lane; i < g_.blocks * kWarps; i += 32) all = combine(all, shared_.summaries[i]);
     summary_ = combine_lanes(all);
+  }
+
+  // A logit that k tokens reach, found from the k-th highest maximum of the parts: its highest 16
+  // bits, one after the other.
+  __device__ float bound(int top_k) const {
+    using K = Key<data_t>;
+    constexpr int kRest = K::kBits - 16;
+    const int i = threadIdx.x;
+    const uint32_t key = i < parts() ? K::of(shared_.part_maxima[i]) >> kRest : 0;
+    uint32_t prefix = 0;
+    for (uint32_t bit = 1u << 15; bit > 0; bit /= 2)
+      if (__syncthreads_count(key >= (prefix | bit)) >= top_k) prefix |= bit;
+    const float value = K::value(prefix << kRest);
+    return value > -kInfinity ? value : -kInfinity;  // a part of nothing but -inf gives NaN
+  }
+
+  // Sends what top-k may keep to the first block, and adds up log-sum-exp. False if that is more
+  // than fits.
+  __device__ bool collect(int top_k) const {
+    if (threadIdx.x == 0) shared_.count = 0;
+    const float least = bound(top_k);
+    const uint32_t room = kCandidates >> g_.log_blocks;
+    Summary* const section = in_block(shared_.candidates.incoming, 0) + rank_ * room;
+    add_up([&](int begin, const float (&x)[kUnit]) {
+      if (!(maximum(x) >= least)) return;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if (!(x[i] >= least) || begin + i >= size_) continue;
+        const uint32_t place = atomicAdd(&shared_.count, 1u);
+        if (place < room) section[place] = {x[i], begin + i};
+      }
+    });
+    __syncthreads();
+    if (threadIdx.x < g_.blocks) *in_block(&shared_.counts[rank_], threadIdx.x) = shared_.count;
+    sync();
+    uint32_t most = 0;
+    for (int block = 0; block < g_.blocks; ++block) most = max(most, shared_.counts[block]);
+    return most <= room;
+  }
+
+  // In the first block: filters the candidates and draws from them, a thread to each.
+  __device__ void draw_candidate(const SampleParams& p, int top_k, float top_p,
+                                 float kept_z) const {
+    if (rank_ > 0) return;
+    auto& candidates = shared_.candidates;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = threadIdx.x;
+    const int log_room = __ffs(kCandidates) - 1 - g_.log_blocks, section = mine >> log_room;
+    int count = 0, place = mine & ((1 << log_room) - 1);
+    const bool filled = place < shared_.counts[section];
+    for (int block = 0; block < g_.blocks; ++block) {
+      if (block == section) place += count;
+      count += shared_.counts[block];
+    }
+    if (filled) {
+      const Summary here = candidates.incoming[mine];
+      candidates.x[place] = here.max;
+      candidates.id[place] = here.id;
+      candidates.mass[place] = top_p < 1 ? mass(here.max) : 0;
+    }
+    __syncthreads();
+    const float x = mine < count ? candidates.x[mine] : -kInfinity;
+    int higher = 0;
+    uint64_t above = 0;
+    if (mine < count) {
+      for (int i = 0; i < count; ++i) {
+        if (!(candidates.x[i] > x)) continue;
+        ++higher;
+        above += candidates.mass[i];
+      }
+    }
+    bool kept = mine < count && higher < top_k && z(x) >= kept_z;
+    if (top_p < 1) {
+      uint64_t all;
+      sum_before(mine < count && higher < top_k ? candidates.mass[mine] : 0, all);
+      kept = kept && above < share(top_p, all);
+    }
+    Best best{-kInfinity, size_, 0.f};
+    if (kept) {
+      const int id = candidates.id[mine];
+      const PhiloxBlock words = shared_.noise.block(id / 4);
+      best = {z(x) + noise_gumbel(choose(words.a, words.b, words.c, words.d, id % 4)), id, x};
+    }
+    best = combine_lanes(best);
+    if (lane == 0) shared_.bests[warp] = best;
+    __syncthreads();
+    finish(p, kWarps, true);
   }
 
   // The logit such that the tokens at or above it are the fewest whose weight reaches the target,
@@ -291,9 +412,6 @@ class Row {
   template <bool exponential>
   __device__ float threshold(double wanted, float kept) const {
     using K = Key<data_t>;
-    // The sum of the row fits 63 bits.
-    const int point = 30 + __clz(size_);
-    const float unit = __uint_as_float(static_cast<uint32_t>(point + 127) << 23);
     const uint32_t highest = K::of(summary_.max + 0.f);  // of +0, should the maximum be -0
     uint64_t above = 0, target = exponential ? 0 : static_cast<uint64_t>(wanted);
     uint32_t prefix = 0;
@@ -315,11 +433,11 @@ class Row {
             const uint32_t bin = (below >> shift) & ((1u << bits) - 1);
             if (exponential) {
               if (!agrees && !guess) continue;
-              const uint64_t mass = __float2ull_rn(expf(z(x[i])) * unit);
+              const uint64_t weight = mass(x[i]);
               if (!agrees) {
-                rest += mass;
-              } else if (mass > 0) {
-                add(bin, mass);
+                rest += weight;
+              } else if (weight > 0) {
+                add(bin, weight);
               }
             } else if (agrees) {
               atomicAdd(&shared_.low[bin], 1u);
@@ -342,11 +460,7 @@ class Row {
       if (exponential) rest = weight(kBins);
       uint64_t before = above + sum_before(sum, total);
       if (guess) {
-        if (exponential) {
-          // At least 1: the maximum stays.
-          const double share = ceil(wanted * static_cast<double>(total + rest));
-          target = share > 1 ? static_cast<uint64_t>(share) : 1;
-        }
+        if (exponential) target = share(wanted, total + rest);
         guess = false;
         if (total < target) {
           left = K::kBits;
@@ -430,61 +544,71 @@ class Row {
     return i < 2 ? (i == 0 ? a : b) : (i == 2 ? c : d);
   }
 
-  // This block's part of log-sum-exp, and its best score if one reaches the bar.
-  __device__ void draw(float kept, float kept_z, float bar, Best& best) const {
-    const NoiseStream noise = shared_.noise;
-    constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
+  // This block's part of log-sum-exp; visit(first token, its kUnit logits) on the way.
+  template <typename visit_t>
+  __device__ void add_up(visit_t visit) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    volatile uint32_t& reached = shared_.bar;  // anyone's in this block, at whatever time
     for_groups([&](int group) {
       float sum = 0;
       for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i)
           sum += exp2_fast((x[i] - summary_.max) * kLog2E);  // NaN stays
-        bar = fmaxf(bar, Key<float>::value(reached));
-#pragma unroll
-        for (int quad = 0; quad < kUnit; quad += 4) {
-          const float top = fmaxf(fmaxf(x[quad], x[quad + 1]), fmaxf(x[quad + 2], x[quad + 3]));
-          const float lead = z(top) - bar;
-          if (top < kept || z(top) < kept_z || lead + (kMaxGumbel + kSlack) < 0) continue;
-          const PhiloxBlock words = noise.block((begin + quad) / 4);
-          const uint32_t least = min(min(words.a, words.b), min(words.c, words.d));
-          if (noise_uniform(least) > exp2_fast((lead + kSlack) * kLog2E)) continue;
-#pragma unroll 1  // seldom run: short code is worth more
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t word = choose(words.a, words.b, words.c, words.d, i);
-            const float at = choose(x[quad], x[quad + 1], x[quad + 2], x[quad + 3], i), zi = z(at);
-            if (at < kept || zi < kept_z) continue;
-            // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its
-            // logarithm.
-            const int bits = __float_as_int(noise_uniform(word)) - 0x3f800000;
-            const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
-            if (zi - log_v + kSlack < bar) continue;
-            const float score = zi + noise_gumbel(word);
-            if (score > best.score) {
-              best = {score, begin + quad + i, at};
-              if (score > bar) {
-                bar = score;
-                atomicMax(&shared_.bar, Key<float>::of(score));
-              }
-            }
-          }
-        }
+        visit(begin, x);
       });
       sum = combine_lanes(sum);
       if (lane == 0) *in_block(&shared_.sums[group * kWarps + warp], 0) = sum;
     });
+  }
+
+  // This block's part of log-sum-exp, and its best score if one reaches the bar.
+  __device__ void draw(float kept, float kept_z, float bar, Best& best) const {
+    const NoiseStream noise = shared_.noise;
+    constexpr float kSlack = 1e-3f;            // over the rounding of the bounds
+    volatile uint32_t& reached = shared_.bar;  // anyone's in this block, at whatever time
+    add_up([&](int begin, const float (&x)[kUnit]) {
+      bar = fmaxf(bar, Key<float>::value(reached));
+#pragma unroll
+      for (int quad = 0; quad < kUnit; quad += 4) {
+        const float top = fmaxf(fmaxf(x[quad], x[quad + 1]), fmaxf(x[quad + 2], x[quad + 3]));
+        const float lead = z(top) - bar;
+        if (top < kept || z(top) < kept_z || lead + (kMaxGumbel + kSlack) < 0) continue;
+        const PhiloxBlock words = noise.block((begin + quad) / 4);
+        const uint32_t least = min(min(words.a, words.b), min(words.c, words.d));
+        if (noise_uniform(least) > exp2_fast((lead + kSlack) * kLog2E)) continue;
+#pragma unroll 1  // seldom run: short code is worth more
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t word = choose(words.a, words.b, words.c, words.d, i);
+          const float at = choose(x[quad], x[quad + 1], x[quad + 2], x[quad + 3], i), zi = z(at);
+          if (at < kept || zi < kept_z) continue;
+          // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its
+          // logarithm.
+          const int bits = __float_as_int(noise_uniform(word)) - 0x3f800000;
+          const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
+          if (zi - log_v + kSlack < bar) continue;
+          const float score = zi + noise_gumbel(word);
+          if (score > best.score) {
+            best = {score, begin + quad + i, at};
+            if (score > bar) {
+              bar = score;
+              atomicMax(&shared_.bar, Key<float>::of(score));
+            }
+          }
+        }
+      }
+    });
     best = combine_lanes(best);
-    if (lane == 0) *in_block(&shared_.bests[rank_ * kWarps + warp], 0) = best;
+    if (threadIdx.x % 32 == 0)
+      *in_block(&shared_.bests[rank_ * kWarps + threadIdx.x / 32], 0) = best;
     sync();
   }
 
-  __device__ void finish(const SampleParams& p, Best best, bool finite) const {
+  // In the first block, the winner of its `count` bests.
+  __device__ void finish(const SampleParams& p, int count, bool finite) const {
     const int lane = threadIdx.x;
     if (rank_ > 0 || lane >= 32) return;
-    best = {-kInfinity, size_, 0.f};
-    for (int i = lane; i < g_.blocks * kWarps; i += 32) best = combine(best, shared_.bests[i]);
+    Best best{-kInfinity, size_, 0.f};
+    for (int i = lane; i < count; i += 32) best = combine(best, shared_.bests[i]);
     best = combine_lanes(best);
     float sum = 0;
 #pragma unroll
