@@ -375,18 +375,21 @@ class Batch:
         return found
 
 
-def _pack(sequences: list[list], length: int) -> Batch:
-    """A batch of sequences, each a list of (tokens, counted) documents."""
+Document = tuple[np.ndarray, np.ndarray]  # tokens, and whether each is to be learned
+
+
+def _pack(sequences: list[list[Document]], length: int) -> Batch:
     tokens = torch.zeros(len(sequences) * length, dtype=torch.int64)
     learned = torch.zeros(len(tokens) + 1, dtype=torch.bool)
     real = torch.zeros(len(tokens), dtype=torch.bool)
+    all_tokens, all_learned = tokens.numpy(), learned.numpy()
     boundaries = [0]
     for i, documents in enumerate(sequences):
         at = i * length
         for ids, counted in documents:
-            tokens[at : at + len(ids)] = torch.tensor(ids)
+            all_tokens[at : at + len(ids)] = ids
             # What a document's first token follows is no part of it.
-            learned[at + 1 : at + len(ids)] = torch.tensor(counted[1:])
+            all_learned[at + 1 : at + len(ids)] = counted[1:]
             at += len(ids)
             boundaries.append(at)
         real[i * length : at] = True
@@ -419,7 +422,7 @@ class Tokenized:
         self.first = 0  # the number of the first document in `chunks`
         self.chunks: deque[Future] = deque()
 
-    def document(self, index: int) -> tuple[list[int], list[bool]]:
+    def document(self, index: int) -> Document:
         """Document `index`; fast when they are asked for in order."""
         if not self.first <= index < self.first + self.CHUNK * (len(self.chunks) or 1):
             self.chunks.clear()
@@ -445,9 +448,16 @@ def _take_up(source: Source, tokenizer):
     _own = source, tokenizer
 
 
-def _tokenize_range(start: int, end: int) -> list[tuple[list[int], list[bool]]]:
+def _tokenize_range(start: int, end: int) -> list[Document]:
     source, tokenizer = _own
-    return tokenize([source.example(index) for index in range(start, end)], tokenizer)
+    return _documents([source.example(index) for index in range(start, end)], tokenizer)
+
+
+def _documents(examples: Sequence[Example], tokenizer) -> list[Document]:
+    return [
+        (np.array(tokens, np.int32), np.array(counted, bool))
+        for tokens, counted in tokenize(examples, tokenizer)
+    ]
 
 
 class Batches:
@@ -466,7 +476,8 @@ class Batches:
         self.source, self.tokenizer, self.length = source, tokenizer, length
         self._tokenized = Tokenized(source, tokenizer, processes) if processes else None
         self.next_example = 0
-        self.open: list[list] = []
+        self.open: list[list[Document]] = []
+        self._used: list[int] = []  # tokens of each
         self.num_examples = self.num_cut = self.num_empty = self._empty_in_a_row = 0
         self._taken = self._padding = 0
 
@@ -486,18 +497,18 @@ class Batches:
         """How much of the batches that this object has given out is padding."""
         return self._padding / max(self._taken, 1)
 
-    def _document(self) -> tuple[list[int], list[bool]]:
+    def _document(self) -> Document:
         while True:
             if self._tokenized is not None:
                 tokens, counted = self._tokenized.document(self.next_example)
             else:
                 example = self.source.example(self.next_example)
-                ((tokens, counted),) = tokenize([example], self.tokenizer)
+                ((tokens, counted),) = _documents([example], self.tokenizer)
             self.next_example += 1
             self.num_examples += 1
             self.num_cut += len(tokens) > self.length
             tokens, counted = tokens[: self.length], counted[: self.length]
-            if any(counted[1:]):
+            if counted[1:].any():
                 self._empty_in_a_row = 0
                 return tokens, counted
             self.num_empty += 1
@@ -513,31 +524,32 @@ class Batches:
         if self._tokenized is not None:
             self._tokenized.close()
 
-    def _add(self, document: tuple[list[int], list[bool]]) -> list | None:
+    def _add(self, document: Document) -> list[Document] | None:
         """Put a document somewhere; returns the sequence that this closes, if it does."""
-
-        def used(sequence):
-            return sum(len(ids) for ids, _ in sequence)
-
-        room = [s for s in self.open if used(s) + len(document[0]) <= self.length]
+        size = len(document[0])
+        room = [i for i, used in enumerate(self._used) if used + size <= self.length]
         if room:
-            fullest = max(room, key=used)
-            fullest.append(document)
-            if used(fullest) < self.length:
+            fullest = max(room, key=self._used.__getitem__)
+            self.open[fullest].append(document)
+            self._used[fullest] += size
+            if self._used[fullest] < self.length:
                 return None
         else:
             self.open.append([document])
-            if len(self.open) <= OPEN_SEQUENCES and len(document[0]) < self.length:
+            self._used.append(size)
+            if len(self.open) <= OPEN_SEQUENCES and size < self.length:
                 return None
-            fullest = max(self.open, key=used)
-        self.open = [s for s in self.open if s is not fullest]
-        return fullest
+            fullest = self._used.index(max(self._used))
+        del self._used[fullest]
+        return self.open.pop(fullest)
 
     def state_dict(self) -> dict:
         """Where the stream stands, for JSON."""
         counts = {name: getattr(self, name) for name in _COUNTS}
-        # Copied, because open sequences grow in place.
-        still_open = [list(sequence) for sequence in self.open]
+        still_open = [
+            [[tokens.tolist(), counted.tolist()] for tokens, counted in sequence]
+            for sequence in self.open
+        ]
         return {"source": self.source.name, "length": self.length, "open": still_open, **counts}
 
     def load_state_dict(self, state: dict):
@@ -547,7 +559,11 @@ class Batches:
                 raise ValueError(
                     f"Batches: {name} expected {ours!r}, got {state[name]!r} to go on from"
                 )
-        self.open = [[tuple(document) for document in sequence] for sequence in state["open"]]
+        self.open = [
+            [(np.array(tokens, np.int32), np.array(counted, bool)) for tokens, counted in sequence]
+            for sequence in state["open"]
+        ]
+        self._used = [sum(len(tokens) for tokens, _ in sequence) for sequence in self.open]
         for name in _COUNTS:
             setattr(self, name, state[name])
         self._empty_in_a_row = 0

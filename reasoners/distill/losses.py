@@ -64,7 +64,7 @@ def distillation_loss(
     beta: float = 1.0,
     temperature: float = 1.0,
     kl_weight: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over tokens of (1 - kl_weight) CE + kl_weight KL, from hidden states: no logits kept.
 
@@ -74,7 +74,8 @@ def distillation_loss(
     hidden: (n, channels), the student's after its final norm, counted tokens only; n = 0 is a sum
     of 0 with gradients of 0. head: (vocab, channels), of the same dtype. labels: (n) int64, all of
     them counted. teacher_hidden, teacher_head: likewise, of their own channels and dtype, taken as
-    constants; None where kl_weight is 0. chunk: tokens whose logits exist at a time.
+    constants; None where kl_weight is 0. chunk: tokens whose logits exist at a time; None for 1,024, or
+    more where the vocabulary is small: up to 2^25 logits.
 
     Returns (total, ce, kl), float32 scalars, or float64 for float64: total is differentiable once,
     in hidden and head; ce and kl are the two sums, to report. ce is measured whatever its weight,
@@ -87,6 +88,8 @@ def distillation_loss(
     _require_divergence(name, beta, temperature)
     if not 0 <= kl_weight <= 1:
         raise ValueError(f"{name}: kl_weight expected between 0 and 1, got {kl_weight}")
+    if chunk is None:
+        chunk = max(1024, 2**25 // max(len(head), 1))
     if chunk < 1:
         raise ValueError(f"{name}: chunk expected at least 1, got {chunk}")
     _require_head(name, "hidden", hidden, "head", head)
