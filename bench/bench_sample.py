@@ -76,3 +76,20 @@ def bench_sample_by_mix(measure, vocabulary, mix, impl):
 @pytest.mark.parametrize("batch", [1, 16])
 def bench_sample_by_batch(measure, batch, dtype, impl):
     run(measure, impl, batch, 128256, dtype, "all")
+
+
+@pytest.mark.cuda("sample")
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 64, 512])
+def bench_sample_cuda(measure, batch, dtype, mix):
+    num_bytes = cost.sample_bytes(batch, 128256, dtype.itemsize)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        sets = [make(batch, 128256, dtype, **MIXES[mix]) for _ in range(cost.rotation(num_bytes))]
+    measure(
+        [lambda inputs=inputs: ops.sample(**inputs) for inputs in sets],
+        num_bytes=num_bytes,
+        tokens=batch,
+        target_us={1: 15, 512: 180}.get(batch),
+    )

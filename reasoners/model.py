@@ -206,7 +206,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times the weight; over the last `dim` channels."""
+    """x / rms(x) times the weight, over the last `dim` channels; float32 inside."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -215,15 +215,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)"""
-        return self._normalise(x) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
     def after(self, h: Tensor, delta: Tensor | None = None) -> Tensor:
-        """h += delta, in place, and the norm of that; without gradients."""
+        """h += delta, in place, and the norm of that, cast back before the weight; without gradients."""
         return ops.add_rms_norm(h, delta, self.weight, self.eps)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        wide = _wide(x)
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class HeadNorm(RMSNorm):
@@ -231,7 +227,7 @@ class HeadNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., heads, head_dim) -> (..., heads * head_dim)"""
-        return self._normalise(x).flatten(-2) * self.weight
+        return F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2) * self.weight
 
 
 class MLP(nn.Module):
@@ -252,17 +248,16 @@ class MLP(nn.Module):
 class Pass:
     """What every mixer of one forward pass shares.
 
-    cu_seqlens: boundaries of packed sequences, or None. max_length: of the longest of them. cos, sin:
-    (tokens, head_dim / 2) rotary factors of whole sequences. step, inv_freq: set when the pass
-    extends cached sequences.
+    cu_seqlens: boundaries of packed sequences, or None. inv_freq: rotary angles per position.
+    max_length, positions: of whole sequences with attention, the longest and each token's place,
+    (batch * length) int32. step: set when the pass extends cached sequences.
     """
 
     cu_seqlens: Tensor | None
+    inv_freq: Tensor
     max_length: int = 0
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    positions: Tensor | None = None
     step: Step | None = None
-    inv_freq: Tensor | None = None
 
     def causal_mask(self, length: int, device: torch.device) -> Tensor:
         """(length, length) booleans: whether the token of a row may look at the token of a column."""
@@ -275,7 +270,7 @@ class Pass:
 
 
 class Rotary:
-    """Rotary position factors, with the llama3 scaling when the config asks for it."""
+    """Rotary frequencies, with the llama3 scaling when the config asks for it."""
 
     def __init__(self, config: ModelConfig):
         dim = config.head_dim
@@ -297,21 +292,6 @@ class Rotary:
         if device not in self.inv_freq:
             self.inv_freq[device] = self.inv_freq[torch.device("cpu")].to(device)
         return self.inv_freq[device]
-
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens) positions -> cos, sin (tokens, head_dim / 2) float32."""
-        # Through float64, or the same position could round otherwise in another batch.
-        angles = (positions.float()[:, None] * self.on(positions.device)).double()
-        return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding of x (batch, tokens, heads, head_dim)."""
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    if x.dtype == torch.float64:
-        cos, sin = cos.double(), sin.double()
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -340,14 +320,14 @@ class Attention(nn.Module):
             return self.out_proj(y.flatten(-2))
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = qkv.split(heads, -2)
-        q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
+        q, k = (ops.rotated(t, this.positions, this.inv_freq) for t in (q, k))
         return self.out_proj(self._attend(q, k, v, this).flatten(-2))
 
     def mixing_matrix(self, u: Tensor, this: Pass) -> Tensor:
         """The attention map (batch, heads, length, length) of whole sequences, in float32."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, _ = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim)).split(heads, -2)
-        q, k = rotate(q, this.cos, this.sin), rotate(k, this.cos, this.sin)
+        q, k = (ops.rotated(t, this.positions, this.inv_freq) for t in (q, k))
         k = k.repeat_interleave(self.num_heads // self.num_kv_heads, -2)
         scores = _wide(q).transpose(1, 2) @ _wide(k).permute(0, 2, 3, 1) * self.head_dim**-0.5
         mask = this.causal_mask(u.shape[1], u.device)
@@ -719,14 +699,14 @@ class HybridLM(nn.Module):
             raise ValueError(
                 f"HybridLM: tokens expected shape (batch, length), got {tuple(tokens.shape)}"
             )
-        this = Pass(cu_seqlens)
+        this = Pass(cu_seqlens, self.rotary.on(tokens.device))
         if "attention" in self.config.mixers:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            positions = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
             if cu_seqlens is not None:
                 lengths = cu_seqlens.diff()
                 this.max_length = int(lengths.max())
                 positions = positions - cu_seqlens[:-1].repeat_interleave(lengths)
-            this.cos, this.sin = self.rotary(positions)
+            this.positions = positions.repeat(tokens.shape[0])
         return this
 
     @torch.no_grad()
@@ -736,7 +716,7 @@ class HybridLM(nn.Module):
         tokens: (tokens) integers in the order of step.cu_seqlens, from `cache.step(slots, counts)`.
         Mutates the cache's pages and states at the step's slots. Nothing here waits for the device.
         """
-        this = Pass(step.cu_seqlens, step=step, inv_freq=self.rotary.on(tokens.device))
+        this = Pass(step.cu_seqlens, self.rotary.on(tokens.device), step=step)
         h = self.embedding(tokens[None])
         # Each residual sum and the norm behind it are one operator: h grows in place.
         x = self.layers[0].norm1.after(h)

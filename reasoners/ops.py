@@ -578,10 +578,9 @@ def _gate_setup(ctx, inputs, output):
 def _gate_derivative(ctx, dy):
     x, z, bias = ctx.saved_tensors
     v = z if bias is None else z + bias
-    s = torch.sigmoid(v)
-    dv = dy * x * (s + v * s * (1 - s))
+    dv = torch.ops.aten.silu_backward(dy * x, v)
     dbias = None if bias is None else dv.sum_to_size(bias.shape)
-    return dy * v * s, dv, dbias
+    return dy * torch.nn.functional.silu(v), dv, dbias
 
 
 torch.library.register_autograd("reasoners::gate", _gate_derivative, setup_context=_gate_setup)
@@ -671,6 +670,27 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> None:
 @torch.library.register_fake("reasoners::rotate")
 def _(x, positions, inv_freq):
     return None
+
+
+def rotated(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """`rotate` of a copy of x (..., heads, head_dim), with as many tokens before; differentiable in x."""
+    return _Rotated.apply(x, positions, inv_freq)
+
+
+class _Rotated(torch.autograd.Function):
+    """The derivative turns back."""
+
+    @staticmethod
+    def forward(ctx, x, positions, inv_freq):
+        ctx.save_for_backward(positions, inv_freq)
+        y = x.clone(memory_format=torch.contiguous_format)
+        _ops.rotate(y.flatten(0, -3), positions, inv_freq)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        positions, inv_freq = ctx.saved_tensors
+        return _Rotated.apply(dy, positions, -inv_freq), None, None
 
 
 def append_kv(

@@ -3,7 +3,6 @@ import torch
 from cases import CUDA_CASES, ROTATE_CASES
 
 from reasoners import ops, reference
-from reasoners.model import CONFIGS, Rotary, rotate
 from reasoners.reference import rotate_inputs
 
 
@@ -21,14 +20,32 @@ def test_against_reference_cuda(case):
     reference.check(ops.rotate, "rotate", "cuda", **case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_equals_the_model(dtype):
-    rotary = Rotary(CONFIGS["llama-3.2-1b"])
-    x, positions = torch.randn(6, 3, 64).to(dtype), torch.tensor([0, 1, 77, 4095, 60000, 131071])
-    expected = rotate(x[None], *rotary(positions))[0]
-    ops.rotate(x, positions.int(), rotary.inv_freq[torch.device("cpu")])
-    tight = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close(x, expected, rtol=tight, atol=tight)
+def check_rotated(device):
+    """Of a copy, over two leading dimensions; its derivative is the rotation back."""
+    x, positions, inv_freq = (value.to(device) for value in rotate_inputs(tokens=6).values())
+    before = x.clone()
+    wide = before.unflatten(0, (2, 3)).requires_grad_(True)
+    y = ops.rotated(wide, positions, inv_freq)
+    assert torch.equal(x, before)
+    ops.rotate(x, positions, inv_freq)
+    assert torch.equal(y.detach().flatten(0, 1), x)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, wide, dy)
+    back = dy.flatten(0, 1).clone()
+    ops.rotate(back, positions, -inv_freq)
+    assert torch.equal(dx.flatten(0, 1), back)
+
+
+def test_rotated():
+    check_rotated("cpu")
+    x, positions, inv_freq = rotate_inputs(dtype=torch.float64).values()
+    x.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x: ops.rotated(x, positions, inv_freq), x)
+
+
+@pytest.mark.cuda("rotate")
+def test_rotated_cuda():
+    check_rotated("cuda")
 
 
 def check_slice(device):

@@ -9,6 +9,7 @@ import glob
 import itertools
 import json
 import multiprocessing
+import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -445,6 +446,8 @@ _own: tuple[Source, object] | None = None  # in a process of Tokenized
 
 def _take_up(source: Source, tokenizer):
     global _own
+    # The processes are the parallelism: threads of each would get in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _own = source, tokenizer
 
 

@@ -108,7 +108,7 @@ class _Training:
             )
         # A GPU takes in tokens faster than one process makes them.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        processes = min(cores - 1, 8) if workers.device.type == "cuda" else 0
+        processes = min(cores - 1, 12) if workers.device.type == "cuda" else 0
         self.batches = Batches(
             source, self.tokenizer, length=recipe.length, processes=max(processes, 0)
         )
