@@ -101,3 +101,81 @@ def bench_ssd_scan_backward(measure, batch, length, dtype, impl):
         rounds=5,
         warmup_rounds=1,
     )
+
+
+# ---- CUDA, bf16
+
+CASES = {  # batch, length, heads, head_dim, state_dim, groups of B and C
+    "llamba-1b 1 x 2048": (1, 2048, 32, 64, 64, 32),
+    "llamba-1b 8 x 4096": (8, 4096, 32, 64, 64, 32),
+    "llamba-1b 64 x 512": (64, 512, 32, 64, 64, 32),
+    "llamba-1b 512 x 512": (512, 512, 32, 64, 64, 32),
+    "llamba-1b 1 x 32768": (1, 32768, 32, 64, 64, 32),
+    "llamba-1b 1 x 131072": (1, 131072, 32, 64, 64, 32),
+    "llamba-3b 8 x 4096": (8, 4096, 24, 96, 64, 24),
+    "llamba-8b 8 x 4096": (8, 4096, 32, 128, 64, 32),
+    "mambainllama-3b 8 x 4096": (8, 4096, 24, 128, 128, 24),
+    "mamba-2 8 x 4096": (8, 4096, 80, 64, 128, 1),
+}
+TARGET_US = {
+    "llamba-1b 1 x 2048": 18,
+    "llamba-1b 8 x 4096": 225,
+    "llamba-1b 64 x 512": 225,
+    "llamba-1b 1 x 32768": 235,
+    "llamba-3b 8 x 4096": 280,
+    "mamba-2 8 x 4096": 330,
+}
+
+
+def make_cuda(batch, length, heads, head_dim, state_dim, groups):
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    return {
+        "x": normal(batch, length, heads, head_dim),
+        "log_decay": F.logsigmoid(torch.randn(batch, length, heads, device="cuda") + 2),
+        "B": normal(batch, length, groups, state_dim),
+        "C": normal(batch, length, groups, state_dim),
+        "D": torch.randn(heads, device="cuda"),
+    }
+
+
+def roof_cuda(bytes_of, flops_of, case, outputs):
+    """Bytes with B and C read once a group, FLOPs, tokens; `outputs`: how often B and C move."""
+    batch, length, heads, head_dim, state_dim, groups = CASES[case]
+    shape = batch * length, heads, head_dim, state_dim
+    shared = outputs * 2 * batch * length * (heads - groups) * state_dim * 2
+    return {
+        "num_bytes": bytes_of(*shape, data_bytes=2) - shared,
+        "flops": flops_of(*shape),
+        "tokens": batch * length,
+    }
+
+
+@pytest.mark.cuda("ssd_scan")
+@pytest.mark.parametrize("case", CASES)
+def bench_ssd_scan_cuda(measure, case):
+    inputs = make_cuda(*CASES[case])
+    measure(
+        lambda: ops.ssd_scan(**inputs),
+        **roof_cuda(cost.ssd_scan_bytes, cost.ssd_scan_flops, case, 1),
+        target_us=TARGET_US.get(case),
+    )
+
+
+@pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "512 x" not in case and "131072" not in case]
+)
+def bench_ssd_scan_backward_cuda(measure, case):
+    inputs = make_cuda(*CASES[case])
+    batch, _, heads, head_dim, state_dim, _ = CASES[case]
+    dy = torch.randn(*inputs["log_decay"].shape, head_dim, device="cuda").bfloat16()
+    dfinal = torch.zeros(batch, heads, head_dim, state_dim, device="cuda")
+    x, log_decay, B, C, D = inputs.values()
+    measure(
+        lambda: torch.ops.reasoners.ssd_scan_backward(
+            dy, dfinal, x, log_decay, B, C, None, D, None, None
+        ),
+        **roof_cuda(cost.ssd_scan_backward_bytes, cost.ssd_scan_backward_flops, case, 2),
+    )

@@ -190,18 +190,23 @@ struct SsdScanParams {
   const int32_t* cu_seqlens;   // (sequences + 1) or null
   void* y;                     // (batch, length, heads, head_dim), dtype
   float* final_state;          // (sequences, heads, head_dim, state_dim)
+  float* scratch;              // count_ssd_scan_scratch
   TokenStrides x_strides, log_decay_strides, b_strides, c_strides, scale_strides;
   int64_t batch, sequences, length;
   int heads, x_heads, b_groups, c_groups, head_dim, state_dim;
   DType dtype;
 };
 constexpr int kSsdScanMaxStateDim = 256;
+// 16-bit data begins on 16 bytes, and so do its rows where head_dim and state_dim are multiples of
+// 8. Floats of scratch memory.
+int64_t count_ssd_scan_scratch(const SsdScanParams& params);
 void launch_ssd_scan(const SsdScanParams& params, cudaStream_t stream);
+// For any dtype, head_dim and state_dim; see ssd_scan_rows.cu.
+void launch_ssd_scan_rows(const SsdScanParams& params, cudaStream_t stream);
 
-// 16-bit data and dy begin on 16 bytes, and so do their rows where head_dim and state_dim are
-// multiples of 8.
+// dy begins on 16 bytes as the other data does.
 struct SsdScanBackwardParams {
-  SsdScanParams forward;      // y and final_state are null
+  SsdScanParams forward;      // y, final_state and scratch are null
   const void* dy;             // (batch, length, heads, head_dim), dtype
   const float* dfinal_state;  // (sequences, heads, head_dim, state_dim)
   void* dx;                   // (batch, length, x_heads, head_dim), dtype
@@ -211,11 +216,11 @@ struct SsdScanBackwardParams {
   float* dscale;              // (batch, length, heads) or null
   float* dD;                  // (heads) or null
   float* dinitial_state;      // (sequences, heads, head_dim, state_dim) or null
-  float* scratch;             // count_ssd_scan_scratch
+  float* scratch;             // count_ssd_scan_backward_scratch
   TokenStrides dy_strides;
 };
 // Floats of scratch memory.
-int64_t count_ssd_scan_scratch(const SsdScanParams& forward);
+int64_t count_ssd_scan_backward_scratch(const SsdScanParams& forward);
 void launch_ssd_scan_backward(const SsdScanBackwardParams& params, cudaStream_t stream);
 
 struct SelectiveScanParams {

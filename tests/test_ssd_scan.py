@@ -63,18 +63,9 @@ def test_against_reference(case):
     check(case)
 
 
-CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES
-
-
-@pytest.mark.cuda("ssd_scan")
-@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
-def test_forward_against_reference_cuda(case):
-    reference.check(ops.ssd_scan, "ssd_scan", "cuda", **case)
-
-
-# Where the derivative takes other ways: chunks of 64 tokens in segments of 256 on tensor cores, rows
-# of the state in tiles for what these do not serve.
-CUDA_GRADIENT_TABLE = CUDA_TABLE | {
+# Where CUDA takes other ways: chunks of 64 tokens in segments of 256 on tensor cores, rows of the
+# state in tiles for what these do not serve.
+CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES | {
     "a large chunk less one, bf16": {"batch": 1, "length": 63, "dtype": torch.bfloat16},
     "a large chunk, bf16": {"batch": 1, "length": 64, "dtype": torch.bfloat16},
     "a large chunk and one, bf16": {"batch": 1, "length": 65, "dtype": torch.bfloat16},
@@ -124,8 +115,14 @@ CUDA_GRADIENT_TABLE = CUDA_TABLE | {
 }  # fmt: skip
 
 
+@pytest.mark.cuda("ssd_scan")
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
+def test_forward_against_reference_cuda(case):
+    reference.check(ops.ssd_scan, "ssd_scan", "cuda", **case)
+
+
 @pytest.mark.cuda("ssd_scan", "ssd_scan_backward")
-@pytest.mark.parametrize("case", CUDA_GRADIENT_TABLE.values(), ids=CUDA_GRADIENT_TABLE.keys())
+@pytest.mark.parametrize("case", CUDA_TABLE.values(), ids=CUDA_TABLE.keys())
 def test_against_reference_cuda(case):
     check(case, "cuda")
 
@@ -200,9 +197,24 @@ def test_bad_values_stay_in_their_sequence_cuda(dtype, sizes, bad):
 
 
 @pytest.mark.cuda("ssd_scan")
+@pytest.mark.parametrize(("P", "N"), [(64, 64), (96, 64), (128, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("length", [257, 700])
+def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(length, P, N):
+    """Alone it is dealt to several blocks, among 48 one block walks it."""
+    sizes = {"H": 4, "Hx": 2, "Gb": 4, "Gc": 1, "P": P, "N": N, "dtype": torch.bfloat16}
+    inputs = ssd_scan_inputs(batch=48, length=length, **sizes)
+    inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
+    y, final = ops.ssd_scan(**inputs)
+    assert_equal(ops.ssd_scan(**inputs), (y, final))
+    for i in (0, 47):
+        alone = {k: v if v is None or k == "D" else v[i : i + 1] for k, v in inputs.items()}
+        assert_equal(ops.ssd_scan(**alone), (y[i : i + 1], final[i : i + 1]))
+
+
+@pytest.mark.cuda("ssd_scan")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_and_strided_equal_separate_bitwise_cuda(dtype):
-    lengths = [33, 0, 1, 64, 40]
+    lengths = [33, 0, 1, 64, 40, 600]
     packed = ssd_scan_inputs(lengths=lengths, dtype=dtype, Hx=2, Gb=1)
     packed = {k: v.cuda() for k, v in packed.items()}
     y, final = ops.ssd_scan(**packed)

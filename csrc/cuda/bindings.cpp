@@ -464,6 +464,16 @@ void advance(const Tensor& token_in, const Tensor& logprob_in, const Tensor& sto
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// The same (batch, length, ...) tensor; if it is of 16 bits, with every token's values at a
+// multiple of 16 bytes where their number allows it.
+Tensor aligned_to_16(const Tensor& t) {
+  if (t.element_size() != 2) return t;
+  const int64_t values = 16 / t.element_size();
+  const bool aligned =
+      is_aligned_to_16(t) && t.stride(0) % values == 0 && t.stride(1) % values == 0;
+  return aligned ? t : t.clone(at::MemoryFormat::Contiguous);
+}
+
 // What ssd_scan and its derivative read.
 struct SsdScanTensors {
   Tensor x, log_decay, B, C;
@@ -474,10 +484,10 @@ struct SsdScanTensors {
                  const Tensor& C_in, const OptionalTensor& scale_in, const OptionalTensor& D_in,
                  const OptionalTensor& initial_state_in, const OptionalTensor& cu_seqlens_in,
                  int64_t sequences)
-      : x(packed_rows(x_in, 2)),
+      : x(aligned_to_16(packed_rows(x_in, 2))),
         log_decay(packed_rows(log_decay_in, 2)),
-        B(packed_rows(B_in, 2)),
-        C(packed_rows(C_in, 2)),
+        B(aligned_to_16(packed_rows(B_in, 2))),
+        C(aligned_to_16(packed_rows(C_in, 2))),
         scale(packed_rows(scale_in, 2)),
         D(contiguous(D_in)),
         initial_state(contiguous(initial_state_in)),
@@ -520,20 +530,13 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& log_decay, co
   SsdScanTensors t(op, x, log_decay, B, C, scale, D, initial_state, cu_seqlens, sequences);
   auto y = at::empty({x.size(0), x.size(1), t.p.heads, x.size(3)}, x.options());
   auto final_state = at::empty({sequences, t.p.heads, x.size(3), B.size(3)}, log_decay.options());
+  const auto scratch = at::empty({count_ssd_scan_scratch(t.p)}, log_decay.options());
   t.p.y = y.mutable_data_ptr();
   t.p.final_state = final_state.mutable_data_ptr<float>();
+  t.p.scratch = scratch.mutable_data_ptr<float>();
   launch_ssd_scan(t.p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, final_state};
-}
-
-// The same (batch, length, ...) tensor with every token's values at a multiple of 16 bytes, if
-// their number allows it.
-Tensor aligned_to_16(const Tensor& t) {
-  const int64_t values = 16 / t.element_size();
-  const bool aligned =
-      is_aligned_to_16(t) && t.stride(0) % values == 0 && t.stride(1) % values == 0;
-  return aligned ? t : t.clone(at::MemoryFormat::Contiguous);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_backward(
@@ -552,13 +555,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_back
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dy = aligned_to_16(packed_rows(dy_in, 2)),
                dfinal_state = dfinal_state_in.contiguous();
-  SsdScanTensors t(op, aligned_to_16(packed_rows(x, 2)), log_decay,
-                   aligned_to_16(packed_rows(B, 2)), aligned_to_16(packed_rows(C, 2)), scale, D,
-                   initial_state, cu_seqlens, sequences);
+  SsdScanTensors t(op, x, log_decay, B, C, scale, D, initial_state, cu_seqlens, sequences);
   auto dx = empty_like(x, x), dlog_decay = empty_like(log_decay, log_decay), dB = empty_like(B, x),
        dC = empty_like(C, x), dscale = empty_like(scale, log_decay), dD = empty_like(D, log_decay),
        dinitial_state = empty_like(initial_state, log_decay);
-  auto scratch = at::empty({count_ssd_scan_scratch(t.p)}, log_decay.options());
+  auto scratch = at::empty({count_ssd_scan_backward_scratch(t.p)}, log_decay.options());
   SsdScanBackwardParams p{};
   p.forward = t.p;
   p.dy = dy.const_data_ptr();

@@ -24,6 +24,17 @@ __device__ inline int tokens_left(const Sequence& sequence, int64_t t, int most)
   return left < most ? static_cast<int>(left < 0 ? 0 : left) : most;
 }
 
+// A state is kept at the start of every span of `span` tokens of every sequence. Sequences take
+// their places in order; one more place each than whole spans fit is always enough, so that neither
+// the number nor the places depend on where the sequences end.
+inline int64_t count_checkpoints(int64_t tokens, int64_t sequences, int64_t span) {
+  return tokens / span + sequences;
+}
+__device__ inline int64_t first_checkpoint(const Sequence& sequence, int64_t length, int64_t index,
+                                           int64_t span) {
+  return (sequence.batch * length + sequence.begin) / span + index;
+}
+
 // The elements of a (kRows, kColumns) matrix that a thread moves, neighbours by neighbours. The
 // extents are powers of two; rows past the last come up when there are more threads than elements.
 template <int kRows, int kColumns, int kThreads>

@@ -1,5 +1,4 @@
-// What the derivatives of the two scans share: where states on the way are kept, and sums over the
-// rows of a state.
+// What the derivatives of the two scans share: sums over the rows of a state.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +6,6 @@
 #include "scan.cuh"
 
 namespace reasoners {
-
-// A state is kept at the start of every span of `span` tokens of every sequence. Sequences take
-// their places in order; one more place each than whole spans fit is always enough, so that neither
-// the number nor the places depend on where the sequences end.
-inline int64_t count_checkpoints(int64_t tokens, int64_t sequences, int64_t span) {
-  return tokens / span + sequences;
-}
-__device__ inline int64_t first_checkpoint(const Sequence& sequence, int64_t length, int64_t index,
-                                           int64_t span) {
-  return (sequence.batch * length + sequence.begin) / span + index;
-}
 
 // Sums over the rows that a warp holds, in a fixed order: every row comes with kValues values, and
 // leaves with the sums of kValues / rows of them. Of the values v[first(lane)] on, the sums are in

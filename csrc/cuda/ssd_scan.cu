@@ -1,175 +1,486 @@
-// S_t = exp(log_decay_t) S_{t-1} + scale_t x_t B_t^T, y_t = S_t C_t + D x_t, one token after the
-// other.
+// S_t = exp(log_decay_t) S_{t-1} + scale_t x_t B_t^T, y_t = S_t C_t + D x_t, on tensor cores for
+// 16-bit data; ssd_scan_rows.cu serves the rest.
 //
-// A block serves one (sequence, head) and a tile of the head's P rows, and walks all tokens of the
-// sequence with its part of the state in registers, in fp32. kLanes neighbouring threads hold one
-// row of N entries; the product with C is reduced over them by shuffles. Tokens come in stages of
-// kStage: while one stage is computed from shared memory, the next is on its way into registers,
-// and the two buffers in shared memory let one barrier a stage suffice. Rows past P and entries
-// past N are zeros that take part and are not written.
+// A block walks one head of one sequence, kChunk tokens at a time, while the next chunk's x, B, C
+// and scalars are on their way. Within a chunk, where c_i = log_decay_0 + ... + log_decay_i,
+// L_ij = exp(c_i - c_j) scale_j for j <= i and 0 elsewhere, and S is the state before the chunk:
+//   y = exp(c) (C S^T) + (C B^T * L) x + D x         S after = exp(c_last) S + (gain x)^T B
+// with gain_j = exp(c_last - c_j) scale_j. C B^T stays in registers, where the sums of one product
+// are the factors of the next; the state is fp32 in registers, and a copy in the data's type in
+// shared memory is for the product with C.
 //
-//   N        <= 16   <= 32   <= 64   <= 128   <= 256
-//   kLanes      4       4       8        8       16     rows of P per block: 128 / kLanes
-//   kStage     16      16      16        8        4     tokens
+// States are summed in segments of kSegment chunks: a local state that begins with zeros, and
+// carried + decay since the segment's start times it. So what a segment adds does not depend on
+// what came before, and the segments of a sequence can be dealt to several blocks without a bit of
+// difference: where sequences and heads alone do not fill the machine, a first kernel finds what
+// each segment adds (from x and B alone), a second carries states from segment to segment, and the
+// blocks of the third begin at theirs. How is decided from shapes alone.
+//
+// Warp (r, h) has the tokens 16 r to 16 r + 15 and part h of the columns of y, and the rows 16 r
+// (and 16 r + 64) of the state and part h of its columns.
+//
+//   P, N         64, 64   96, 64   128, 64   64, 128   128, 128      the next larger serves others
+//   parts           1        2        2         2          2         of 4 warps each
+//   shared, kB     75       91       108       105        174
+//   blocks per SM   3        2        2         2          1
+//
+// Bytes that must move (P = N = 64, no sharing), a head and token: 512 for x, B, C and y, 4 or 8
+// for scalars; split, 256 more for x and B and 64 to 128 for states. Floor for Llamba-1B (32
+// heads), 8 x 4096: 179 us at 3.03 TB/s; 70 FLOP a byte.
 
+#include <algorithm>
+
+#include "async_copy.cuh"
 #include "convert.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "scan.cuh"
+#include "ssd_chunk.cuh"
 
 namespace reasoners {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kBlocks = 4;  // per multiprocessor: room for the registers of four unrolled tokens
-
-template <int kRows, int kSize, int kStage>
-struct alignas(16) Stage {
-  float b[kStage][kSize], c[kStage][kSize], x[kStage][kRows], decay[kStage], scale[kStage];
+template <typename data_t, int kP, int kN>
+struct Tile {
+  static constexpr int kParts = kP * kN <= 64 * 64 ? 1 : 2;
+  static constexpr int kThreads = 32 * kBlocks * kParts;
+  struct Inputs {
+    Matrix<data_t, kChunk, kP> x;
+    Matrix<data_t, kChunk, kN> b, c;
+  };
+  static constexpr int kPerSM = 233472;  // bytes of a multiprocessor, 1024 of them for each block
+  static constexpr int kWanted = kParts == 1 ? 3 : kP * kN <= 128 * 64 ? 2 : 1;  // blocks on it
+  static constexpr int kStates =  // with two, one barrier a chunk is enough
+      kWanted * (2 * sizeof(Inputs) + 2 * sizeof(Matrix<data_t, kP, kN>) + 2 * sizeof(Scalars) +
+                 1024) <=
+              kPerSM
+          ? 2
+          : 1;
+  struct Shared {
+    Inputs inputs[2];
+    Matrix<data_t, kP, kN> states[kStates];
+    Scalars scalars[2];
+  };
+  static_assert(kWanted * (sizeof(Shared) + 1024) <= kPerSM);
+  // Of a warp: y's tiles of 8 columns; a state's rows 16 (r + 4 m) and tiles of 8 columns.
+  static constexpr int kYTiles = kP / 8 / kParts;
+  static constexpr int kRowTiles = (kP / 16 + kBlocks - 1) / kBlocks;
+  static constexpr int kColumnTiles = kN / 8 / kParts;
 };
 
-template <typename data_t, typename Row, int kStage>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    ssd_scan_kernel(const SsdScanParams p, int tiles) {
-  constexpr int kSize = Row::kSize, kEntries = Row::kEntries, kRows = kThreads / Row::kLanes;
-  using Matrix = Share<kStage, kSize, kThreads>;
-  using Input = Share<kStage, kRows, kThreads>;
-  constexpr int kMatrix = Matrix::kCount, kInput = Input::kCount;
-  __shared__ Stage<kRows, kSize, kStage> stages[2];
+// How the segments of a sequence are dealt to blocks; `blocks` 0: one block has them all.
+struct Deal {
+  int each, blocks;
+  // In scratch memory, for each place of a segment and head: a state, and a decay.
+  int64_t states, decays, size;
+};
 
-  const int64_t unit = blockIdx.x / tiles;
-  const int first_row = blockIdx.x % tiles * kRows;
-  const int64_t index = unit / p.heads;
-  const int head = unit % p.heads;
+// Where the segment of a sequence and a head has its place.
+struct Places {
+  int64_t first;
+  int heads;
+
+  __device__ Places(const SsdScanParams& p, const Sequence& sequence, int64_t index, int head)
+      : first(first_checkpoint(sequence, p.length, index, kSegment * kChunk) * p.heads + head),
+        heads(p.heads) {}
+  __device__ int64_t of(int segment) const { return first + int64_t(segment) * heads; }
+};
+
+// kAdds: leaves what each segment adds, and no y.
+template <typename data_t, int kP, int kN, bool kAdds>
+__global__ void __launch_bounds__(Tile<data_t, kP, kN>::kThreads, Tile<data_t, kP, kN>::kWanted)
+    ssd_scan_kernel(const SsdScanParams p, const Deal deal) {
+  using T = Tile<data_t, kP, kN>;
+  constexpr int kRowTiles = T::kRowTiles, kColumnTiles = T::kColumnTiles, kThreads = T::kThreads;
+  using State = float[kRowTiles][kColumnTiles][4];
+  extern __shared__ float4 shared_memory[];
+  auto& shared = *reinterpret_cast<typename T::Shared*>(shared_memory);
+  let_next_start();
+  wait_for_inputs();
+
+  const int head = blockIdx.x % p.heads, unit = blockIdx.x / p.heads;
+  const int blocks = max(deal.blocks, 1), index = unit / blocks;
   const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
-  const auto* x = static_cast<const data_t*>(p.x) + sequence.batch * p.x_strides.batch +
-                  int64_t(head / (p.heads / p.x_heads)) * p.head_dim;
-  const auto* b = static_cast<const data_t*>(p.B) + sequence.batch * p.b_strides.batch +
-                  int64_t(head / (p.heads / p.b_groups)) * p.state_dim;
-  const auto* c = static_cast<const data_t*>(p.C) + sequence.batch * p.c_strides.batch +
-                  int64_t(head / (p.heads / p.c_groups)) * p.state_dim;
-  const float* log_decay = p.log_decay + sequence.batch * p.log_decay_strides.batch + head;
-  const float* scale = p.scale ? p.scale + sequence.batch * p.scale_strides.batch + head : nullptr;
+  const int batch = static_cast<int>(sequence.batch), begin = static_cast<int>(sequence.begin),
+            length = static_cast<int>(sequence.end - sequence.begin);
+  const int chunks = (length + kChunk - 1) / kChunk, segments = (chunks + kSegment - 1) / kSegment;
+  const int first = unit % blocks * deal.each,
+            last = deal.blocks > 0 ? min(first + deal.each, segments) : segments;
+  if (deal.blocks > 0 && first >= last) return;
+  const int first_chunk = first * kSegment, last_chunk = min(last * kSegment, chunks);
+  const int x_offset = head / (p.heads / p.x_heads) * p.head_dim,
+            b_offset = head / (p.heads / p.b_groups) * p.state_dim,
+            c_offset = head / (p.heads / p.c_groups) * p.state_dim;
   const float skip = p.D ? p.D[head] : 0.f;
 
-  // This thread's tokens of the next stage, on their way to shared memory.
-  data_t next_b[kMatrix], next_c[kMatrix], next_x[kInput];
-  float next_decay = 0.f, next_scale = 1.f;
-  const auto fetch = [&](int64_t t) {
-    const data_t zero = from_float<data_t>(0.f);
-    const int left = tokens_left(sequence, t, kStage);
-    const data_t *from_b = b + t * p.b_strides.token, *from_c = c + t * p.c_strides.token,
-                 *from_x = x + t * p.x_strides.token + first_row;
+  // By a shuffle, so that the compiler knows it to be the same for all lanes.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int r = warp % kBlocks, h = warp / kBlocks;
+  const int first_token = r * kBlock, n_part = h * (kN / T::kParts), p_part = h * (kP / T::kParts);
+
+  // ---- What the next chunk reads, on its way.
+  float next_decay[2],
+      next_scale[2];              // of tokens 2 lane and 2 lane + 1, in the warp that sums them
+  constexpr int kScalarWarp = 0;  // it has the fewest blocks of C B^T
+  const auto copy_rows = [&](auto& to, const void* data, TokenStrides strides, int offset, int t,
+                             int width) {
+    constexpr int kVectors = sizeof(to.at[0]) / 16 - 1, kCopies = kChunk * kVectors / kThreads;
+    const auto* from = static_cast<const data_t*>(data) + batch * strides.batch +
+                       int64_t(begin + t) * strides.token + offset;
 #pragma unroll
-    for (int k = 0; k < kMatrix; ++k) {
-      const int i = Matrix::row(k), n = Matrix::column(k);
-      const bool in = i < left && n < p.state_dim;
-      next_b[k] = in ? from_b[i * p.b_strides.token + n] : zero;
-      next_c[k] = in ? from_c[i * p.c_strides.token + n] : zero;
-    }
-#pragma unroll
-    for (int k = 0; k < kInput; ++k) {
-      const int i = Input::row(k), n = Input::column(k);
-      const bool in = i < left && first_row + n < p.head_dim;
-      next_x[k] = in ? from_x[i * p.x_strides.token + n] : zero;
-    }
-    const int i = threadIdx.x;
-    if (i < left) {
-      next_decay = log_decay[(t + i) * p.log_decay_strides.token];
-      if (scale) next_scale = scale[(t + i) * p.scale_strides.token];
+    for (int u = 0; u < kCopies; ++u) {
+      const int v = threadIdx.x + u * kThreads, i = v / kVectors, column = v % kVectors * 8;
+      const bool there = t + i < length && column < width;
+      copy_async_16_once(&to.at[i][column], there ? from + i * strides.token + column : from,
+                         there);
     }
   };
-  const auto put = [&](Stage<kRows, kSize, kStage>& stage) {
+  const auto request = [&](int chunk) {
+    const int t = chunk * kChunk;
+    auto& in = shared.inputs[chunk & 1];
+    copy_rows(in.x, p.x, p.x_strides, x_offset, t, p.head_dim);
+    copy_rows(in.b, p.B, p.b_strides, b_offset, t, p.state_dim);
+    if (!kAdds) copy_rows(in.c, p.C, p.c_strides, c_offset, t, p.state_dim);
+    commit_copies();
+    if (warp != kScalarWarp) return;
 #pragma unroll
-    for (int k = 0; k < kMatrix; ++k) {
-      stage.b[Matrix::row(k)][Matrix::column(k)] = to_float(next_b[k]);
-      stage.c[Matrix::row(k)][Matrix::column(k)] = to_float(next_c[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < kInput; ++k)
-      if (Input::row(k) < kStage) stage.x[Input::row(k)][Input::column(k)] = to_float(next_x[k]);
-    if (threadIdx.x < kStage) {
-      stage.decay[threadIdx.x] = expf(next_decay);
-      stage.scale[threadIdx.x] = next_scale;
+    for (int k = 0; k < 2; ++k) {
+      const int i = t + 2 * lane + k;
+      const auto read = [&](const float* data, TokenStrides strides) {
+        return data[batch * strides.batch + int64_t(begin + i) * strides.token + head];
+      };
+      next_decay[k] = i < length ? read(p.log_decay, p.log_decay_strides) : 0.f;
+      next_scale[k] = i < length && p.scale ? read(p.scale, p.scale_strides) : 1.f;
     }
   };
 
-  const int lane = threadIdx.x % Row::kLanes, local_row = threadIdx.x / Row::kLanes;
-  const int row = first_row + local_row;
-  const int64_t home = (unit * p.head_dim + row) * p.state_dim;  // of the row in a state tensor
-  float state[kEntries];
+  // ---- States in registers, shared and global memory.
+  const auto each = [&](auto&& visit) {
 #pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    const int n = Row::position(lane, j);
-    const bool in = p.initial_state && row < p.head_dim && n < p.state_dim;
-    state[j] = in ? p.initial_state[home + n] : 0.f;
-  }
-
-  auto* y = static_cast<data_t*>(p.y) +
-            (sequence.batch * p.length * p.heads + head) * int64_t(p.head_dim) + row;
-  const int64_t y_stride = int64_t(p.heads) * p.head_dim;
-  int buffer = 0;
-  fetch(sequence.begin);
-  for (int64_t t = sequence.begin; t < sequence.end; t += kStage) {
-    const auto& stage = stages[buffer];
-    put(stages[buffer]);
-    buffer ^= 1;
-    __syncthreads();
-    fetch(t + kStage);
-    const int count = tokens_left(sequence, t, kStage);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      float in[kEntries], out[kEntries];
-      Row::read(stage.b[i], lane, in);
-      Row::read(stage.c[i], lane, out);
-      const float decay = stage.decay[i], input = stage.x[i][local_row];
-      const float gain = stage.scale[i] * input;
-      float sum = 0.f;
+    for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int j = 0; j < kEntries; ++j) {
-        state[j] = fmaf(decay, state[j], gain * in[j]);
-        sum = fmaf(state[j], out[j], sum);
+      for (int n = 0; n < kColumnTiles; ++n) visit(m, n, 16 * (r + kBlocks * m), n_part + 8 * n);
+  };
+  // visit(values, offset) of the neighbours that a thread has of a state tensor.
+  const auto each_pair = [&](State& state, auto&& visit) {
+    each([&](int m, int n, int first_row, int first_column) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = first_row + g + half * 8, j = first_column + 2 * q;
+        visit(&state[m][n][2 * half], i < p.head_dim && j < p.state_dim ? i * p.state_dim + j : -1);
       }
-      sum = Row::sum(sum);
-      if (lane == 0 && row < p.head_dim)
-        y[(t + i) * y_stride] = from_float<data_t>(fmaf(skip, input, sum));
-    }
-  }
+    });
+  };
+  const auto read_state = [&](const float* data, State& to) {
+    each_pair(to, [&](float* values, int offset) {
+      const bool in = data != nullptr && offset >= 0;
+      const float2 pair = in ? *reinterpret_cast<const float2*>(data + offset) : float2{0.f, 0.f};
+      values[0] = pair.x;
+      values[1] = pair.y;
+    });
+  };
+  const auto write_state = [&](State& from, float* data) {
+    each_pair(from, [&](const float* values, int offset) {
+      if (offset >= 0) *reinterpret_cast<float2*>(data + offset) = {values[0], values[1]};
+    });
+  };
+  // The state from what was carried into the segment and what it added.
+  State carried, local;
+  float since = 1.f;  // decay from the segment's start
+  const auto whole_state = [&](int m, int n, int v) {
+    return fmaf(since, carried[m][n][v], local[m][n][v]);
+  };
+  const auto begin_segment = [&] {
+    since = 1.f;
+    each([&](int m, int n, int, int) {
 #pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    const int n = Row::position(lane, j);
-    if (row < p.head_dim && n < p.state_dim) p.final_state[home + n] = state[j];
+      for (int v = 0; v < 4; ++v) local[m][n][v] = 0.f;
+    });
+  };
+  const auto put_state = [&](Matrix<data_t, kP, kN>& to) {
+    each([&](int m, int n, int first_row, int first_column) {
+      if (first_row >= kP) return;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        to.put_pair(first_row + g + half * 8, first_column + 2 * q,
+                    pack<data_t>(whole_state(m, n, 2 * half), whole_state(m, n, 2 * half + 1)));
+    });
+  };
+  // local = whole local + (gain x)^T B, summed over the chunk's tokens.
+  const auto advance = [&](const typename T::Inputs& in, const Scalars& scalars) {
+    each([&](int m, int n, int, int) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) local[m][n][v] *= scalars.whole;
+    });
+    since *= scalars.whole;
+#pragma unroll
+    for (int k = 0; k < kChunk; k += 16) {
+      const float2 low = *reinterpret_cast<const float2*>(scalars.gain + k + 2 * q),
+                   high = *reinterpret_cast<const float2*>(scalars.gain + k + 2 * q + 8);
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        if (16 * (r + kBlocks * m) >= kP) continue;
+        in.x.load_a_transposed(a[m], 16 * (r + kBlocks * m), k);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const float2 pair = unpack<data_t>(a[m][v]), w = v < 2 ? low : high;
+          a[m][v] = pack<data_t>(pair.x * w.x, pair.y * w.y);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        uint32_t b[4];
+        in.b.load_b(b, k, n_part + n * 8);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          if (16 * (r + kBlocks * m) >= kP) continue;
+          multiply_add<data_t>(local[m][n], a[m], b[0], b[1]);
+          multiply_add<data_t>(local[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  };
+
+  // y of a chunk: the state's part first, which is weighed, then the chunk's tokens.
+  const auto draw_y = [&](const typename T::Inputs& in, const Matrix<data_t, kP, kN>& state,
+                          const Scalars& scalars, int t) {
+    float d[T::kYTiles][4] = {};
+    uint32_t c_rows[kN / 16][4];
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k) {
+      in.c.load_a(c_rows[k], first_token, k * 16);
+#pragma unroll
+      for (int n = 0; n < T::kYTiles; n += 2) {
+        uint32_t b[4];
+        state.load_b_transposed(b, k * 16, p_part + n * 8);
+        multiply_add<data_t>(d[n], c_rows[k], b[0], b[1]);
+        multiply_add<data_t>(d[n + 1], c_rows[k], b[2], b[3]);
+      }
+    }
+    const int i0 = first_token + g;
+    const float since_of[2] = {scalars.since[i0], scalars.since[i0 + 8]},
+                c_of[2] = {scalars.c[i0], scalars.c[i0 + 8]};
+#pragma unroll
+    for (int n = 0; n < T::kYTiles; ++n)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) d[n][v] *= since_of[v / 2];
+#pragma unroll 1
+    for (int block = 0; block <= r; ++block) {
+      float scores[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < kN / 16; ++k) {
+        uint32_t b[4];
+        in.b.load_b_transposed(b, k * 16, block * kBlock);
+        multiply_add<data_t>(scores[0], c_rows[k], b[0], b[1]);
+        multiply_add<data_t>(scores[1], c_rows[k], b[2], b[3]);
+      }
+      uint32_t a[4];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const int j0 = block * kBlock + tile * 8 + 2 * q;
+        const float2 c_from = *reinterpret_cast<const float2*>(&scalars.c[j0]),
+                     scale_of = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
+        float weights[4];
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const float passes = exp2_fast(c_of[v / 2] - (v % 2 ? c_from.y : c_from.x));
+          const bool seen = j0 + v % 2 <= i0 + v / 2 * 8;
+          weights[v] = seen ? scores[tile][v] * (passes * (v % 2 ? scale_of.y : scale_of.x)) : 0.f;
+        }
+        a[2 * tile] = pack<data_t>(weights[0], weights[1]);
+        a[2 * tile + 1] = pack<data_t>(weights[2], weights[3]);
+      }
+      multiply_block<data_t>(d, a, in.x, block * kBlock, p_part);
+    }
+    // Lanes trade halves of tiles so that each writes 8 bytes and four write a whole sector.
+    auto* y = static_cast<data_t*>(p.y) +
+              ((batch * p.length + begin + t) * p.heads + head) * int64_t(p.head_dim);
+    const bool odd = q & 1;
+#pragma unroll
+    for (int n = 0; n < T::kYTiles; n += 2)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = i0 + half * 8;
+        uint32_t mine[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float2 x = unpack<data_t>(in.x.pair(i, p_part + (n + e) * 8 + 2 * q));
+          mine[e] = pack<data_t>(fmaf(skip, x.x, d[n + e][2 * half]),
+                                 fmaf(skip, x.y, d[n + e][2 * half + 1]));
+        }
+        const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+        const int column = p_part + n * 8 + (odd ? 8 + 2 * (q - 1) : 2 * q);
+        if (t + i < length && column < p.head_dim)
+          *reinterpret_cast<uint2*>(y + int64_t(i) * p.heads * p.head_dim + column) =
+              odd ? uint2{theirs, mine[1]} : uint2{mine[0], theirs};
+      }
+  };
+
+  // ---- The walk.
+  const Places places(p, sequence, index, head);
+  const int64_t size = int64_t(p.head_dim) * p.state_dim;
+  const int64_t home = (int64_t(index) * p.heads + head) * size;  // in a state tensor
+  if (first_chunk < last_chunk) request(first_chunk);
+  const float* from = deal.blocks > 0   ? p.scratch + deal.states + places.of(first) * size
+                      : p.initial_state ? p.initial_state + home
+                                        : nullptr;
+  read_state(kAdds ? nullptr : from, carried);
+  begin_segment();
+  if (!kAdds) put_state(shared.states[0]);
+#pragma unroll 1
+  for (int chunk = first_chunk; chunk < last_chunk; ++chunk) {
+    Scalars& scalars = shared.scalars[chunk & 1];
+    if (warp == kScalarWarp) put_scalars(scalars, next_decay, next_scale);
+    wait_copies();
+    __syncthreads();
+    const auto& in = shared.inputs[chunk & 1];
+    if (chunk + 1 < last_chunk) request(chunk + 1);
+    if (!kAdds)
+      draw_y(in, shared.states[(chunk - first_chunk) % T::kStates], scalars, chunk * kChunk);
+    advance(in, scalars);
+    if (chunk + 1 == last_chunk || (chunk + 1) % kSegment == 0) {
+      if (kAdds) {
+        const int64_t place = places.of(chunk / kSegment);
+        write_state(local, p.scratch + deal.states + place * size);
+        if (threadIdx.x == 0) p.scratch[deal.decays + place] = since;
+      }
+      each([&](int m, int n, int, int) {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) carried[m][n][v] = whole_state(m, n, v);
+      });
+      begin_segment();
+    }
+    if (kAdds || chunk + 1 == last_chunk) continue;
+    if (T::kStates == 1) __syncthreads();
+    put_state(shared.states[(chunk + 1 - first_chunk) % T::kStates]);
   }
+  if (!kAdds && deal.blocks == 0) write_state(carried, p.final_state + home);
 }
 
-template <typename data_t, int kSize, int kLanes, int kStage>
+// Turns what each segment adds into the state before it, and leaves the final state.
+constexpr int kCarryThreads = 128;
+
+__global__ void __launch_bounds__(kCarryThreads)
+    carry_kernel(const SsdScanParams p, const Deal deal) {
+  let_next_start();
+  wait_for_inputs();
+  const int64_t size = int64_t(p.head_dim) * p.state_dim;
+  const int64_t element = int64_t(blockIdx.y) * kCarryThreads + threadIdx.x;
+  const int head = blockIdx.x % p.heads, index = blockIdx.x / p.heads;
+  if (4 * element >= size) return;
+  const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
+  constexpr int kTokens = kSegment * kChunk;
+  const int segments = static_cast<int>((sequence.end - sequence.begin + kTokens - 1) / kTokens);
+  const Places places(p, sequence, index, head);
+  const auto vector = [&](float* data, int64_t place) {
+    return reinterpret_cast<float4*>(data + place * size) + element;
+  };
+  float* states = p.scratch + deal.states;
+  const int64_t home = int64_t(index) * p.heads + head;
+  float4 state{};
+  if (p.initial_state) state = *vector(const_cast<float*>(p.initial_state), home);
+  constexpr int kAhead = 8;  // segments whose loads are on their way together
+  for (int begin = 0; begin < segments; begin += kAhead) {
+    float4 added[kAhead];
+    float decay[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (begin + k >= segments) break;
+      const int64_t place = places.of(begin + k);
+      added[k] = *vector(states, place);
+      decay[k] = p.scratch[deal.decays + place];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (begin + k >= segments) break;
+      if ((begin + k) % deal.each == 0) *vector(states, places.of(begin + k)) = state;
+      state = {fmaf(decay[k], state.x, added[k].x), fmaf(decay[k], state.y, added[k].y),
+               fmaf(decay[k], state.z, added[k].z), fmaf(decay[k], state.w, added[k].w)};
+    }
+  }
+  *vector(p.final_state, home) = state;
+}
+
+constexpr int kProcessors = 132;
+
+Deal make_deal(const SsdScanParams& p, int per_processor) {
+  constexpr int kTokens = kSegment * kChunk;
+  const int64_t walks = p.sequences * p.heads;
+  const int64_t most = (p.length + kTokens - 1) / kTokens;  // segments of a sequence
+  Deal deal{};
+  if (walks == 0 || walks * 5 >= kProcessors * 6 || most < 2) return deal;
+  const int64_t segments = p.batch * most, resident = kProcessors * per_processor;
+  deal.each = static_cast<int>((segments * p.heads + resident - 1) / resident);
+  deal.blocks = static_cast<int>((most + deal.each - 1) / deal.each);
+  if (deal.blocks < 2) return {};
+  const int64_t places = count_checkpoints(p.batch * p.length, p.sequences, kTokens) * p.heads;
+  deal.decays = places * p.head_dim * p.state_dim;
+  deal.size = deal.decays + places;
+  return deal;
+}
+
+template <typename data_t, int kP, int kN>
+Deal deal_of(const SsdScanParams& p) {
+  return make_deal(p, Tile<data_t, kP, kN>::kWanted);
+}
+
+template <typename data_t, int kP, int kN>
 void launch(const SsdScanParams& p, cudaStream_t stream) {
-  const int rows = kThreads / kLanes, tiles = (p.head_dim + rows - 1) / rows;
-  const int64_t blocks = p.sequences * p.heads * tiles;
-  ssd_scan_kernel<data_t, StateRow<kSize, kLanes>, kStage>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, tiles);
+  using T = Tile<data_t, kP, kN>;
+  constexpr int kBytes = sizeof(typename T::Shared);
+  const auto scan = ssd_scan_kernel<data_t, kP, kN, false>;
+  cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const Deal deal = make_deal(p, T::kWanted);
+  const auto walks = static_cast<unsigned>(p.sequences * p.heads);
+  if (deal.blocks > 0) {
+    const auto add = ssd_scan_kernel<data_t, kP, kN, true>;
+    cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    Deal single = deal;  // segments
+    single.each = 1;
+    single.blocks = (p.length + kSegment * kChunk - 1) / (kSegment * kChunk);
+    launch_overlapping(add, walks * single.blocks, T::kThreads, kBytes, stream, p, single);
+    const int vectors = p.head_dim * p.state_dim / 4;
+    const dim3 grid(walks, (vectors + kCarryThreads - 1) / kCarryThreads);
+    launch_overlapping(carry_kernel, grid, kCarryThreads, 0, stream, p, deal);
+  }
+  launch_overlapping(scan, walks * std::max(deal.blocks, 1), T::kThreads, kBytes, stream, p, deal);
+}
+
+// Calls use.operator()<P, N>() for the tile of a shape.
+template <typename Use>
+auto with_tile(const SsdScanParams& p, const Use& use) {
+  if (p.state_dim <= 64) {
+    if (p.head_dim <= 64)
+      return use(std::integral_constant<int, 64>(), std::integral_constant<int, 64>());
+    if (p.head_dim <= 96)
+      return use(std::integral_constant<int, 96>(), std::integral_constant<int, 64>());
+    return use(std::integral_constant<int, 128>(), std::integral_constant<int, 64>());
+  }
+  if (p.head_dim <= 64)
+    return use(std::integral_constant<int, 64>(), std::integral_constant<int, 128>());
+  return use(std::integral_constant<int, 128>(), std::integral_constant<int, 128>());
 }
 
 template <typename data_t>
-void dispatch_width(const SsdScanParams& p, cudaStream_t stream) {
-  if (p.state_dim <= 16) return launch<data_t, 16, 4, 16>(p, stream);
-  if (p.state_dim <= 32) return launch<data_t, 32, 4, 16>(p, stream);
-  if (p.state_dim <= 64) return launch<data_t, 64, 8, 16>(p, stream);
-  if (p.state_dim <= 128) return launch<data_t, 128, 8, 8>(p, stream);
-  launch<data_t, kSsdScanMaxStateDim, 16, 4>(p, stream);
+void dispatch(const SsdScanParams& p, cudaStream_t stream) {
+  with_tile(p, [&](auto rows, auto columns) { launch<data_t, rows(), columns()>(p, stream); });
 }
 
 }  // namespace
 
+int64_t count_ssd_scan_scratch(const SsdScanParams& p) {
+  if (!on_tensor_cores(p)) return 0;
+  return with_tile(p, [&](auto rows, auto columns) {
+    return make_deal(p, Tile<__half, rows(), columns()>::kWanted).size;
+  });
+}
+
 void launch_ssd_scan(const SsdScanParams& p, cudaStream_t stream) {
   if (p.sequences == 0 || p.heads == 0 || p.head_dim == 0) return;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return dispatch_width<float>(p, stream);
-    case DType::kBFloat16:
-      return dispatch_width<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return dispatch_width<__half>(p, stream);
-  }
+  if (!on_tensor_cores(p)) return launch_ssd_scan_rows(p, stream);
+  p.dtype == DType::kBFloat16 ? dispatch<__nv_bfloat16>(p, stream) : dispatch<__half>(p, stream);
 }
 
 }  // namespace reasoners

@@ -43,72 +43,16 @@
 #include "async_copy.cuh"
 #include "convert.cuh"
 #include "kernels.h"
-#include "mma.cuh"
 #include "scan.cuh"
 #include "scan_backward.cuh"
+#include "ssd_chunk.cuh"
 #include "ssd_scan_backward.cuh"
 #include "sum_partials.cuh"
 
 namespace reasoners {
 namespace {
 
-constexpr int kChunk = 64, kBlock = 16, kBlocks = kChunk / kBlock;
-constexpr int kSegment = 4;  // chunks
 constexpr int kHalves = 2, kWarps = kBlocks * kHalves, kThreads = 32 * kWarps;
-constexpr float kLog2e = 1.44269504088896f;
-// Steps below this are as good as -inf in fp32, and sums over a chunk stay exact enough.
-constexpr float kSmallestStep = -110.f;
-
-template <typename data_t>
-__device__ uint32_t pack(float low, float high) {
-  const Vec<data_t, 2> pair{from_float<data_t>(low), from_float<data_t>(high)};
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <typename data_t>
-__device__ float2 unpack(uint32_t bits) {
-  const auto pair = *reinterpret_cast<const Vec<data_t, 2>*>(&bits);
-  return {to_float(pair.at[0]), to_float(pair.at[1])};
-}
-
-// A matrix in shared memory. Rows are 16 bytes further apart than they are long, so that the same
-// columns of eight rows lie in different banks.
-template <typename data_t, int kRows, int kColumns>
-struct Matrix {
-  static constexpr int kPitch = kColumns + 8;
-  data_t at[kRows][kPitch];
-
-  // The fragment of A with rows [row, row + 16) and columns [column, column + 16).
-  __device__ void load_a(uint32_t (&a)[4], int row, int column) const {
-    const int l = threadIdx.x % 32;
-    load_matrices(a, &at[row + l % 16][column + l / 16 * 8]);
-  }
-  // The same of the transposed matrix; row and column are those of the transposed matrix.
-  __device__ void load_a_transposed(uint32_t (&a)[4], int row, int column) const {
-    const int l = threadIdx.x % 32;
-    load_matrices_transposed(a, &at[column + l % 8 + l / 16 * 8][row + l / 8 % 2 * 8]);
-  }
-  // Two fragments of B, b[0], b[1] and b[2], b[3], that have the rows [row, row + 16) and the
-  // columns [column, column + 8) and the 8 columns after them.
-  __device__ void load_b(uint32_t (&b)[4], int row, int column) const {
-    const int l = threadIdx.x % 32;
-    load_matrices_transposed(b, &at[row + l % 16][column + l / 16 * 8]);
-  }
-  __device__ void load_b_transposed(uint32_t (&b)[4], int row, int column) const {
-    const int l = threadIdx.x % 32;
-    load_matrices(b, &at[column + l % 8 + l / 16 * 8][row + l / 8 % 2 * 8]);
-  }
-  // Two fragments of B of the transposed matrix below each other: 32 rows, 8 columns.
-  __device__ void load_b_transposed_tall(uint32_t (&b)[4], int row, int column) const {
-    const int l = threadIdx.x % 32;
-    load_matrices(b, &at[column + l % 8][row + l / 8 * 8]);
-  }
-  __device__ uint32_t pair(int row, int column) const {
-    return *reinterpret_cast<const uint32_t*>(&at[row][column]);
-  }
-  __device__ void put_pair(int row, int column, uint32_t value) {
-    *reinterpret_cast<uint32_t*>(&at[row][column]) = value;
-  }
-};
 
 // The blocks on and below the diagonal of a (kChunk, kChunk) matrix. The two halves of a row change
 // places every four rows, for the banks.
@@ -133,15 +77,6 @@ struct Triangle {
     auto* half = const_cast<data_t*>(half_row(i, j, row, column / 8));
     *reinterpret_cast<uint32_t*>(half + column % 8) = value;
   }
-};
-
-// What every token of a chunk is weighed with.
-struct alignas(16) Scalars {
-  float c[kChunk];      // log_decay summed from the start of the chunk, for powers of 2
-  float scale[kChunk];  // as it came
-  float since[kChunk], until[kChunk];
-  float gain[kChunk];  // until * scale
-  float whole;         // since of the last token
 };
 
 template <typename data_t, int kP, int kN>
@@ -176,53 +111,6 @@ struct Tile {
   static constexpr int kColumnTiles = kN / 8 / kHalves;
   static constexpr int kStateValues = kRowTiles * kColumnTiles * 4;  // of a thread
 };
-
-// D += A B^T for the rows [row, row + 16) of A and kTiles tiles of 8 columns from `column` on,
-// which are rows of B.
-template <typename data_t, int kDepth, int kTiles, typename A, typename B>
-__device__ void multiply_by_transposed(float (&d)[kTiles][4], const A& a_rows, int row,
-                                       const B& b_rows, int column) {
-#pragma unroll
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t a[4];
-    a_rows.load_a(a, row, k);
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      uint32_t b[4];
-      b_rows.load_b_transposed(b, k, column + n * 8);
-      multiply_add<data_t>(d[n], a, b[0], b[1]);
-      multiply_add<data_t>(d[n + 1], a, b[2], b[3]);
-    }
-  }
-}
-template <typename data_t, int kDepth, int kTiles, typename A, typename B>
-__device__ void multiply(float (&d)[kTiles][4], const A& a_rows, int row, const B& b_rows,
-                         int column) {
-#pragma unroll
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t a[4];
-    a_rows.load_a(a, row, k);
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      uint32_t b[4];
-      b_rows.load_b(b, k, column + n * 8);
-      multiply_add<data_t>(d[n], a, b[0], b[1]);
-      multiply_add<data_t>(d[n + 1], a, b[2], b[3]);
-    }
-  }
-}
-// The same with one 16 x 16 fragment of A at hand.
-template <typename data_t, int kTiles, typename B>
-__device__ void multiply_block(float (&d)[kTiles][4], const uint32_t (&a)[4], const B& b_rows,
-                               int row, int column) {
-#pragma unroll
-  for (int n = 0; n < kTiles; n += 2) {
-    uint32_t b[4];
-    b_rows.load_b(b, row, column + n * 8);
-    multiply_add<data_t>(d[n], a, b[0], b[1]);
-    multiply_add<data_t>(d[n + 1], a, b[2], b[3]);
-  }
-}
 
 struct TileScratch : SsdScanScratch {
   int first_between;  // of the states between the chunks of a segment, among all states
@@ -356,30 +244,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   const auto put_scalars = [&] {
     parity ^= 1;
     if (warp != kScalarWarp) return;
-    auto& to = rest.scalars[parity];
-    // Written so that a NaN stays one.
-    const float first = kLog2e * (next_decay[0] < kSmallestStep ? kSmallestStep : next_decay[0]);
-    const float second = kLog2e * (next_decay[1] < kSmallestStep ? kSmallestStep : next_decay[1]);
-    float sum = first + second;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const float before = __shfl_up_sync(~0u, sum, offset);
-      if (lane >= offset) sum += before;
-    }
-    const float before = __shfl_up_sync(~0u, sum, 1);
-    const float sums[2] = {lane > 0 ? before + first : first, sum};
-    const float last = __shfl_sync(~0u, sum, 31);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int i = 2 * lane + k;
-      const float until = exp2_fast(last - sums[k]);
-      to.c[i] = sums[k];
-      to.scale[i] = next_scale[k];
-      to.since[i] = exp2_fast(sums[k]);
-      to.until[i] = until;
-      to.gain[i] = until * next_scale[k];
-    }
-    if (lane == 0) to.whole = exp2_fast(last);
+    reasoners::put_scalars(rest.scalars[parity], next_decay, next_scale);
   };
 
   // ---- States in registers, shared and global memory.
@@ -896,15 +761,9 @@ int64_t count(const SsdScanParams& f) {
   return floats;
 }
 
-// Rows of 16 bytes must be there to be copied; bindings.cpp sees to their alignment.
-bool on_tensor_cores(const SsdScanParams& f) {
-  return f.dtype != DType::kFloat32 && f.head_dim % 8 == 0 && f.head_dim <= 128 &&
-         f.state_dim % 8 == 0 && f.state_dim <= 128 && f.state_dim > 0;
-}
-
 }  // namespace
 
-int64_t count_ssd_scan_scratch(const SsdScanParams& f) {
+int64_t count_ssd_scan_backward_scratch(const SsdScanParams& f) {
   if (f.heads == 0 || f.head_dim == 0) return 0;
   if (!on_tensor_cores(f)) return count_ssd_scan_rows_scratch(f);
   return f.dtype == DType::kBFloat16 ? count<__nv_bfloat16>(f) : count<__half>(f);
