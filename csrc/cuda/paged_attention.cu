@@ -10,11 +10,12 @@
 //   a row is summed. Its splits of 256 positions are walked by one thread block that folds them as
 //   it goes, or, where the batch alone would not fill the machine, dealt to several that leave them
 //   in memory for combine_kernel: two floats and D more for 256 positions of K and V.
-// prefix: rows that share their first pages. A thread block takes 32 columns, that is pairs of a
+// prefix: rows that share their first pages. A thread block takes 16 columns, that is pairs of a
 // row
 //   and a query head, over a split of the shared pages, so that K and V are read once for all of
-//   them. What it finds waits in memory until the rows' own thread blocks come to it: whole splits,
-//   and the whole blocks of the split in which the rows part.
+//   them. What it finds waits in memory until the rows' own thread blocks, which have begun with
+//   their own positions meanwhile, come to it: whole splits, and the whole blocks of the split in
+//   which the rows part.
 // plain: everything else. Positions are dealt out in turn to walkers of kLanes threads, each of
 //   which holds kVec x kChunks channels; the walkers are merged at the end.
 //
@@ -195,6 +196,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- tensor
 
+// As many thread blocks as run on a multiprocessor at a time: so many registers and so much shared
+// memory (228 KB, of which each takes 1 KB more than it asks for) have they.
+__host__ __device__ constexpr int residents(int head_dim) { return head_dim == 64 ? 3 : 2; }
+template <typename Shared>
+constexpr bool fits(int blocks) {
+  return (sizeof(Shared) + 1024) * blocks <= 228 * 1024;
+}
+
 // How the tensor path is dealt out, by shapes alone.
 struct Plan {
   int deals;          // thread blocks that walk the splits of one (token, kv head)
@@ -262,11 +271,8 @@ struct Places {
   }
 };
 
-// Steps on their way to a warp of tensor_kernel: as many as leave room for three of its blocks in a
-// multiprocessor with head_dim 64, for two otherwise.
 template <int kDim>
-constexpr int kStages = kDim == 128 ? 3 : 4;
-
+constexpr int kStages = kDim == 128 ? 3 : 4;  // steps on their way to a warp: as many as fit
 template <typename data_t, int kDim>
 struct TensorShared {
   Ring<data_t, kDim, kStages<kDim>> rings[kWalkers];
@@ -274,9 +280,10 @@ struct TensorShared {
 };
 
 template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, residents(kDim))
     tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
+  static_assert(fits<TensorShared<data_t, kDim>>(residents(kDim)));
   constexpr int kChunks = Fragments<kDim>::kChunks, kSteps = kBlock / kStep;
   extern __shared__ float4 tensor_memory[];
   auto& shared = *reinterpret_cast<TensorShared<data_t, kDim>*>(tensor_memory);
@@ -484,10 +491,11 @@ struct PrefixShared {
 };
 
 template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, residents(kDim))
     prefix_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
   using Shared = PrefixShared<data_t, kDim>;
+  static_assert(fits<Shared>(residents(kDim)));
   extern __shared__ float4 prefix_memory[];
   auto& shared = *reinterpret_cast<Shared*>(prefix_memory);
   auto& partials = shared.partials;
@@ -518,13 +526,12 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
   constexpr int kVectors = kDim / 8;
   for (int i = threadIdx.x; i < kColumns * kVectors; i += kThreads) {
     const int column = i / kVectors, channel = i % kVectors * 8;
-    KChunk q{};
-    if (wanted >> column & 1)
-      q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
-                                           row_of(column) * p.q_stride + head_of(column) * kDim +
-                                           channel);
-    *reinterpret_cast<KChunk*>(&shared.queries[column][channel]) = q;
+    const bool there = wanted >> column & 1;
+    const auto* from = static_cast<const data_t*>(p.q);
+    if (there) from += row_of(column) * p.q_stride + head_of(column) * kDim + channel;
+    copy_async_16_once(&shared.queries[column][channel], from, there);
   }
+  commit_copies();
 
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
@@ -563,6 +570,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
       Places later;
       later.look_up(p, pages, row, begin_of(next + deals));
       ahead.settle(p, pages, kv_head, begin_of(next));
+      wait_for_copies<Shared::kStages>();
       __syncthreads();  // the queries are there, and partials were read
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) tiles[i].clear();
@@ -646,9 +654,9 @@ bool is_vectorised(const PagedAttentionParams& p) {
   return all % 16 == 0 && (p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128);
 }
 
-constexpr int kFull = 352;                        // thread blocks that keep the memory busy
-constexpr int kWave = 1056;                       // as many as a machine of 132 SMs likes to get
-constexpr int kPrefixWave = 528;                  // of the larger ones of prefix_kernel
+constexpr int kFull = 128;                        // thread blocks that keep the memory busy
+constexpr int kProcessors = 132;                  // of an H100
+constexpr int kPrefixWave = 528;                  // thread blocks of prefix_kernel that it likes
 constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
 
 int divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -660,8 +668,8 @@ Plan make_plan(const PagedAttentionParams& p) {
       kMostScratchBytes / (int64_t(p.tokens) * p.heads * (p.head_dim + 2) * sizeof(float));
   Plan plan{1, 0, 0, 0};
   if (blocks < kFull && most_splits > 1 && most_splits + kWalkers <= room) {
-    const int each = std::max<int64_t>(1, (int64_t(blocks) * most_splits + kWave / 2) / kWave);
-    plan.deals = divide_up(most_splits, each);
+    // All of them run at once: then none begins when others end.
+    plan.deals = std::clamp(kProcessors * residents(p.head_dim) / blocks, 1, most_splits);
     plan.splits = most_splits;
   }
   if (p.shared) {
