@@ -42,14 +42,15 @@ struct Work {
   int first_head, heads;  // of the query heads
 };
 
+// group: query heads of a kv head. Divisions are slow, and most groups are not cut.
 template <int kHeads>
-__device__ inline Work find_work(const PagedAttentionParams& p) {
-  const int group = p.heads / p.kv_heads;
-  const int slices = (group + kHeads - 1) / kHeads;
-  const int slice = blockIdx.x % slices;
+__device__ inline Work find_work(const PagedAttentionParams& p, int group) {
+  const unsigned slices = (group + kHeads - 1) / kHeads, kv_heads = p.kv_heads;
+  const unsigned unit = slices == 1 ? blockIdx.x : blockIdx.x / slices;
+  const int slice = blockIdx.x - unit * slices;
   Work work;
-  work.kv_head = blockIdx.x / slices % p.kv_heads;
-  work.token = blockIdx.x / slices / p.kv_heads;
+  work.token = unit / kv_heads;
+  work.kv_head = unit - work.token * kv_heads;
   work.first_head = work.kv_head * group + slice * kHeads;
   work.heads = min(kHeads, group - slice * kHeads);
   return work;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Chunk = Vec<data_t, kVec>;
   let_next_start();
   wait_for_inputs();
-  const Work work = find_work<kHeads>(p);
+  const Work work = find_work<kHeads>(p, p.heads / p.kv_heads);
   const RowPosition at = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, work.token);
   const int visible = at.position + 1;  // the query sees positions below it; padding: none
   const int head_dim = kWhole ? kDim : p.head_dim;
@@ -206,6 +207,7 @@ constexpr bool fits(int blocks) {
 
 // How the tensor path is dealt out, by shapes alone.
 struct Plan {
+  int group;          // query heads of a kv head
   int deals;          // thread blocks that walk the splits of one (token, kv head)
   int splits;         // of a (token, head) that have room in memory
   int shared_blocks;  // of a row that are read with its group at most
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
   auto& partials = shared.partials;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   auto& ring = shared.rings[warp];
-  const Work work = find_work<kTileHeads>(p);
+  const Work work = find_work<kTileHeads>(p, plan.group);
   // prefix_kernel lets this one start when it has its own inputs, which are those of this kernel,
   // too: what prefix_kernel finds itself is waited for later.
   if (plan.shared_blocks == 0) wait_for_inputs();
@@ -302,21 +304,9 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
   const int shared_blocks = count_shared_blocks(p, plan, work.token);
   const int first = shared_blocks / kWalkers, deals = gridDim.y;
   int split = first + blockIdx.y;
-  Places places, ahead;
-  const auto look_up = [&](int row) {
-    places.look_up(p, pages, row, begin_of(split));
-    ahead.look_up(p, pages, row, begin_of(split + deals));
-  };
   const bool guessed = work.token < p.rows && p.max_pages > 0;
-  if (guessed) look_up(work.token);
-  KChunk query[kChunks];  // of column g, in K's order of channels
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    query[c] = {};  // heads past the group
-    if (g < work.heads)
-      query[c] = read_past_l1<KChunk>(static_cast<const data_t*>(p.q) + work.token * p.q_stride +
-                                      (work.first_head + g) * kDim + c * 32 + t * 8);
-  }
+  Places places;
+  if (guessed) places.look_up(p, pages, work.token, begin_of(split));
   const RowPosition at = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, work.token);
   const int visible = at.position + 1;  // the query sees positions below it; padding: none
   const int end = (visible + kSplit - 1) / kSplit;
@@ -328,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
     if (alone) write_zeros(out, work.heads * kDim);
     return;
   }
-  if (!guessed || at.row != work.token) look_up(at.row);
+  if (!guessed || at.row != work.token) places.look_up(p, pages, at.row, begin_of(split));
 
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
@@ -345,6 +335,16 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
 #pragma unroll
   for (int begin = 0; begin < kStages<kDim> * kStep; begin += kStep)
     copy(slot_of(begin), places, split, begin);
+  Places ahead;
+  ahead.look_up(p, pages, at.row, begin_of(split + deals));
+  KChunk query[kChunks];  // of column g, in K's order of channels
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    query[c] = {};  // heads past the group
+    if (g < work.heads)
+      query[c] = read_past_l1<KChunk>(static_cast<const data_t*>(p.q) + work.token * p.q_stride +
+                                      (work.first_head + g) * kDim + c * 32 + t * 8);
+  }
 
   const Slots<kDim> slots(p, plan);
   constexpr int kVectors = (kTileHeads * kDim + kThreads * 4 - 1) / (kThreads * 4);
@@ -501,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
   auto& partials = shared.partials;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   auto& ring = shared.rings[warp];
-  const int group = p.heads / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
+  const int group = plan.group, kv_head = blockIdx.x % p.kv_heads;
   const int first_column = blockIdx.x / p.kv_heads * kColumns;
   const auto row_of = [&](int column) { return (first_column + column) / group; };
   const auto head_of = [&](int column) {
@@ -666,7 +666,7 @@ Plan make_plan(const PagedAttentionParams& p) {
   const int most_splits = divide_up(int64_t(p.max_pages) * p.page_size, kSplit);
   const int64_t room =
       kMostScratchBytes / (int64_t(p.tokens) * p.heads * (p.head_dim + 2) * sizeof(float));
-  Plan plan{1, 0, 0, 0};
+  Plan plan{p.heads / p.kv_heads, 1, 0, 0, 0};
   if (blocks < kFull && most_splits > 1 && most_splits + kWalkers <= room) {
     // All of them run at once: then none begins when others end.
     plan.deals = std::clamp(kProcessors * residents(p.head_dim) / blocks, 1, most_splits);
