@@ -12,10 +12,10 @@
 // compiler could contract in one kernel and not in another are spelled out.
 //
 // K (16 x D) times the queries (D x 8) gives the scores, V^T (D x 16) times the weights (16 x 8)
-// the values, both with m16n8k16. K's fragments are 16-byte loads straight from the cache, because
-// the order of the channels in a dot product is free; V's are put together from two positions by
-// byte permutations, the weights' by an 8 x 8 transposition. Weights are split in two numbers of
-// the data type, so that nothing is lost against float32.
+// the values, both with m16n8k16. K's fragments are the 16 bytes that a lane copies from the cache,
+// because the order of the channels in a dot product is free; V's are put together from two
+// positions by byte permutations, the weights' by an 8 x 8 transposition. Weights are split in two
+// numbers of the data type, so that nothing is lost against float32.
 #pragma once
 
 #include <cmath>
@@ -185,8 +185,8 @@ struct StepLoads : Fragments<kDim> {
   VChunk v[4][kLoads];
 };
 
-// 16 or 8 bytes of this thread, past the first-level cache. Zeros where there is nothing to copy;
-// `global` is not read then.
+// 16 or 8 bytes of this thread, the 16 past the first-level cache. Zeros where there is nothing to
+// copy; `global` is not read then.
 template <typename chunk_t>
 __device__ inline void copy_chunk(chunk_t* shared, const void* global, bool there) {
   if constexpr (sizeof(chunk_t) == 16) {
