@@ -532,6 +532,7 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
   const unsigned starts = __ballot_sync(kAll, lane == 0 || leader != before);
   if (!wanted) return;
   constexpr int kVectors = kDim / 8;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kColumns * kVectors; i += kThreads) {
     const int column = i / kVectors, channel = i % kVectors * 8;
     const bool there = wanted >> column & 1;
