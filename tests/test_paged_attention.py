@@ -107,7 +107,7 @@ def test_batch_mates_change_nothing_cuda(dtype, head_dim):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 64), (24, 8, 128), (6, 2, 96)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_row_is_the_same_bits_at_any_batch_size_cuda(dtype, heads, kv_heads, head_dim):
-    """At 150 rows a block walks all of a row, at 1 its splits are dealt out; so are long tables."""
+    """At 150 rows a block walks all of a row, at 1 its splits are dealt out, at 5 in several turns."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
     lengths = tuple(1 + 37 * i % 2500 for i in range(150))
     inputs = paged_attention_inputs(lengths=lengths, queries=(1,) * 150, **shape)
@@ -119,13 +119,15 @@ def test_a_row_is_the_same_bits_at_any_batch_size_cuda(dtype, heads, kv_heads, h
         assert torch.equal(
             ops.paged_attention(**to_device({**alone, "page_table": longer}, "cuda")), y[mine]
         )
-    some = {
-        "q": inputs["q"][40:80],
-        "page_table": inputs["page_table"][40:80],
-        "cu_seqlens_q": torch.arange(41).int(),
-        "kv_lengths": inputs["kv_lengths"][40:80],
-    }
-    assert torch.equal(ops.paged_attention(**to_device(inputs | some, "cuda")), y[40:80])
+    for begin, end in ((40, 80), (62, 67)):
+        some = {
+            "q": inputs["q"][begin:end],
+            "page_table": inputs["page_table"][begin:end],
+            "cu_seqlens_q": torch.arange(end - begin + 1).int(),
+            "kv_lengths": inputs["kv_lengths"][begin:end],
+        }
+        together = ops.paged_attention(**to_device(inputs | some, "cuda"))
+        assert torch.equal(together, y[begin:end])
 
 
 # lengths, groups of (rows, tokens they share)
