@@ -107,7 +107,7 @@ def test_batch_mates_change_nothing_cuda(dtype, head_dim):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 64), (24, 8, 128), (6, 2, 96)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_row_is_the_same_bits_at_any_batch_size_cuda(dtype, heads, kv_heads, head_dim):
-    """At 150 rows a block walks all of a row, at 1 its splits are dealt out, at 5 in several turns."""
+    """At 150 rows a block walks all of a row, at 1 its splits are dealt out, at 5 in turns."""
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
     lengths = tuple(1 + 37 * i % 2500 for i in range(150))
     inputs = paged_attention_inputs(lengths=lengths, queries=(1,) * 150, **shape)
