@@ -259,13 +259,17 @@ class Pass:
     positions: Tensor | None = None
     step: Step | None = None
 
-    def causal_mask(self, length: int, device: torch.device) -> Tensor:
-        """(length, length) booleans: whether the token of a row may look at the token of a column."""
+    def causal_mask(self, rows: int, length: int, device: torch.device) -> Tensor:
+        """(rows, 1, length, length) booleans, or 1 for rows: whether a token may look at another one.
+
+        rows: that all packed tokens are cut in.
+        """
         position = torch.arange(length, device=device)
-        mask = position[:, None] >= position
+        mask = (position[:, None] >= position)[None, None]
         if self.cu_seqlens is not None:
-            document = torch.bucketize(position, self.cu_seqlens, right=True)
-            mask &= document[:, None] == document
+            token = torch.arange(rows * length, device=device)
+            document = torch.bucketize(token, self.cu_seqlens, right=True).view(rows, 1, length)
+            mask = mask & (document[..., None] == document[..., None, :])
         return mask
 
 
@@ -292,6 +296,11 @@ class Rotary:
         if device not in self.inv_freq:
             self.inv_freq[device] = self.inv_freq[torch.device("cpu")].to(device)
         return self.inv_freq[device]
+
+
+def cut(t: Tensor, rows: int) -> Tensor:
+    """(batch, rows * length, ...) -> (batch * rows, length, ...)"""
+    return t.unflatten(1, (rows, -1)).flatten(0, 1)
 
 
 class Attention(nn.Module):
@@ -323,14 +332,18 @@ class Attention(nn.Module):
         q, k = (ops.rotated(t, this.positions, this.inv_freq) for t in (q, k))
         return self.out_proj(self._attend(q, k, v, this).flatten(-2))
 
-    def mixing_matrix(self, u: Tensor, this: Pass) -> Tensor:
-        """The attention map (batch, heads, length, length) of whole sequences, in float32."""
+    def mixing_matrix(self, u: Tensor, this: Pass, rows: int = 1) -> Tensor:
+        """The attention map (batch * rows, heads, length, length) of whole sequences, in float32.
+
+        rows: into so many of one length u is cut; documents end where they do.
+        """
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, _ = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim)).split(heads, -2)
         q, k = (ops.rotated(t, this.positions, this.inv_freq) for t in (q, k))
         k = k.repeat_interleave(self.num_heads // self.num_kv_heads, -2)
-        scores = _wide(q).transpose(1, 2) @ _wide(k).permute(0, 2, 3, 1) * self.head_dim**-0.5
-        mask = this.causal_mask(u.shape[1], u.device)
+        q, k = (_wide(cut(t, rows)) for t in (q, k))
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.head_dim**-0.5
+        mask = this.causal_mask(rows, q.shape[1], u.device)
         return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, this: Pass) -> Tensor:
@@ -427,15 +440,16 @@ class DiscreteMamba2(nn.Module):
         y = ssd(x, log_decay, B, C, None, _wide(self.D), this, cached)
         return self.out_proj(ops.gate(y.flatten(-2), z, self.z_bias))
 
-    def mixing_matrix(self, u: Tensor, this: Pass) -> Tensor:
-        """The map (batch, heads, length, length) of x that the scan applies, D included, in float32."""
+    def mixing_matrix(self, u: Tensor, this: Pass, rows: int = 1) -> Tensor:
+        """The map of x that the scan applies, D included, as `Attention.mixing_matrix`."""
         _, B, C, _, log_decay = self._scanned(self.in_proj(u), this, None)
-        repeats = self.num_heads // self.num_groups
+        B, C, log_decay = (cut(t, rows) for t in (B, C, log_decay))
+        repeats, length = self.num_heads // self.num_groups, B.shape[1]
         B, C = (_wide(t).repeat_interleave(repeats, -2).transpose(1, 2) for t in (B, C))
         total = log_decay.transpose(1, 2).cumsum(-1)
-        mask = this.causal_mask(u.shape[1], u.device)
+        mask = this.causal_mask(rows, length, u.device)
         decay = (total[..., None] - total[..., None, :]).masked_fill(~mask, -math.inf).exp()
-        return C @ B.mT * decay + torch.diag_embed(_wide(self.D)[:, None].expand(-1, u.shape[1]))
+        return C @ B.mT * decay + torch.diag_embed(_wide(self.D)[:, None].expand(-1, length))
 
     def _scanned(self, projected: Tensor, this: Pass, cached: States | None):
         """What the scan takes of in_proj's output, and the gate: x, B, C, z, log_decay."""

@@ -66,14 +66,8 @@ def matrix_orientation(objective: Objective, batch: Batch):
     than the teacher's take the map of the teacher head in the same place.
     """
     total = torch.zeros((), device=batch.tokens.device)
-    for sequence in batch.split(batch.num_sequences):
-        total = total + _matrix_distances(objective, sequence)
-    return total, {}
-
-
-def _matrix_distances(objective: Objective, sequence: Batch) -> Tensor:
-    total = torch.zeros((), device=sequence.tokens.device)
-    for h, _, taught, learning, this in _taught_layers(objective, sequence):
+    rows = batch.num_sequences
+    for h, _, taught, learning, this in _taught_layers(objective, batch):
         if not hasattr(learning.mixer, "mixing_matrix"):
             raise ValueError(
                 f"distill: matrix_orientation expected mixers with a matrix (attention, discrete_mamba2), "
@@ -84,14 +78,14 @@ def _matrix_distances(objective: Objective, sequence: Batch) -> Tensor:
 
         def distance(u, taught=taught, learning=learning, this=this):
             with torch.no_grad():
-                wanted = taught.mixer.mixing_matrix(u, this)
-            got = learning.mixer.mixing_matrix(u, this)
+                wanted = taught.mixer.mixing_matrix(u, this, rows)
+            got = learning.mixer.mixing_matrix(u, this, rows)
             heads = torch.arange(got.shape[1], device=got.device)
             return matrix_distance(got, wanted[:, heads * wanted.shape[1] // got.shape[1]])
 
         # One layer's matrices at a time: they are made again in the backward pass.
         total = total + checkpoint(distance, u, use_reentrant=False).mean(1).sum()
-    return total
+    return total, {}
 
 
 def hidden_alignment(objective: Objective, batch: Batch):
