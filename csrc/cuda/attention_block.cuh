@@ -12,16 +12,15 @@
 // compiler could contract in one kernel and not in another are spelled out.
 //
 // K (16 x D) times the queries (D x 8) gives the scores, V^T (D x 16) times the weights (16 x 8)
-// the values, both with m16n8k16. K's fragments are the 16 bytes that a lane copies from the cache,
-// because the order of the channels in a dot product is free; V's are put together from two
-// positions by byte permutations, the weights' by an 8 x 8 transposition. Weights are split in two
-// numbers of the data type, so that nothing is lost against float32.
+// the values, both with m16n8k16. K's fragments are 16-byte loads straight from the cache, because
+// the order of the channels in a dot product is free; V's are put together from two positions by
+// byte permutations, the weights' by an 8 x 8 transposition. Weights are split in two numbers of
+// the data type, so that nothing is lost against float32.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
-#include "async_copy.cuh"
 #include "convert.cuh"
 
 namespace reasoners {
@@ -180,47 +179,19 @@ template <typename data_t, int kDim>
 struct StepLoads : Fragments<kDim> {
   using typename Fragments<kDim>::KChunk;
   using typename Fragments<kDim>::VChunk;
-  using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads;
+  using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
   KChunk k[2][kChunks];
   VChunk v[4][kLoads];
-};
 
-// 16 or 8 bytes of this thread, the 16 past the first-level cache. Zeros where there is nothing to
-// copy; `global` is not read then.
-template <typename chunk_t>
-__device__ inline void copy_chunk(chunk_t* shared, const void* global, bool there) {
-  if constexpr (sizeof(chunk_t) == 16) {
-    copy_async_16_once(shared, global, there);
-  } else {
-    static_assert(sizeof(chunk_t) == 8);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(there ? 8 : 0));
-  }
-}
-
-// Steps of a warp on their way, in shared memory. Each lane copies what it will read itself, so
-// that it waits for its own copies alone, and for no other lane. Registers would need no second
-// reading, but the compiler moves what was loaded for the next round of a loop as soon as it is
-// asked for, and waits.
-template <typename data_t, int kDim, int kStages>
-struct Ring : Fragments<kDim> {
-  using typename Fragments<kDim>::KChunk;
-  using typename Fragments<kDim>::VChunk;
-  using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
-  KChunk k[kStages][2][kChunks][32];
-  VChunk v[kStages][4][kLoads][32];
-
-  // Lane first + i knows the place of position i, counted in vectors. Positions from `seen` on are
-  // not read.
-  __device__ void copy(int slot, const data_t* k_cache, const data_t* v_cache, int place, int first,
-                       int seen) {
+  // Lane first + i knows the place of position i, counted in vectors.
+  __device__ void read(const data_t* k_cache, const data_t* v_cache, int place, int first) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = g + 8 * r;
       const data_t* from = k_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + t * 8;
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) copy_chunk(&k[slot][r][c][lane], from + c * 32, i < seen);
+      for (int c = 0; c < kChunks; ++c) k[r][c] = *reinterpret_cast<const KChunk*>(from + c * 32);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -229,22 +200,8 @@ struct Ring : Fragments<kDim> {
           v_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + g * kWide;
 #pragma unroll
       for (int j = 0; j < kLoads; ++j)
-        copy_chunk(&v[slot][r][j][lane], from + j * 8 * kWide, i < seen);
+        v[r][j] = *reinterpret_cast<const VChunk*>(from + j * 8 * kWide);
     }
-  }
-
-  __device__ StepLoads<data_t, kDim> read(int slot) const {
-    const int lane = threadIdx.x % 32;
-    StepLoads<data_t, kDim> loads;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) loads.k[r][c] = k[slot][r][c][lane];
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j) loads.v[r][j] = v[slot][r][j][lane];
-    return loads;
   }
 };
 
@@ -291,7 +248,7 @@ struct BlockTile : Fragments<kDim> {
     sum[0] = sum[1] = 0.f;
   }
 
-  // Positions from `seen` on count for nothing, but their values must be finite.
+  // Positions from `seen` on count for nothing, but their values must not be NaN.
   // scale: of the scores, times log2(e). query(c): chunk c of column g, in K's order of channels.
   template <typename Query>
   __device__ void take(const StepFragments<data_t, kDim>& step, int seen, float scale,

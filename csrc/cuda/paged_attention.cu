@@ -8,25 +8,26 @@
 //
 // tensor: bfloat16 and float16 with head_dim 64, 96 or 128; attention_block.cuh says in which order
 //   a row is summed. Its splits of 256 positions are walked by one thread block that folds them as
-//   it goes, or, where the batch alone would not fill the machine, dealt to as many as run at once,
-//   that leave them in memory for combine_kernel: two floats and D more for 256 positions of K and
-//   V. A warp has 16 to 24 KB of K and V on their way, also from one split into the next.
-// prefix: rows that share their first pages. A thread block takes 16 columns, that is rows' query
-//   heads, over a split of the shared pages, so that K and V are read once for all of them. What it
-//   finds waits in memory until the rows' own thread blocks, which have begun with their own
-//   positions meanwhile, come to it: whole splits, and the whole blocks of the split in which the
-//   rows part.
+//   it goes, or, where the batch alone would not fill the machine, dealt to several that leave them
+//   in memory for combine_kernel: two floats and D more for 256 positions of K and V.
+// prefix: rows that share their first pages. A thread block takes 32 columns, that is pairs of a
+// row
+//   and a query head, over a split of the shared pages, so that K and V are read once for all of
+//   them. What it finds waits in memory until the rows' own thread blocks come to it: whole splits,
+//   and the whole blocks of the split in which the rows part.
 // plain: everything else. Positions are dealt out in turn to walkers of kLanes threads, each of
 //   which holds kVec x kChunks channels; the walkers are merged at the end.
 //
 // Prefill goes the same way, a query at a time: right, and as slow as that sounds.
 //
-// With two steps on their way, in registers, none of them beyond a split, 5 or 6 loads waited for
-// before the first of K, and prefix_kernel alone before tensor_kernel, an H100 took (us; bfloat16,
-// pages of 16; Llama-3.2-1B, Llama-3.2-3B):
+// H100, us (bfloat16, pages of 16; Llama-3.2-1B with 8 kv heads of 64, Llama-3.2-3B with 8 of 128):
 //   1 x 2048              9.0   12.6      128 x 1024                      99   188
 //   1 x 32768            37.9   66.9      512 x 1024                     376   732
 //   16 x 2048            35.4   62.1      256 x 768, 512 of them shared   83.5 145
+// Tried: K and V through a ring of asynchronous copies in shared memory, 16 to 24 kB a warp and on
+// across splits, a prologue of fewer loads, own positions beside prefix_kernel's: 1 x 2048 in 6.8
+// and 8.9, 16 x 2048 in 30.7 and 56.7, but 512 x 1024 in 410 and 802 and the shared row in 97 and
+// 159: what goes through shared memory takes more instructions than a warp has time for.
 
 #include <algorithm>
 
@@ -45,21 +46,23 @@ static_assert(kWarps == kWalkers);
 
 // What a block works on.
 struct Work {
-  int token, kv_head;
-  int first_head, heads;  // of the query heads
+  int token, row, kv_head, visible;  // the query sees positions below `visible`; padding: none
+  int first_head, heads;             // of the query heads
 };
 
-// group: query heads of a kv head. Divisions are slow, and most groups are not cut.
 template <int kHeads>
-__device__ inline Work find_work(const PagedAttentionParams& p, int group) {
-  const unsigned slices = (group + kHeads - 1) / kHeads, kv_heads = p.kv_heads;
-  const unsigned unit = slices == 1 ? blockIdx.x : blockIdx.x / slices;
-  const int slice = blockIdx.x - unit * slices;
+__device__ inline Work find_work(const PagedAttentionParams& p) {
+  const int group = p.heads / p.kv_heads;
+  const int slices = (group + kHeads - 1) / kHeads;
+  const int slice = blockIdx.x % slices;
   Work work;
-  work.token = unit / kv_heads;
-  work.kv_head = unit - work.token * kv_heads;
+  work.kv_head = blockIdx.x / slices % p.kv_heads;
+  work.token = blockIdx.x / slices / p.kv_heads;
   work.first_head = work.kv_head * group + slice * kHeads;
   work.heads = min(kHeads, group - slice * kHeads);
+  const RowPosition at = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, work.token);
+  work.row = at.row;
+  work.visible = at.position + 1;
   return work;
 }
 
@@ -69,16 +72,6 @@ __device__ inline int locate_vector(const PagedAttentionParams& p, const PageSiz
   const int turn = pages.page(position);
   const int page = p.page_table[row * p.table_stride + turn];
   return (page * p.kv_heads + kv_head) * p.page_size + (position - turn * p.page_size);
-}
-
-// Past the first-level cache: what is read before wait_for_inputs.
-template <typename chunk_t>
-__device__ inline chunk_t read_past_l1(const void* from) {
-  static_assert(sizeof(chunk_t) == sizeof(uint4));
-  const uint4 bits = __ldcg(static_cast<const uint4*>(from));
-  chunk_t chunk;
-  memcpy(&chunk, &bits, sizeof(bits));
-  return chunk;
 }
 
 template <typename data_t>
@@ -97,13 +90,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Chunk = Vec<data_t, kVec>;
   let_next_start();
   wait_for_inputs();
-  const Work work = find_work<kHeads>(p, p.heads / p.kv_heads);
-  const RowPosition at = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, work.token);
-  const int visible = at.position + 1;  // the query sees positions below it; padding: none
+  const Work work = find_work<kHeads>(p);
   const int head_dim = kWhole ? kDim : p.head_dim;
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * head_dim;
-  if (visible <= 0) return write_zeros(out, work.heads * head_dim);
+  if (work.visible <= 0) return write_zeros(out, work.heads * head_dim);
   const int lane = threadIdx.x % kLanes, walker = threadIdx.x / kLanes;
   const auto read = [&](const data_t* vector, int chunk) {
     const int channel = (chunk * kLanes + lane) * kVec;
@@ -130,15 +121,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
   // Every thread takes the same number of turns: shuffles need whole warps.
-  for (int begin = 0; begin < visible; begin += kWalkers * kUnroll) {
+  for (int begin = 0; begin < work.visible; begin += kWalkers * kUnroll) {
     Chunk k[kUnroll][kChunks], v[kUnroll][kChunks];
     bool valid[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int position = begin + u * kWalkers + walker;
-      valid[u] = position < visible;
+      valid[u] = position < work.visible;
       const int64_t offset =
-          valid[u] ? int64_t(locate_vector(p, pages, at.row, work.kv_head, position)) * head_dim
+          valid[u] ? int64_t(locate_vector(p, pages, work.row, work.kv_head, position)) * head_dim
                    : 0;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
@@ -204,17 +195,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- tensor
 
-// As many thread blocks as run on a multiprocessor at a time: so many registers and so much shared
-// memory (228 KB, of which each takes 1 KB more than it asks for) have they.
-__host__ __device__ constexpr int residents(int head_dim) { return head_dim == 64 ? 3 : 2; }
-template <typename Shared>
-constexpr bool fits(int blocks) {
-  return (sizeof(Shared) + 1024) * blocks <= 228 * 1024;
-}
-
 // How the tensor path is dealt out, by shapes alone.
 struct Plan {
-  int group;          // query heads of a kv head
   int deals;          // thread blocks that walk the splits of one (token, kv head)
   int splits;         // of a (token, head) that have room in memory
   int shared_blocks;  // of a row that are read with its group at most
@@ -249,152 +231,99 @@ struct Slots {
 // Of a row's first blocks, how many prefix_kernel reads.
 __device__ inline int count_shared_blocks(const PagedAttentionParams& p, const Plan& plan,
                                           int row) {
-  return p.shared ? min(__ldcg(&p.shared[2 * row + 1]) / kBlock, plan.shared_blocks) : 0;
+  return p.shared ? min(p.shared[2 * row + 1] / kBlock, plan.shared_blocks) : 0;
 }
 
-// Lane i finds the places of positions begin + i and begin + 32 + i. Any entry of the table may be
-// read, also before the row's length is known and past it; what is found there is not used.
+// Lane i finds the places of positions begin + i and begin + 32 + i. The last position stands in
+// for those past the end, so that loads need no conditions: they wait for nothing and for nobody.
 struct Places {
-  int place[2];  // at first the pages alone
+  int place[2];
 
   __device__ int of(int position) const { return position < 32 ? place[0] : place[1]; }
 
-  __device__ static int position(int begin, int r) {
-    return begin + 32 * r + int(threadIdx.x % 32);
-  }
   __device__ void look_up(const PagedAttentionParams& p, const PageSize& pages, int row,
-                          int begin) {
+                          int kv_head, int begin, int end) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int turn = min(pages.page(position(begin, r)), p.max_pages - 1);
-      place[r] = __ldcg(&p.page_table[row * p.table_stride + turn]);
-    }
-  }
-  __device__ void settle(const PagedAttentionParams& p, const PageSize& pages, int kv_head,
-                         int begin) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const unsigned slot = position(begin, r) - pages.page(position(begin, r)) * p.page_size;
-      place[r] = (unsigned(place[r]) * p.kv_heads + kv_head) * p.page_size + slot;
+      const int position = min(begin + 32 * r + int(threadIdx.x % 32), end - 1);
+      place[r] = locate_vector(p, pages, row, kv_head, position);
     }
   }
 };
 
+// The splits folded so far. What changes is written beside what is still read.
 template <int kDim>
-constexpr int kStages = kDim == 128 ? 3 : 4;  // steps on their way to a warp: as many as fit
-template <typename data_t, int kDim>
-struct TensorShared {
-  Ring<data_t, kDim, kStages<kDim>> rings[kWalkers];
-  Partials<kWalkers, kTileHeads, kDim> partials;
+struct Folded {
+  float max[2][kTileHeads], sum[2][kTileHeads];
+  alignas(16) float values[kTileHeads][kDim];
+
+  __device__ Part<4> read(int turn, int head, int channel) const {
+    return {max[turn][head], sum[turn][head], load_vector<4>(&values[head][channel])};
+  }
+  __device__ void write(int turn, int head, int channel, const Part<4>& part) {
+    store_vector<4>(&values[head][channel], part.values);
+    if (channel == 0) max[turn][head] = part.max, sum[turn][head] = part.sum;
+  }
 };
 
 template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kThreads, residents(kDim))
+__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
     tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
-  static_assert(fits<TensorShared<data_t, kDim>>(residents(kDim)));
-  constexpr int kChunks = Fragments<kDim>::kChunks, kSteps = kBlock / kStep;
-  extern __shared__ float4 tensor_memory[];
-  auto& shared = *reinterpret_cast<TensorShared<data_t, kDim>*>(tensor_memory);
-  auto& partials = shared.partials;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  auto& ring = shared.rings[warp];
-  const Work work = find_work<kTileHeads>(p, plan.group);
-  // prefix_kernel lets this one start when it has its own inputs, which are those of this kernel,
-  // too: what prefix_kernel finds itself is waited for later. Until then the first-level cache is
-  // passed by, which may be older; copies of 8 bytes cannot do that.
-  if (plan.shared_blocks == 0 || Fragments<kDim>::kWide < 8) wait_for_inputs();
+  __shared__ Partials<kWalkers, kTileHeads, kDim> partials;
+  __shared__ Folded<kDim> folded;
+  __shared__ alignas(16) data_t queries[kTileHeads][kDim + 8];  // padded, or heads share banks
   let_next_start();
-
-  // The chain of what waits for memory is kept short: the row's pages are looked up before it is
-  // known that the token has that row, and how long the row is.
-  const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
-  const int shared_blocks = count_shared_blocks(p, plan, work.token);
-  const int first = shared_blocks / kWalkers, deals = gridDim.y;
-  int split = first + blockIdx.y;
-  const bool guessed = work.token < p.rows && p.max_pages > 0;
-  Places places;
-  if (guessed) places.look_up(p, pages, work.token, begin_of(split));
-  const RowPosition at = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, work.token);
-  const int visible = at.position + 1;  // the query sees positions below it; padding: none
-  const int end = (visible + kSplit - 1) / kSplit;
-  const bool alone = deals == 1;  // otherwise combine_kernel writes the result
+  wait_for_inputs();
+  const Work work = find_work<kTileHeads>(p);
+  const bool alone = gridDim.y == 1;  // otherwise combine_kernel writes the result
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * kDim;
-  if (split >= end) {
-    wait_for_inputs();  // or this kernel could end before prefix_kernel
+  if (work.visible <= 0) {
     if (alone) write_zeros(out, work.heads * kDim);
     return;
   }
-  if (!guessed || at.row != work.token) places.look_up(p, pages, at.row, begin_of(split));
+  const int shared_blocks = count_shared_blocks(p, plan, work.row);
+  const int first = shared_blocks / kWalkers, end = (work.visible + kSplit - 1) / kSplit;
+  int split = first + blockIdx.y;
+  if (split >= end) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
+  Places next;
+  next.look_up(p, pages, work.row, work.kv_head, begin_of(split), work.visible);
+
+  constexpr int kVectors = kDim / 8;
+  for (int i = threadIdx.x; i < kTileHeads * kVectors; i += kThreads) {
+    const int head = i / kVectors, channel = i % kVectors * 8;
+    KChunk q{};  // heads past the group
+    if (head < work.heads)
+      q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
+                                           work.token * p.q_stride +
+                                           (work.first_head + head) * kDim + channel);
+    *reinterpret_cast<KChunk*>(&queries[head][channel]) = q;
+  }
+  __syncthreads();
+  const Slots<kDim> slots(p, plan);
+  const auto each_vector = [&](const auto& f) {  // always the same thread's
+#pragma unroll 1
+    for (int i = threadIdx.x * 4; i < work.heads * kDim; i += kThreads * 4) f(i / kDim, i % kDim);
+  };
+  int turn = 0;
+  if (alone)
+    each_vector([&](int head, int channel) {
+      const int64_t at = slots.at(work.token, work.first_head + head, 0);
+      auto all = nothing<4>();
+#pragma unroll 2
+      for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
+      folded.write(turn, head, channel, all);
+    });
 
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
-  const auto is_parting = [&](int split) { return warp < shared_blocks - split * kWalkers; };
-  int turn = 0;  // of the ring, at the split's first step
-  const auto slot_of = [&](int begin) { return (turn + begin / kStep) % kStages<kDim>; };
-  const auto copy = [&](int slot, const Places& places, int split, int begin) {
-    const int seen = visible - begin_of(split) - begin;
-    if (seen > 0 && !is_parting(split))
-      ring.copy(slot, k_cache, v_cache, places.of(begin), begin % 32, seen);
-    commit_copies();
-  };
-  places.settle(p, pages, work.kv_head, begin_of(split));
-#pragma unroll
-  for (int begin = 0; begin < kStages<kDim> * kStep; begin += kStep)
-    copy(slot_of(begin), places, split, begin);
-  Places ahead;
-  ahead.look_up(p, pages, at.row, begin_of(split + deals));
-  KChunk query[kChunks];  // of column g, in K's order of channels
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    query[c] = {};  // heads past the group
-    if (g < work.heads)
-      query[c] = read_past_l1<KChunk>(static_cast<const data_t*>(p.q) + work.token * p.q_stride +
-                                      (work.first_head + g) * kDim + c * 32 + t * 8);
-  }
-
-  const Slots<kDim> slots(p, plan);
-  constexpr int kVectors = (kTileHeads * kDim + kThreads * 4 - 1) / (kThreads * 4);
-  Part<4> folded[kVectors];
-  const auto each_vector = [&](const auto& f) {  // f(folded, head, channel)
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j)
-      if (const int i = (j * kThreads + threadIdx.x) * 4; i < work.heads * kDim)
-        f(folded[j], i / kDim, i % kDim);
-  };
-  for (bool begun = false;; begun = true) {
-    const int next = split + deals;
-    Places later;
-    later.look_up(p, pages, at.row, begin_of(next + deals));
-    ahead.settle(p, pages, work.kv_head, begin_of(next));
-    const bool parting = is_parting(split);
-    BlockTile<data_t, kDim> tile;
-    tile.clear();
-#pragma unroll
-    for (int begin = 0; begin < kBlock; begin += kStep) {
-      const int slot = slot_of(begin), seen = visible - begin_of(split) - begin;
-      wait_for_copies<kStages<kDim> - 1>();
-      if (seen > 0 && !parting)
-        tile.take(StepFragments<data_t, kDim>(ring.read(slot)), seen, p.scale * kLog2E,
-                  [&](int c) { return query[c]; });
-      const int to = begin + kStages<kDim> * kStep;  // as many steps on
-      to < kBlock ? copy(slot, places, split, to) : copy(slot, ahead, next, to - kBlock);
-    }
-    places = ahead, ahead = later;
-    if constexpr (kSteps % kStages<kDim> != 0) turn = (turn + kSteps) % kStages<kDim>;
-
-    if (!begun) {
-      wait_for_inputs();  // what prefix_kernel found
-      each_vector([&](Part<4>& all, int head, int channel) {
-        const int64_t at = slots.at(work.token, work.first_head + head, 0);
-        all = nothing<4>();
-        if (alone)
-#pragma unroll 2
-          for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
-      });
-    }
-    if (parting) {
+  for (; split < end; split += gridDim.y) {
+    const Places places = next;
+    next.look_up(p, pages, work.row, work.kv_head, begin_of(split + gridDim.y), work.visible);
+    if (warp < shared_blocks - split * kWalkers) {
 #pragma unroll 1
       for (int i = lane * 4; i < work.heads * kDim; i += 32 * 4) {
         const int head = i / kDim, channel = i % kDim;
@@ -402,23 +331,44 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
         partials.write(warp, head, channel, slots.read(at, channel));
       }
     } else {
+      BlockTile<data_t, kDim> tile;
+      tile.clear();
+      const int visible = work.visible - begin_of(split);
+      if (visible > 0) {
+        // Two steps are on their way at a time. No conditions, or the compiler waits at each: a
+        // step past the end adds nothing.
+        StepLoads<data_t, kDim> loads[2];
+        loads[0].read(k_cache, v_cache, places.of(0), 0);
+#pragma unroll
+        for (int begin = 0; begin < kBlock; begin += kStep) {
+          const int ahead = begin + kStep;
+          if (ahead < kBlock)
+            loads[ahead / kStep % 2].read(k_cache, v_cache, places.of(ahead), ahead % 32);
+          tile.take(StepFragments<data_t, kDim>(loads[begin / kStep % 2]), visible - begin,
+                    p.scale * kLog2E, [&](int c) {
+                      return *reinterpret_cast<const KChunk*>(&queries[g][t * 8 + c * 32]);
+                    });
+        }
+      }
       tile.store(partials, warp);
     }
     __syncthreads();
-    each_vector([&](Part<4>& all, int head, int channel) {
+    each_vector([&](int head, int channel) {
       const auto part = partials.template merged<4>(head, channel);
       if (alone) {
+        auto all = folded.read(turn, head, channel);
         fold(all, part);
+        folded.write(turn ^ 1, head, channel, all);
       } else {
         slots.write(slots.at(work.token, work.first_head + head, split), channel, part);
       }
     });
-    split = next;
-    if (split >= end) break;
+    turn ^= 1;
     __syncthreads();
   }
   if (alone)
-    each_vector([&](const Part<4>& row, int head, int channel) {
+    each_vector([&](int head, int channel) {
+      const auto row = folded.read(turn, head, channel);
       const float inverse = 1.f / row.sum;
 #pragma unroll
       for (int i = 0; i < 4; i += 2)
@@ -440,11 +390,10 @@ __global__ void __launch_bounds__(kCombineThreads)
   __shared__ float4 folds[kBatch];  // keep, take, sum of the split, maximum so far
   __shared__ float max[kBatch];
   let_next_start();
+  wait_for_inputs();
   const int head = blockIdx.x % p.heads, token = blockIdx.x / p.heads, thread = threadIdx.x;
   auto* out = static_cast<data_t*>(p.out) + (int64_t(token) * p.heads + head) * kDim;
-  // Before the wait: tensor_kernel let this one start when its inputs were there.
   const int visible = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, token).position + 1;
-  wait_for_inputs();
   if (visible <= 0) return write_zeros(out, kDim);
   const int end = (visible + kSplit - 1) / kSplit;
   const Slots<kDim> slots(p, plan);
@@ -486,69 +435,57 @@ __global__ void __launch_bounds__(kCombineThreads)
 // ---- prefix
 
 constexpr int kTiles = 2;  // of eight columns, of a warp: as registers hold
-constexpr int kColumns = kTiles * kTileHeads;
-static_assert(kColumns <= 32);  // bits of a mask, lanes of a warp
+constexpr int kSides = 2;  // each has a warp for every block of a split
+constexpr int kColumns = kSides * kTiles * kTileHeads;
+constexpr int kPrefixThreads = kSides * kThreads;
+static_assert(kColumns == 32);  // bits of a mask, lanes of a warp
 
 template <typename data_t, int kDim>
-struct PrefixShared {
-  static constexpr int kStages = kDim == 128 ? 2 : 4;  // whole numbers of them make a block
-  static_assert(kBlock / kStep % kStages == 0);
-  Ring<data_t, kDim, kStages> rings[kWalkers];
-  Partials<kWalkers, kTileHeads, kDim> partials;
-  alignas(16) data_t queries[kColumns][kDim + 8];  // padded, or columns share banks
-};
-
-template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kThreads, residents(kDim))
+__global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
     prefix_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
-  using Shared = PrefixShared<data_t, kDim>;
-  static_assert(fits<Shared>(residents(kDim)));
-  extern __shared__ float4 prefix_memory[];
-  auto& shared = *reinterpret_cast<Shared*>(prefix_memory);
-  auto& partials = shared.partials;
+  __shared__ Partials<kWalkers, kTileHeads, kDim> partials[kSides];
+  __shared__ alignas(16) data_t queries[kColumns][kDim + 8];  // padded, or columns share banks
+  let_next_start();
+  wait_for_inputs();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  auto& ring = shared.rings[warp];
-  const int group = plan.group, kv_head = blockIdx.x % p.kv_heads;
+  const int group = p.heads / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
   const int first_column = blockIdx.x / p.kv_heads * kColumns;
   const auto row_of = [&](int column) { return (first_column + column) / group; };
   const auto head_of = [&](int column) {
     return kv_head * group + (first_column + column) % group;
   };
-  wait_for_inputs();
-  let_next_start();  // tensor_kernel counts on it that this kernel's inputs are there
 
   // Lane i knows column i: its group, and what the group shares. Every warp does the same.
   int leader = -1, blocks = 0;
   bool live = false;
-  if (const int row = row_of(lane); lane < kColumns && row < p.rows) {
+  if (const int row = row_of(lane); row < p.rows) {
     leader = p.shared[2 * row];
     blocks = count_shared_blocks(p, plan, row);
-    const int length = p.kv_lengths[row];
-    live = (blocks > 0) & (length > 0);
+    live = blocks > 0 && p.kv_lengths[row] > 0;
   }
   const unsigned wanted = __ballot_sync(kAll, live);
   const int before = __shfl_up_sync(kAll, leader, 1);
   const unsigned starts = __ballot_sync(kAll, lane == 0 || leader != before);
   if (!wanted) return;
   constexpr int kVectors = kDim / 8;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kColumns * kVectors; i += kThreads) {
+  for (int i = threadIdx.x; i < kColumns * kVectors; i += kPrefixThreads) {
     const int column = i / kVectors, channel = i % kVectors * 8;
-    const bool there = wanted >> column & 1;
-    const auto* from = static_cast<const data_t*>(p.q);
-    if (there) from += row_of(column) * p.q_stride + head_of(column) * kDim + channel;
-    copy_async_16_once(&shared.queries[column][channel], from, there);
+    KChunk q{};
+    if (wanted >> column & 1)
+      q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
+                                           row_of(column) * p.q_stride + head_of(column) * kDim +
+                                           channel);
+    *reinterpret_cast<KChunk*>(&queries[column][channel]) = q;
   }
-  commit_copies();
+  __syncthreads();
 
+  const int walker = warp % kWalkers, side = warp / kWalkers;
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
   const Slots<kDim> slots(p, plan);
   BlockTile<data_t, kDim> tiles[kTiles];
-  const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
-  const int deals = gridDim.y;
-  int turn = 0;  // of the splits of all groups
+  int turn = 0;
   for (unsigned rest = starts; rest; rest &= rest - 1) {
     // The columns of one group, from one start to the next.
     const unsigned later = rest & (rest - 1);
@@ -557,74 +494,54 @@ __global__ void __launch_bounds__(kThreads, residents(kDim))
     const int first = __ffs(rest) - 1;
     const int row = __shfl_sync(kAll, leader, first);
     const int shared_blocks = __shfl_sync(kAll, blocks, first);
-    const int splits = (shared_blocks + kWalkers - 1) / kWalkers;
-    const auto columns_of = [&](int tile) { return mine >> tile * kTileHeads & 0xff; };
-    int split = (blockIdx.y + deals - turn % deals) % deals;
-    turn += splits;
-    if (split >= splits) continue;
-
-    const auto copy = [&](int slot, const Places& places, int split, int begin) {
-      if (split * kWalkers + warp < shared_blocks)
-        ring.copy(slot, k_cache, v_cache, places.of(begin), begin % 32, kStep);
-      commit_copies();
+    const auto columns_of = [&](int side, int tile) {
+      return mine >> (side * kTiles + tile) * kTileHeads & 0xff;
     };
-    Places places, ahead;
-    places.look_up(p, pages, row, begin_of(split));
-    ahead.look_up(p, pages, row, begin_of(split + deals));
-    places.settle(p, pages, kv_head, begin_of(split));
+    for (int split = 0; split * kWalkers < shared_blocks; ++split) {
+      if (turn++ % gridDim.y != blockIdx.y) continue;
+      const int count = min(kWalkers, shared_blocks - split * kWalkers);
+      if (walker < count) {
+        const int start = split * kSplit + walker * kBlock;
+        Places places;
+        places.look_up(p, pages, row, kv_head, start, start + kBlock);
 #pragma unroll
-    for (int i = 0; i < Shared::kStages; ++i) copy(i, places, split, i * kStep);
-    while (true) {
-      const int next = split + deals, count = min(kWalkers, shared_blocks - split * kWalkers);
-      Places later;
-      later.look_up(p, pages, row, begin_of(next + deals));
-      ahead.settle(p, pages, kv_head, begin_of(next));
-      wait_for_copies<Shared::kStages>();
-      __syncthreads();  // the queries are there, and partials were read
+        for (int i = 0; i < kTiles; ++i) tiles[i].clear();
+#pragma unroll 1
+        for (int begin = 0; begin < kBlock; begin += kStep) {
+          StepLoads<data_t, kDim> loads;
+          loads.read(k_cache, v_cache, places.of(begin), begin % 32);
+          const StepFragments<data_t, kDim> step(loads);
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) tiles[i].clear();
-#pragma unroll
-      for (int begin = 0; begin < kBlock; begin += kStep) {
-        const int slot = begin / kStep % Shared::kStages;
-        wait_for_copies<Shared::kStages - 1>();
-        if (warp < count) {
-          const StepFragments<data_t, kDim> step(ring.read(slot));
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i)
-            if (columns_of(i))
+          for (int i = 0; i < kTiles; ++i) {
+            const data_t* query = &queries[(side * kTiles + i) * kTileHeads + g][t * 8];
+            if (columns_of(side, i))
               tiles[i].take(step, kStep, p.scale * kLog2E, [&](int c) {
-                return *reinterpret_cast<const KChunk*>(
-                    &shared.queries[i * kTileHeads + g][c * 32 + t * 8]);
+                return *reinterpret_cast<const KChunk*>(query + c * 32);
               });
+          }
         }
-        const int to = begin + Shared::kStages * kStep;  // as many steps on
-        to < kBlock ? copy(slot, places, split, to) : copy(slot, ahead, next, to - kBlock);
       }
-      places = ahead, ahead = later;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        if (!columns_of(i)) continue;
-        if (warp < count) tiles[i].store(partials, warp);
+        if (!columns_of(0, i) && !columns_of(1, i)) continue;
+        if (walker < count) tiles[i].store(partials[side], walker);
         __syncthreads();
-        for (int j = threadIdx.x * 4; j < kTileHeads * kDim; j += kThreads * 4) {
+        for (int j = threadIdx.x % kThreads * 4; j < kTileHeads * kDim; j += kThreads * 4) {
           const int head = j / kDim, channel = j % kDim;
-          if (!(columns_of(i) >> head & 1)) continue;
-          const int column = i * kTileHeads + head;
+          if (!(columns_of(side, i) >> head & 1)) continue;
+          const int column = (side * kTiles + i) * kTileHeads + head;
           const int64_t at = slots.at(row_of(column), head_of(column), 0);
           if (count == kWalkers) {
-            slots.write(at + split, channel, partials.template merged<4>(head, channel));
+            slots.write(at + split, channel, partials[side].template merged<4>(head, channel));
           } else {
             for (int w = 0; w < count; ++w)
               slots.write(at + plan.splits + w, channel,
-                          partials.template read<4>(w, head, channel));
+                          partials[side].template read<4>(w, head, channel));
           }
         }
-        if (i + 1 < kTiles) __syncthreads();
+        __syncthreads();
       }
-      split = next;
-      if (split >= splits) break;
     }
-    __syncthreads();
   }
 }
 
@@ -663,9 +580,9 @@ bool is_vectorised(const PagedAttentionParams& p) {
   return all % 16 == 0 && (p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128);
 }
 
-constexpr int kFull = 128;                        // thread blocks that keep the memory busy
-constexpr int kProcessors = 132;                  // of an H100
-constexpr int kPrefixWave = 528;                  // thread blocks of prefix_kernel that it likes
+constexpr int kFull = 352;                        // thread blocks that keep the memory busy
+constexpr int kWave = 1056;                       // as many as a machine of 132 SMs likes to get
+constexpr int kPrefixWave = 528;                  // of the larger ones of prefix_kernel
 constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
 
 int divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -675,10 +592,10 @@ Plan make_plan(const PagedAttentionParams& p) {
   const int most_splits = divide_up(int64_t(p.max_pages) * p.page_size, kSplit);
   const int64_t room =
       kMostScratchBytes / (int64_t(p.tokens) * p.heads * (p.head_dim + 2) * sizeof(float));
-  Plan plan{p.heads / p.kv_heads, 1, 0, 0, 0};
+  Plan plan{1, 0, 0, 0};
   if (blocks < kFull && most_splits > 1 && most_splits + kWalkers <= room) {
-    // All of them run at once: then none begins when others end.
-    plan.deals = std::clamp(kProcessors * residents(p.head_dim) / blocks, 1, most_splits);
+    const int each = std::max<int64_t>(1, (int64_t(blocks) * most_splits + kWave / 2) / kWave);
+    plan.deals = divide_up(most_splits, each);
     plan.splits = most_splits;
   }
   if (p.shared) {
@@ -695,18 +612,15 @@ template <typename data_t, int kDim>
 void launch_tensor(const PagedAttentionParams& p, cudaStream_t stream) {
   const Plan plan = make_plan(p);
   const PageSize pages(p.page_size);
-  const auto launch_with = [&](auto* kernel, dim3 grid, int bytes) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    launch_overlapping(kernel, grid, kThreads, bytes, stream, p, pages, plan);
-  };
   if (plan.shared_blocks > 0) {
     const int64_t columns = int64_t(p.rows) * (p.heads / p.kv_heads);
     const int blocks = divide_up(columns, kColumns) * p.kv_heads;
     const dim3 grid(blocks, std::clamp(kPrefixWave / blocks, 1, plan.splits));
-    launch_with(prefix_kernel<data_t, kDim>, grid, sizeof(PrefixShared<data_t, kDim>));
+    launch_overlapping(prefix_kernel<data_t, kDim>, grid, kPrefixThreads, 0, stream, p, pages,
+                       plan);
   }
   const dim3 grid(num_blocks<kTileHeads>(p), plan.deals);
-  launch_with(tensor_kernel<data_t, kDim>, grid, sizeof(TensorShared<data_t, kDim>));
+  launch_overlapping(tensor_kernel<data_t, kDim>, grid, kThreads, 0, stream, p, pages, plan);
   if (plan.deals > 1)
     launch_overlapping(combine_kernel<data_t, kDim>, p.tokens * p.heads, kCombineThreads, 0, stream,
                        p, plan);
