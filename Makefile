@@ -4,15 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch that is installed into a new environment; for a GPU machine give a CUDA build of it.
 TORCH ?= torch==2.13.0
-GSM8K ?= $(firstword $(wildcard ../shared/data/gsm8k_test.jsonl) openai/gsm8k)
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test bench lint format doctor device clean
 
 demo: $(VENV)/.built
-	$(if $(filter openai/gsm8k,$(GSM8K)),$(BIN)/pip install -q "datasets>=3")
-	$(BIN)/reasoners demo --data $(GSM8K)
+	$(BIN)/reasoners demo
 
 test: $(VENV)/.built device
 	$(BIN)/python -m pytest tests
@@ -38,7 +36,7 @@ device: $(VENV)/.installed
 	@if command -v nvcc >/dev/null; then $(BIN)/python setup.py -q build_device; \
 	else echo "no nvcc: CUDA files are not compiled here"; fi
 
-# demo's model and the CUTLASS headers ask for packages that nothing here uses, hence --no-deps.
+# A test's model and the CUTLASS headers ask for packages that nothing here uses, hence --no-deps.
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)

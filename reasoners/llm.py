@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from reasoners.checkpoint import load_model
+from reasoners.checkpoint import load_model, load_tokenizer
 from reasoners.engine import Engine, Request, Sample
 from reasoners.model import HybridLM
 from reasoners.sampling import SamplingParams
@@ -201,18 +201,6 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
-
-
-def load_tokenizer(source):
-    """A transformers tokenizer from a folder; a tokenizer or None is returned as it is."""
-    if source is None or not isinstance(source, str | Path):
-        return source
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: expected a tokenizer's files, got: {error}") from error
 
 
 def eos_token_ids(tokenizer, folder) -> set[int]:

@@ -12,8 +12,7 @@ PACKAGE = ROOT / "reasoners"
 # What each module may import of the package; a folder stands for the modules in it.
 MAY_IMPORT = {
     "__init__": set(),
-    "backward": set(),
-    "ops": {"_C", "backward"},
+    "ops": {"_C"},
     "reference": set(),
     "cache": {"ops"},
     "sampling": set(),
@@ -24,6 +23,7 @@ MAY_IMPORT = {
     "llm": {"ops", "model", "checkpoint", "engine", "sampling"},
     "distill": {"checkpoint", "distill", "interrupt", "model", "scaling"},
     "interrupt": set(),
+    "trio": set(),
     "scaling": {"scaling", "interrupt", "__version__"},
     "integrations": {"checkpoint", "llm", "model", "sampling"},
     "doctor": {"ops", "reference", "__version__"},
@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "model",
         "sampling",
         "scaling",
+        "trio",
     },
 }
 

@@ -15,12 +15,12 @@
 // run on into the next 16 rows. The first copies of W start before the kernel in front has ended
 // (launch.cuh): only x waits for it.
 //
-// One row, Llamba-1B's four products and its head, us on an H100 with cold weights, before loads
-// and copies stood between the products (65 cycles a product; 38 would be 11 us at K = 8192):
+// One row, Llamba-1B's four products and its head, us on an H100 with cold weights:
 //              8224 x 2048   2048 x 2048   16384 x 2048   2048 x 8192   128256 x 2048
-//   here          12.9           5.7           23.4           20.2          179.6
-//   cuBLAS        14.4           6.4           25.1           15.4          188.9
+//   here          12.8           5.8           23.9           15.5          180.8
+//   cuBLAS        14.3           6.4           25.1           15.5          187.7
 //   floor         11.1           2.8           22.1           11.1          173.4
+// Before loads and copies stood between the products, the chain of 512 took 20.2.
 // Tried: one bulk copy a row of W (issued one lane after the other: slower by the row of x); 16
 // rows of x (twice the shared memory: 2 to 3 times cuBLAS's time). With 5 rows and more cuBLAS is
 // as fast.

@@ -10,11 +10,10 @@
 //   a row is summed. Its splits of 256 positions are walked by one thread block that folds them as
 //   it goes, or, where the batch alone would not fill the machine, dealt to several that leave them
 //   in memory for combine_kernel: two floats and D more for 256 positions of K and V.
-// prefix: rows that share their first pages. A thread block takes 32 columns, that is pairs of a
-// row
-//   and a query head, over a split of the shared pages, so that K and V are read once for all of
-//   them. What it finds waits in memory until the rows' own thread blocks come to it: whole splits,
-//   and the whole blocks of the split in which the rows part.
+// prefix: rows that share their first pages. A thread block takes 32 columns, that is rows' query
+//   heads, over a split of the shared pages, so that K and V are read once for all of them. What it
+//   finds waits in memory until the rows' own thread blocks come to it: whole splits, and the whole
+//   blocks of the split in which the rows part.
 // plain: everything else. Positions are dealt out in turn to walkers of kLanes threads, each of
 //   which holds kVec x kChunks channels; the walkers are merged at the end.
 //

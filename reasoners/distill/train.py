@@ -17,7 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reasoners.checkpoint import copy_tokenizer, load_model, save_model, student_from_teacher
+from reasoners.checkpoint import (
+    copy_tokenizer,
+    load_model,
+    load_tokenizer,
+    save_model,
+    student_from_teacher,
+)
 from reasoners.distill.checkpoints import Checkpoints
 from reasoners.distill.data import Batch, Batches, open_source
 from reasoners.distill.objectives import Objective
@@ -145,10 +151,8 @@ class _Training:
             os.replace(scratch, path)
 
     def _tokenizer(self, source):
-        from transformers import AutoTokenizer
-
         if self.teacher_folder is not None:
-            return AutoTokenizer.from_pretrained(self.teacher_folder)
+            return load_tokenizer(self.teacher_folder)
         folder = self.folder / "tokenizer"
         if self.workers.first and not (folder / "tokenizer.json").exists():
             examples = (source.example(index) for index in range(TOKENIZER_EXAMPLES))
@@ -160,7 +164,7 @@ class _Training:
             )
             build_tokenizer(texts, self.recipe.student.vocabulary).save_pretrained(folder)
         self.workers.wait()
-        return AutoTokenizer.from_pretrained(folder)
+        return load_tokenizer(folder)
 
     def run(self, save_every_s: float, show: bool):
         """All stages from where the newest checkpoint stands."""
