@@ -40,11 +40,12 @@ def random_batch(vocab, length, sequences):
 def training_step(teacher, student, stage, batch, device, dtype, recompute):
     """step() of forward, backward and AdamW."""
     torch.manual_seed(0)
-    taught = HybridLM(CONFIGS[teacher])
-    for name, parameter in taught.named_parameters():
-        parameter.data = parameter.data.to(device, parameter_dtype(name, dtype))
-    taught.requires_grad_(False)
-    learning = student_from_teacher(taught, CONFIGS[student]).requires_grad_(False)
+    with torch.device(device):
+        taught = HybridLM(CONFIGS[teacher])
+        for name, parameter in taught.named_parameters():
+            parameter.data = parameter.data.to(parameter_dtype(name, dtype))
+        taught.requires_grad_(False)
+        learning = student_from_teacher(taught, CONFIGS[student]).requires_grad_(False)
     for _, parameter in stage.trained(learning):
         parameter.requires_grad_(True)
     objective = Objective(stage, learning, taught, recompute)

@@ -18,7 +18,8 @@ measure="$PYTHON -m pytest -p no:logging -p no:cacheprovider --benchmark-columns
 
 [ -n "$PREBUILT" ] || $PYTHON setup.py -q build_ext --inplace >"$OUT/build.log" 2>&1 ||
   { tail -20 "$OUT/build.log"; exit 1; }
-$PYTHON -m pytest tests -m cuda -p no:cacheprovider --ignore-glob='*scaling*' --ignore-glob='*cli*' \
+parallel=$($PYTHON -c "import xdist" 2>/dev/null && echo "-n 8" || true)
+$PYTHON -m pytest tests -m cuda $parallel -p no:cacheprovider --ignore-glob='*scaling*' --ignore-glob='*cli*' \
   >"$OUT/tests.log" 2>&1 || { tail -40 "$OUT/tests.log"; exit 1; }
 echo "CUDA checks passed: $(grep -c . "$OUT/tests.log") lines in $OUT/tests.log"
 
@@ -49,7 +50,8 @@ for topic in $topics; do
           $PYTHON -m pytest -x -p no:cacheprovider -m cuda tests/test_state_update.py \
           tests/test_deferred_state_update.py tests/test_mixer_update.py tests/test_selective_scan.py \
           tests/test_linear.py tests/test_add_rms_norm.py tests/test_advance.py tests/test_rotate.py \
-          tests/test_paged_attention.py tests/test_rotate_append_kv.py \
+          tests/test_paged_attention.py tests/test_rotate_append_kv.py tests/test_ssd_scan.py \
+          tests/test_causal_conv1d.py tests/test_sample.py \
           -k "reference and not tiles and not stages" >"$OUT/$tool.log" 2>&1 || true
         echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$tool.log")"
       done ;;

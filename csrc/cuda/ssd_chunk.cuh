@@ -151,6 +151,42 @@ __device__ void multiply_block(float (&d)[kTiles][4], const uint32_t (&a)[4], co
   }
 }
 
+// to += (weight rows)^T columns, summed over the chunk's tokens: of a state, the rows 16 (r + 4 m)
+// and the columns first_column + 8 n.
+template <typename data_t, int kP, int kRowTiles, int kColumnTiles, typename Rows, typename Columns>
+__device__ void add_outer_products(float (&to)[kRowTiles][kColumnTiles][4], const Rows& rows,
+                                   const float* weight, const Columns& columns, int r,
+                                   int first_column) {
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int k = 0; k < kChunk; k += 16) {
+    const float2 low = *reinterpret_cast<const float2*>(weight + k + 2 * q),
+                 high = *reinterpret_cast<const float2*>(weight + k + 2 * q + 8);
+    uint32_t a[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      if (16 * (r + kBlocks * m) >= kP) continue;
+      rows.load_a_transposed(a[m], 16 * (r + kBlocks * m), k);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float2 pair = unpack<data_t>(a[m][v]), w = v < 2 ? low : high;
+        a[m][v] = pack<data_t>(pair.x * w.x, pair.y * w.y);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; n += 2) {
+      uint32_t b[4];
+      columns.load_b(b, k, first_column + n * 8);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        if (16 * (r + kBlocks * m) >= kP) continue;
+        multiply_add<data_t>(to[m][n], a[m], b[0], b[1]);
+        multiply_add<data_t>(to[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
 // Whether a scan runs on tensor cores. Rows of 16 bytes must be there to be copied; bindings.cpp
 // sees to their alignment.
 inline bool on_tensor_cores(const SsdScanParams& f) {

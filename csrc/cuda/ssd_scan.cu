@@ -223,33 +223,7 @@ __global__ void __launch_bounds__(Tile<data_t, kP, kN>::kThreads, Tile<data_t, k
       for (int v = 0; v < 4; ++v) local[m][n][v] *= scalars.whole;
     });
     since *= scalars.whole;
-#pragma unroll
-    for (int k = 0; k < kChunk; k += 16) {
-      const float2 low = *reinterpret_cast<const float2*>(scalars.gain + k + 2 * q),
-                   high = *reinterpret_cast<const float2*>(scalars.gain + k + 2 * q + 8);
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        if (16 * (r + kBlocks * m) >= kP) continue;
-        in.x.load_a_transposed(a[m], 16 * (r + kBlocks * m), k);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const float2 pair = unpack<data_t>(a[m][v]), w = v < 2 ? low : high;
-          a[m][v] = pack<data_t>(pair.x * w.x, pair.y * w.y);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        uint32_t b[4];
-        in.b.load_b(b, k, n_part + n * 8);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          if (16 * (r + kBlocks * m) >= kP) continue;
-          multiply_add<data_t>(local[m][n], a[m], b[0], b[1]);
-          multiply_add<data_t>(local[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    add_outer_products<data_t, kP>(local, in.x, scalars.gain, in.b, r, n_part);
   };
 
   // y of a chunk: the state's part first, which is weighed, then the chunk's tokens.

@@ -275,33 +275,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
 #pragma unroll
       for (int v = 0; v < 4; ++v) to[m][n][v] *= whole;
     });
-#pragma unroll
-    for (int k = 0; k < kChunk; k += 16) {
-      const float2 low = *reinterpret_cast<const float2*>(weight + k + 2 * q),
-                   high = *reinterpret_cast<const float2*>(weight + k + 2 * q + 8);
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        if (16 * (r + kBlocks * m) >= kP) continue;
-        rows.load_a_transposed(a[m], 16 * (r + kBlocks * m), k);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const float2 pair = unpack<data_t>(a[m][v]), w = v < 2 ? low : high;
-          a[m][v] = pack<data_t>(pair.x * w.x, pair.y * w.y);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; n += 2) {
-        uint32_t in[4];
-        columns.load_b(in, k, n_half + n * 8);
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          if (16 * (r + kBlocks * m) >= kP) continue;
-          multiply_add<data_t>(to[m][n], a[m], in[0], in[1]);
-          multiply_add<data_t>(to[m][n + 1], a[m], in[2], in[3]);
-        }
-      }
-    }
+    add_outer_products<data_t, kP>(to, rows, weight, columns, r, n_half);
   };
   const auto put_state = [&](Matrix<data_t, kP, kN>& to, const State& state) {
     each([&](int m, int n, int first_row, int first_column) {
