@@ -376,6 +376,7 @@ def _report(runs, out):
     from reasoners import scaling
 
     found = scaling.build_report(runs)
+    out.mkdir(parents=True, exist_ok=True)
     scaling.print_table(found, console)
     scaling.save_json(found, out / "report.json")
     scaling.save_plot(found, out / "report.png")

@@ -57,10 +57,11 @@ def test_sample_resume_and_report(folder, data, tmp_path):
     assert code == 0, output
     assert "8 samples" in output
     assert samples_of(tmp_path / "parts") == samples_of(tmp_path / "whole")
-    code, output = invoke("report", tmp_path / "whole", tmp_path / "parts", "-o", tmp_path)
+    out = tmp_path / "new" / "report"
+    code, output = invoke("report", tmp_path / "whole", tmp_path / "parts", "-o", out)
     assert code == 0, output
-    assert json.loads((tmp_path / "report.json").read_text())
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "report.json").read_text())
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
