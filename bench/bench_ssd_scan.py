@@ -3,7 +3,10 @@
 Two sweeps at Llamba-1B's shapes: batch at fixed length, length at fixed tokens.
 """
 
+from functools import partial
+
 import cost
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,14 +155,24 @@ def roof_cuda(bytes_of, flops_of, case, outputs):
     }
 
 
+PEERS = {f"mamba_ssm-{chunk}": chunk for chunk in (64, 128, 256)}
+
+
 @pytest.mark.cuda("ssd_scan")
+@pytest.mark.parametrize("impl", ["reasoners", *PEERS])
 @pytest.mark.parametrize("case", CASES)
-def bench_ssd_scan_cuda(measure, case):
+def bench_ssd_scan_cuda(measure, case, impl):
     inputs = make_cuda(*CASES[case])
+    call = partial(ops.ssd_scan, **inputs)
+    if impl in PEERS:
+        try:
+            call = peers.mamba_ssm_scan(PEERS[impl])(**inputs)
+        except ImportError as error:
+            pytest.skip(str(error))
     measure(
-        lambda: ops.ssd_scan(**inputs),
+        call,
         **roof_cuda(cost.ssd_scan_bytes, cost.ssd_scan_flops, case, 1),
-        target_us=TARGET_US.get(case),
+        target_us=TARGET_US.get(case) if impl == "reasoners" else None,
     )
 
 

@@ -3,7 +3,7 @@
 They are looked for on sys.path and in the folder that REASONERS_PEERS names (default `.peers`), which
 is filled by
 
-    pip install --no-deps --target .peers flashinfer-python apache-tvm-ffi
+    pip install --no-deps --target .peers flashinfer-python apache-tvm-ffi einops packaging
     MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation --target .peers mamba-ssm
 
 Their package `__init__`s import much that is not needed here and may not be there, so only the one
@@ -135,6 +135,25 @@ def flashinfer_state_update():
 
 
 STATE_UPDATE = {"mamba_ssm": mamba_ssm_state_update, "flashinfer": flashinfer_state_update}
+
+
+# ---- the chunked scan
+
+
+def mamba_ssm_scan(chunk):
+    """prepare(x, log_decay, B, C, D) -> call() -> y, of mamba_ssm's Triton kernels.
+
+    Their step sizes weigh x too: they get -log_decay as dt and A = -1, the same work as ours.
+    """
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
+        _stub(name)
+    module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+
+    def prepare(x, log_decay, B, C, D):
+        dt, A = -log_decay, -torch.ones_like(D)
+        return lambda: module.mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D)
+
+    return prepare
 
 
 # ---- whole decode: transformers' Llama
