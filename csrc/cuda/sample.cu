@@ -15,12 +15,11 @@
 //      the k-th highest one, so that what top-k keeps is no lower: little more than k candidates,
 //      which one block ranks, filters and draws from, a thread to each.
 //   top-p alone, a k above the number of parts, more candidates than threads: a threshold on the
-//      logit, found digit by digit (11 bits, highest first) on how many values of the type lie
-//      between a logit and the maximum: a histogram of what agrees with the digits found so far,
-//      summed from the top until enough is above. Enough is a count for top-k; for top-p it is a
-//      mass, in fixed point, so that atomics may add it in any order and give the same bits. The
-//      highest digits are guessed to be 0, which for bfloat16 leaves one pass for all that is above
-//      2^-16 of a positive maximum.
+//      logit. A histogram of all logits, in bins of 1/64 of the temperature, is summed from the top
+//      until enough is above; within the bin that this finds, the threshold is found digit by digit
+//      (11 bits, highest first) on how many values of the type lie between a logit and the bin's
+//      highest. Enough is a count for top-k; for top-p it is a mass, in fixed point, so that
+//      atomics may add it in any order and give the same bits.
 // Neither token nor log-probability depends on the number of blocks: maxima,
 // counts and fixed point have no order, and what log-sum-exp adds in float32 are always the same
 // lanes of kGroups parts of the row, in the same order.
@@ -47,6 +46,7 @@ constexpr int kResident = 264;         // blocks, two on each of 132 multiproces
 constexpr int kStageBytes = 88 << 10;  // so that two blocks fit
 constexpr int kDigit = 11;
 constexpr int kBins = 1 << kDigit;
+constexpr float kBinsPerUnit = 64;  // of z
 constexpr int kBinsOfThread = kBins / kThreads;
 constexpr unsigned kAll = ~0u;
 constexpr float kInfinity = INFINITY;
@@ -120,7 +120,6 @@ __device__ inline T* in_block(T* mine, int block) {
 template <typename data_t>
 struct Key {
   static constexpr int kBits = 8 * sizeof(data_t);
-  static constexpr int kGuess = kBits == 16 ? kDigit : 2 * kDigit;  // bits that may not be 0
   __device__ static uint32_t of(float x) {
     const uint32_t bits = __float_as_uint(x);
     return (bits ^ (bits >> 31 ? ~0u : 0x80000000u)) >> (32 - kBits);
@@ -142,7 +141,7 @@ struct Candidates {
 struct Shared {
   union {
     struct {
-      uint32_t low[kBins + 1], high[kBins + 1];  // halves of every bin's weight; then the rest
+      uint32_t low[kBins], high[kBins];  // the two halves of every bin's weight
     };
     Candidates candidates;
   };
@@ -153,9 +152,9 @@ struct Shared {
   float sums[kGroups * kWarps];
   uint64_t of_warps[kWarps];
   NoiseStream noise;
-  uint64_t above;   // weight above the chosen bin
-  uint32_t prefix;  // the digits found so far
-  uint32_t bar;     // key of a score that was reached
+  uint64_t above;  // weight above the chosen bin
+  uint32_t bin;    // the chosen one
+  uint32_t bar;    // key of a score that was reached
 };
 constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 
@@ -406,81 +405,87 @@ class Row {
     finish(p, kWarps, true);
   }
 
+  // A histogram of the row, filled by fill(first token, its kUnit logits), and its first bin at
+  // which the sum from the top reaches the target. `above`: the weight above the bins; above the
+  // one that is found. A target of 0 becomes a share of all.
+  template <bool exponential, typename fill_t>
+  __device__ uint32_t find_bin(uint64_t& above, uint64_t& target, double top_p, fill_t fill) const {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) shared_.low[i] = shared_.high[i] = 0;
+    __syncthreads();
+    for_groups([&](int group) { for_units<1>(group, fill); });
+    sync();
+    if (g_.blocks > 1) gather<exponential>();
+    // Thread t sums the bins from the top to those of its own.
+    uint64_t own[kBinsOfThread], sum = 0, total;
+#pragma unroll
+    for (int i = 0; i < kBinsOfThread; ++i) sum += own[i] = weight(threadIdx.x * kBinsOfThread + i);
+    uint64_t before = above + sum_before(sum, total);
+    if (target == 0) target = share(top_p, total);
+    const bool last = threadIdx.x == kThreads - 1;  // its last bin if there is too little
+    if (before < target && (before + sum >= target || last)) {
+      int bin = 0;
+#pragma unroll
+      for (int i = 0; i < kBinsOfThread - 1; ++i) {
+        if (bin < i || before + own[i] >= target) continue;
+        before += own[i];
+        ++bin;
+      }
+      shared_.bin = static_cast<uint32_t>(threadIdx.x * kBinsOfThread + bin);
+      shared_.above = before;
+    }
+    __syncthreads();
+    above = shared_.above;
+    return shared_.bin;
+  }
+  template <bool exponential>
+  __device__ void put(uint32_t bin, float x) const {
+    if (!exponential) {
+      atomicAdd(&shared_.low[bin], 1u);
+    } else if (const uint64_t weight = mass(x)) {
+      add(bin, weight);
+    }
+  }
+
   // The logit such that the tokens at or above it are the fewest whose weight reaches the target,
   // among those at or above `kept`. Weights are 1 and the target is `wanted` tokens, or they are
   // exp(z) in fixed point and the target is the share `wanted` of all of it.
   template <bool exponential>
   __device__ float threshold(double wanted, float kept) const {
     using K = Key<data_t>;
-    const uint32_t highest = K::of(summary_.max + 0.f);  // of +0, should the maximum be -0
     uint64_t above = 0, target = exponential ? 0 : static_cast<uint64_t>(wanted);
+    const auto each_kept = [&](auto visit) {
+      return [=](int begin, const float (&x)[kUnit]) {
+        if (maximum(x) < kept) return;
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i)
+          if (x[i] >= kept && begin + i < size_) visit(x[i]);
+      };
+    };
+    // Bins of equal width, so that the lanes of a warp seldom meet; the last one has all the rest.
+    const float max = summary_.max, fine = fminf(scale_ * kBinsPerUnit, 0x1p126f);
+    const auto bin_of = [=](float x) {
+      return static_cast<uint32_t>(fminf((max - x) * fine, kBins - 1));
+    };
+    const uint32_t bin = find_bin<exponential>(
+        above, target, wanted, each_kept([=](float x) { put<exponential>(bin_of(x), x); }));
+    // What lies in the bin is no higher and no lower than these keys.
+    const auto edge = [=](uint32_t bin, float slack) {
+      const float below = bin / fine;
+      return max - below + slack * (fabsf(max) + below);
+    };
+    constexpr float kSlack = 0x1p-20f;
+    const uint32_t highest = K::of(fminf(edge(bin, kSlack), max) + 0.f);
+    const uint32_t lowest = K::of(bin < kBins - 1 ? edge(bin + 1, -kSlack) : -kInfinity);
+    // Digits of how many values of the type lie between a logit and the highest.
     uint32_t prefix = 0;
-    int left = K::kGuess;
-    bool guess = true;
-    while (left > 0) {
+    for (int left = 32 - __clz(highest - min(lowest, highest)); left > 0;) {
       const int bits = min(left, kDigit), shift = left - bits;
-      for (int i = threadIdx.x; i <= kBins; i += kThreads) shared_.low[i] = shared_.high[i] = 0;
-      __syncthreads();
-      uint64_t rest = 0;
-      for_groups([&](int group) {
-        for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
-          if (maximum(x) < kept) return;
-#pragma unroll
-          for (int i = 0; i < kUnit; ++i) {
-            if (!(x[i] >= kept) || begin + i >= size_) continue;
-            const uint32_t below = highest - K::of(x[i]);
-            const bool agrees = (left < 32 ? below >> left : 0) == prefix;
-            const uint32_t bin = (below >> shift) & ((1u << bits) - 1);
-            if (exponential) {
-              if (!agrees && !guess) continue;
-              const uint64_t weight = mass(x[i]);
-              if (!agrees) {
-                rest += weight;
-              } else if (weight > 0) {
-                add(bin, weight);
-              }
-            } else if (agrees) {
-              atomicAdd(&shared_.low[bin], 1u);
-            }
-          }
-        });
-      });
-      if (exponential && guess) {
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) rest += __shfl_xor_sync(kAll, rest, offset);
-        if (threadIdx.x % 32 == 0 && rest > 0) add(kBins, rest);
-      }
-      sync();
-      if (g_.blocks > 1) gather<exponential>();
-      // Thread t sums the bins from the top to those of its own.
-      uint64_t own[kBinsOfThread], sum = 0, total;
-#pragma unroll
-      for (int i = 0; i < kBinsOfThread; ++i)
-        sum += own[i] = weight(threadIdx.x * kBinsOfThread + i);
-      if (exponential) rest = weight(kBins);
-      uint64_t before = above + sum_before(sum, total);
-      if (guess) {
-        if (exponential) target = share(wanted, total + rest);
-        guess = false;
-        if (total < target) {
-          left = K::kBits;
-          continue;
-        }
-      }
-      if (before < target && before + sum >= target) {  // in one thread of all
-        int bin = 0;
-#pragma unroll
-        for (int i = 0; i < kBinsOfThread - 1; ++i) {
-          if (bin < i || before + own[i] >= target) continue;
-          before += own[i];
-          ++bin;
-        }
-        shared_.prefix = prefix << bits | static_cast<uint32_t>(threadIdx.x * kBinsOfThread + bin);
-        shared_.above = before;
-      }
-      __syncthreads();
-      prefix = shared_.prefix;
-      above = shared_.above;
+      const auto visit = [=](float x) {
+        const uint32_t below = highest - K::of(x);
+        if (bin_of(x) != bin || (left < 32 ? below >> left : 0) != prefix) return;
+        put<exponential>((below >> shift) & ((1u << bits) - 1), x);
+      };
+      prefix = prefix << bits | find_bin<exponential>(above, target, wanted, each_kept(visit));
       left = shift;
     }
     return K::value(highest - prefix);
@@ -514,7 +519,6 @@ class Row {
 #pragma unroll
     for (int i = 0; i < kBinsOfThread; ++i)
       gather_bin((rank_ * kBins + i * kThreads + threadIdx.x) >> g_.log_blocks);
-    if (exponential && rank_ == 0 && threadIdx.x < 32) gather_bin(kBins);
     sync();
   }
 
