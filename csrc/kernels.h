@@ -197,8 +197,8 @@ struct SsdScanParams {
   DType dtype;
 };
 constexpr int kSsdScanMaxStateDim = 256;
-// 16-bit data begins on 16 bytes, and so do its rows where head_dim and state_dim are multiples of
-// 8. Floats of scratch memory.
+// initial_state and 16-bit data begin on 16 bytes, and so do the data's rows where head_dim and
+// state_dim are multiples of 8. Floats of scratch memory.
 int64_t count_ssd_scan_scratch(const SsdScanParams& params);
 void launch_ssd_scan(const SsdScanParams& params, cudaStream_t stream);
 // For any dtype, head_dim and state_dim; see ssd_scan_rows.cu.

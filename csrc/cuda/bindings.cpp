@@ -493,6 +493,7 @@ struct SsdScanTensors {
         initial_state(contiguous(initial_state_in)),
         cu_seqlens(contiguous(cu_seqlens_in)) {
     Check{op}.at_most_on_cuda("N", B.size(3), kSsdScanMaxStateDim);
+    if (initial_state && !is_aligned_to_16(*initial_state)) initial_state = initial_state->clone();
     p.x = x.const_data_ptr();
     p.log_decay = log_decay.const_data_ptr<float>();
     p.B = B.const_data_ptr();

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(Tile<data_t, kP, kN>::kThreads, Tile<data_t, k
     });
   };
   // The state from what was carried into the segment and what it added.
-  State carried, local;
+  State carried = {}, local = {};
   float since = 1.f;  // decay from the segment's start
   const auto whole_state = [&](int m, int n, int v) {
     return fmaf(since, carried[m][n][v], local[m][n][v]);
@@ -405,11 +405,6 @@ Deal make_deal(const SsdScanParams& p, int per_processor) {
 }
 
 template <typename data_t, int kP, int kN>
-Deal deal_of(const SsdScanParams& p) {
-  return make_deal(p, Tile<data_t, kP, kN>::kWanted);
-}
-
-template <typename data_t, int kP, int kN>
 void launch(const SsdScanParams& p, cudaStream_t stream) {
   using T = Tile<data_t, kP, kN>;
   constexpr int kBytes = sizeof(typename T::Shared);
@@ -431,7 +426,7 @@ void launch(const SsdScanParams& p, cudaStream_t stream) {
   launch_overlapping(scan, walks * std::max(deal.blocks, 1), T::kThreads, kBytes, stream, p, deal);
 }
 
-// Calls use.operator()<P, N>() for the tile of a shape.
+// use(P, N) of the tile of a shape, as constants.
 template <typename Use>
 auto with_tile(const SsdScanParams& p, const Use& use) {
   if (p.state_dim <= 64) {
