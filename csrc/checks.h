@@ -473,6 +473,36 @@ inline void check_linear(const Tensor& x, const Tensor& weight, const OptionalTe
   if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {weight.size(0)}, "(out_features)");
 }
 
+inline void check_rms_norm_linear(const Tensor& h, const Tensor& norm_weight, double eps,
+                                  const Tensor& weight, const OptionalTensor& bias, bool gated) {
+  const Check check{"rms_norm_linear"};
+  check.data_dtype("h", h);
+  TORCH_CHECK_VALUE(h.dim() >= 1, "rms_norm_linear: h expected at least 1 dimension, got 0");
+  check.contiguous("h", h);
+  check.tensor("norm_weight", norm_weight, h, h.scalar_type(), {h.size(-1)}, "(dim)");
+  check.eps(eps);
+  check.tensor("weight", weight, h, h.scalar_type(), {kAny, h.size(-1)}, "(out_features, dim)");
+  if (bias) check.tensor("bias", *bias, h, h.scalar_type(), {weight.size(0)}, "(out_features)");
+  TORCH_CHECK_VALUE(!gated || weight.size(0) % 2 == 0,
+                    "rms_norm_linear: weight expected an even number of rows if gated, got ",
+                    weight.size(0));
+}
+
+inline void check_add_linear(const Tensor& h, const Tensor& x, const Tensor& weight) {
+  const Check check{"add_linear"};
+  check.data_dtype("x", x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, "add_linear: x expected at least 1 dimension, got 0");
+  check.tensor("weight", weight, x, x.scalar_type(), {kAny, x.size(-1)},
+               "(out_features, in_features)");
+  check.contiguous("h", h);
+  check.device("h", h, x);
+  check.dtype("h", h, x.scalar_type());
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  TORCH_CHECK_VALUE(h.sizes() == at::IntArrayRef(sizes), "add_linear: h expected shape ",
+                    Check::tuple(sizes), ", got ", Check::tuple(h.sizes()));
+}
+
 inline void check_add_rms_norm(const Tensor& h, const OptionalTensor& delta, const Tensor& weight,
                                double eps) {
   const Check check{"add_rms_norm"};

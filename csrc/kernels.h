@@ -113,16 +113,22 @@ struct ConvUpdateParams {
 };
 void launch_conv_update(const ConvUpdateParams& params, cudaStream_t stream);
 
-// Few rows only; see linear.cu.
+// At most this many rows; see linear.cu.
+constexpr int kLinearRows = 4;
 struct LinearParams {
-  const void* x;       // (rows, depth), dtype
-  const void* weight;  // (columns, depth), dtype
-  const void* bias;    // (columns), dtype, or null
-  void* y;             // (rows, columns), dtype
-  int64_t x_stride;    // of rows
+  const void* x;            // (rows, depth), dtype
+  const void* norm_weight;  // (depth), dtype, or null; otherwise x is normalised first
+  const void* weight;       // (columns, depth), dtype
+  const void* bias;         // (columns), dtype, or null
+  void* y;                  // (rows, columns), or columns / 2 if gated, dtype
+  void* sum;                // (rows, columns), dtype, or null; y is added to it and not written
+  int64_t x_stride;         // of rows
   int rows, columns, depth;
+  float eps;    // of the norm
+  bool gated;   // half of the columns are gates of the other half
   DType dtype;  // 16 bits
 };
+bool can_normalise_in_linear(int depth);
 void launch_linear(const LinearParams& params, cudaStream_t stream);
 
 struct AddRmsNormParams {

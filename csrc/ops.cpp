@@ -71,6 +71,10 @@ TORCH_LIBRARY(reasoners, m) {
   m.def("rotate(Tensor(a!) x, Tensor positions, Tensor inv_freq) -> ()");
   // A product with weights whose rows do not depend on how many there are.
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "rms_norm_linear(Tensor h, Tensor norm_weight, float eps, Tensor weight, Tensor? bias, "
+      "bool gated) -> Tensor");
+  m.def("add_linear(Tensor(a!) h, Tensor x, Tensor weight) -> ()");
   // Attention over a paged cache.
   m.def(
       "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor page_table, "

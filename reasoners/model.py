@@ -192,19 +192,6 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class Linear(nn.Linear):
-    """y = x W^T (+ b); without gradients by ops.linear, whose rows do not depend on how many there are."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__(in_features, out_features, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)"""
-        if torch.is_grad_enabled():
-            return F.linear(x.contiguous(), self.weight, self.bias)
-        return ops.linear(x, self.weight, self.bias)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) times the weight, over the last `dim` channels; float32 inside."""
 
@@ -220,6 +207,45 @@ class RMSNorm(nn.Module):
     def after(self, h: Tensor, delta: Tensor | None = None) -> Tensor:
         """h += delta, in place, and the norm of that, cast back before the weight; without gradients."""
         return ops.add_rms_norm(h, delta, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """norm(h), left to the product that takes it."""
+
+    h: Tensor
+    norm: RMSNorm
+
+
+class Linear(nn.Linear):
+    """y = x W^T (+ b); without gradients by ops.linear, whose rows do not depend on how many there are."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+
+    def forward(self, x: Tensor | Normed, onto: Tensor | None = None) -> Tensor | None:
+        """(..., in_features) -> (..., out_features); nothing if that is added `onto` a tensor, in place.
+
+        x may be Normed, and `onto` given, without gradients only.
+        """
+        if isinstance(x, Normed):
+            return self._of_norm(x, gated=False)
+        if onto is not None:
+            return ops.add_linear(onto, x, self.weight)
+        if torch.is_grad_enabled():
+            return F.linear(x.contiguous(), self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
+
+    def gated(self, x: Tensor | Normed) -> Tensor:
+        """silu(first half of y) times the second, (..., in_features) -> (..., out_features / 2)"""
+        if isinstance(x, Normed):
+            return self._of_norm(x, gated=True)
+        gate, up = self(x).chunk(2, -1)
+        return ops.gate(up, gate)
+
+    def _of_norm(self, x: Normed, gated: bool) -> Tensor:
+        norm = x.norm
+        return ops.rms_norm_linear(x.h, norm.weight, norm.eps, self.weight, self.bias, gated)
 
 
 class HeadNorm(RMSNorm):
@@ -238,10 +264,9 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.d_model, 2 * config.mlp_dim)
         self.down_proj = Linear(config.mlp_dim, config.d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_model) -> (..., d_model)"""
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(ops.gate(up, gate))
+    def forward(self, x: Tensor | Normed, onto: Tensor | None = None) -> Tensor | None:
+        """(..., d_model) -> (..., d_model), as Linear.forward"""
+        return self.down_proj(self.gate_up_proj.gated(x), onto)
 
 
 @dataclass
@@ -317,8 +342,14 @@ class Attention(nn.Module):
         """What a Cache keeps for this layer."""
         return {"kv": (self.num_kv_heads, self.head_dim)}
 
-    def forward(self, u: Tensor, this: Pass, cached: KVPages | None = None) -> Tensor:
-        """(batch, length, d_model) -> the same"""
+    def forward(
+        self,
+        u: Tensor | Normed,
+        this: Pass,
+        cached: KVPages | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor | None:
+        """(batch, length, d_model) -> the same, as Linear.forward"""
         qkv = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim))
         if cached is not None:
             step = this.step
@@ -326,11 +357,11 @@ class Attention(nn.Module):
             ops.rotate_append_kv(cached.k, cached.v, qkv[0], this.inv_freq, *where)
             q = qkv[0, :, : self.num_heads]
             y = ops.paged_attention(q, cached.k, cached.v, *where, shared=step.shared)[None]
-            return self.out_proj(y.flatten(-2))
+            return self.out_proj(y.flatten(-2), onto)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = qkv.split(heads, -2)
         q, k = (ops.rotated(t, this.positions, this.inv_freq) for t in (q, k))
-        return self.out_proj(self._attend(q, k, v, this).flatten(-2))
+        return self.out_proj(self._attend(q, k, v, this).flatten(-2), onto)
 
     def mixing_matrix(self, u: Tensor, this: Pass, rows: int = 1) -> Tensor:
         """The attention map (batch * rows, heads, length, length) of whole sequences, in float32.
@@ -426,8 +457,14 @@ class DiscreteMamba2(nn.Module):
             "recent": (self.num_heads, self.num_groups),
         }
 
-    def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
-        """(batch, length, d_model) -> the same"""
+    def forward(
+        self,
+        u: Tensor | Normed,
+        this: Pass,
+        cached: States | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor | None:
+        """(batch, length, d_model) -> the same, as Linear.forward"""
         projected = self.in_proj(u)
         if this.step is not None and this.step.decode:
             step, conv = this.step, self.conv
@@ -435,10 +472,10 @@ class DiscreteMamba2(nn.Module):
                 *cached.mixer_states(), step.slots, step.lengths, projected[0], conv.weight,
                 conv.bias, self.z_bias, _wide(self.D), step.period, step.rng_key,
             )  # fmt: skip
-            return self.out_proj(y[None])
+            return self.out_proj(y[None], onto)
         x, B, C, z, log_decay = self._scanned(projected, this, cached)
         y = ssd(x, log_decay, B, C, None, _wide(self.D), this, cached)
-        return self.out_proj(ops.gate(y.flatten(-2), z, self.z_bias))
+        return self.out_proj(ops.gate(y.flatten(-2), z, self.z_bias), onto)
 
     def mixing_matrix(self, u: Tensor, this: Pass, rows: int = 1) -> Tensor:
         """The map of x that the scan applies, D included, as `Attention.mixing_matrix`."""
@@ -508,8 +545,14 @@ class Mamba2(nn.Module):
             "recent": (self.num_kv_heads, self.num_kv_heads),
         }
 
-    def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
-        """(batch, length, d_model) -> the same"""
+    def forward(
+        self,
+        u: Tensor | Normed,
+        this: Pass,
+        cached: States | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor | None:
+        """(batch, length, d_model) -> the same, as Linear.forward"""
         projected = self.in_proj(u)
         if this.step is not None and this.step.decode:
             step, conv, norm = this.step, self.conv, self.norm
@@ -518,14 +561,15 @@ class Mamba2(nn.Module):
                 conv.bias, _wide(self.dt_bias), _wide(self.A_log), _wide(self.D), norm.weight,
                 norm.eps, step.period, step.rng_key,
             )  # fmt: skip
-            return self.out_proj(y[None])
+            return self.out_proj(y[None], onto)
         z, xBC, dt = projected.split(self.sizes, -1)
         parts = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
         delta = ops.softplus(dt, _wide(self.dt_bias))
         log_decay = -delta * _wide(self.A_log).exp()
         y = ssd(x, log_decay, B, C, delta, _wide(self.D), this, cached)
-        return self.out_proj(self.norm(ops.gate(y, z.unflatten(-1, (-1, self.head_dim)))))
+        y = self.norm(ops.gate(y, z.unflatten(-1, (-1, self.head_dim))))
+        return self.out_proj(y, onto)
 
     def reset(self):
         """Fresh decay and step size, as Mamba-2 starts."""
@@ -566,8 +610,14 @@ class Mamba1(nn.Module):
             "scan": (self.inner_dim, self.state_dim),
         }
 
-    def forward(self, u: Tensor, this: Pass, cached: States | None = None) -> Tensor:
-        """(batch, length, d_model) -> the same"""
+    def forward(
+        self,
+        u: Tensor | Normed,
+        this: Pass,
+        cached: States | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor | None:
+        """(batch, length, d_model) -> the same, as Linear.forward"""
         projected = self.in_proj(u)
         z, x, B, C, dt = projected.split(self.sizes, -1)
         if this.step is not None and this.step.decode:
@@ -577,14 +627,14 @@ class Mamba1(nn.Module):
                 self.dt_proj(dt)[0], conv.weight, conv.bias, self.dt_proj.bias, _wide(self.A_log),
                 _wide(self.D), B.shape[-1],
             )  # fmt: skip
-            return self.out_proj(y[None])
+            return self.out_proj(y[None], onto)
         x = x.unflatten(-1, (-1, self.state_dim)).repeat_interleave(self.repeats, -2).flatten(-2)
         x = self.conv(x, this, cached)
         B, C = (t.unflatten(-1, (-1, self.state_dim)) for t in (B, C))
         delta = ops.softplus(self.dt_proj(dt), _wide(self.dt_proj.bias))
         A, D = -_wide(self.A_log).exp(), _wide(self.D)
         y = self._scan(x, delta, A, B, C, D, this, cached)
-        return self.out_proj(ops.gate(y, z))
+        return self.out_proj(ops.gate(y, z), onto)
 
     @staticmethod
     def _scan(x, delta, A, B, C, D, this: Pass, cached: States | None) -> Tensor:
@@ -732,14 +782,18 @@ class HybridLM(nn.Module):
         """
         this = Pass(step.cu_seqlens, self.rotary.on(tokens.device), step=step)
         h = self.embedding(tokens[None])
-        # Each residual sum and the norm behind it are one operator: h grows in place.
-        x = self.layers[0].norm1.after(h)
-        norms = [layer.norm1 for layer in self.layers[1:]] + [self.norm]
-        for layer, cached, norm in zip(self.layers, cache.layers, norms, strict=True):
-            x = layer.norm2.after(h, layer.mixer(x, this, cached))
-            x = norm.after(h, layer.mlp(x))
+        few = h.is_cuda and h.element_size() == 2 and h.shape[1] <= ops.FEW_ROWS
+        delta = None  # what is to be added to h: with the norm behind it, or by the products of few rows
+        for layer, cached in zip(self.layers, cache.layers, strict=True):
+            if few:
+                layer.mixer(Normed(h, layer.norm1), this, cached, onto=h)
+                layer.mlp(Normed(h, layer.norm2), onto=h)
+            else:
+                delta = layer.mixer(layer.norm1.after(h, delta), this, cached)
+                delta = layer.mlp(layer.norm2.after(h, delta))
         if step.decode:
             cache.count(step)
         else:
-            x = x[:, step.cu_seqlens[1:].long() - 1]
-        return self.head(x[0])
+            ends = step.cu_seqlens[1:].long() - 1
+            h, delta = h[:, ends], None if delta is None else delta[:, ends]
+        return self.head(Normed(h, self.norm) if few else self.norm.after(h, delta))[0]

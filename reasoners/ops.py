@@ -634,6 +634,51 @@ def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+# Rows up to which the products of a 16-bit model on CUDA take the norm in front of them, and the sum
+# behind them, into their own launch.
+FEW_ROWS = 4
+
+
+def rms_norm_linear(
+    h: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """The product with the RMSNorm of h, gated on request; without gradients.
+
+    y = W norm(h) + b;   gated: y = value silu(gate) with the first half of W's rows for gates
+
+    h: (..., dim) contiguous. norm_weight: (dim). weight: (out_features, dim). bias: (out_features), None
+    means 0. All in one dtype.
+    Returns (..., out_features), or out_features / 2 if gated: the bits of add_rms_norm, linear and gate,
+    each rounded. One launch for up to FEW_ROWS rows on CUDA, 16 bits.
+    """
+    return _ops.rms_norm_linear(h, norm_weight, eps, weight, bias, gated)
+
+
+@torch.library.register_fake("reasoners::rms_norm_linear")
+def _(h, norm_weight, eps, weight, bias, gated):
+    return h.new_empty(*h.shape[:-1], weight.shape[0] // (2 if gated else 1))
+
+
+def add_linear(h: Tensor, x: Tensor, weight: Tensor) -> None:
+    """h += x W^T, in place; without gradients.
+
+    h: (..., out_features) contiguous, mutated. x: (..., in_features). weight: (out_features, in_features).
+    All in one dtype. Product and sum are each rounded to it. One launch for up to FEW_ROWS rows on CUDA,
+    16 bits.
+    """
+    _ops.add_linear(h, x, weight)
+
+
+@torch.library.register_fake("reasoners::add_linear")
+def _(h, x, weight):
+    return None
+
+
 def add_rms_norm(h: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """h += delta in place, and the RMSNorm of the sum.
 

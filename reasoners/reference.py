@@ -942,6 +942,44 @@ def linear_inputs(
     }
 
 
+def rms_norm_linear(h, norm_weight, eps, weight, bias=None, gated=False):
+    """W norm(h) + b; gated: the second half times silu of the first"""
+    y = linear(_normalised(h, eps) * norm_weight, weight, bias)
+    if not gated:
+        return y
+    z, x = y.chunk(2, -1)
+    return gate(x, z)
+
+
+def rms_norm_linear_inputs(gated=False, seed=0, **sizes):
+    """Random arguments of rms_norm_linear; sizes as of linear_inputs."""
+    inputs = linear_inputs(seed=seed, **sizes)
+    g = torch.Generator().manual_seed(seed + 1)
+    x = inputs["x"]
+    return {
+        "h": 3 * x,
+        "norm_weight": torch.randn(x.shape[-1], generator=g).to(x.dtype),
+        "eps": 1e-5,
+        "weight": inputs["weight"],
+        "bias": inputs["bias"],
+        "gated": gated,
+    }
+
+
+def add_linear(h, x, weight):
+    """Returns h + x W^T."""
+    return h + linear(x, weight)
+
+
+def add_linear_inputs(seed=0, **sizes):
+    """Random arguments of add_linear; sizes as of linear_inputs."""
+    inputs = linear_inputs(seed=seed, bias=False, **sizes)
+    g = torch.Generator().manual_seed(seed + 1)
+    shape = *inputs["x"].shape[:-1], inputs["weight"].shape[0]
+    h = torch.randn(shape, generator=g).to(inputs["x"].dtype)
+    return {"h": h, "x": inputs["x"], "weight": inputs["weight"]}
+
+
 # ---- all of them
 
 # Operator -> its definition, the maker of its inputs, the arguments it mutates.
@@ -971,6 +1009,8 @@ OPERATORS = {
     "mamba1_update": (mamba1_update, mamba1_update_inputs, ("conv_state", "state")),
     "gate": (gate, gate_inputs, ()),
     "linear": (linear, linear_inputs, ()),
+    "rms_norm_linear": (rms_norm_linear, rms_norm_linear_inputs, ()),
+    "add_linear": (add_linear, add_linear_inputs, ("h",)),
     "softplus": (softplus, softplus_inputs, ()),
     "add_rms_norm": (add_rms_norm, add_rms_norm_inputs, ("h",)),
     "rotate": (rotate, rotate_inputs, ("x",)),

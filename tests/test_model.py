@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from reasoners.cache import Cache
 from reasoners.checkpoint import save_model
-from reasoners.model import CONFIGS, HybridLM, Linear, Rotary, student_config
+from reasoners.model import CONFIGS, HybridLM, Linear, Normed, Rotary, student_config
 
 FAMILIES = ["tiny-llama", "tiny-llamba", "tiny-mamba1", "tiny-mamba2"]
 
@@ -242,6 +242,21 @@ def test_a_row_is_the_same_bits_in_any_batch(name, dtype):
     for row in range(6):
         for alone, shared in zip(logits_of([row]), together, strict=True):
             assert torch.equal(alone[0], shared[row]), f"row {row}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_layer_that_norms_and_adds_in_its_products_is_the_same(kind):
+    """What `extend` does for few rows on a GPU, here on the CPU."""
+    model = HybridLM(CONFIGS[kind])
+    tokens = torch.randint(256, (1, 7))
+    this, layer = model.whole_pass(tokens), model.layers[0]
+    h = model.embedding(tokens)
+    expected = layer(h, this)
+    h = h.clone()
+    assert layer.mixer(Normed(h, layer.norm1), this, onto=h) is None
+    assert layer.mlp(Normed(h, layer.norm2), onto=h) is None
+    torch.testing.assert_close(h, expected)
 
 
 def test_linear_has_gradients_or_the_operator():

@@ -1,4 +1,5 @@
-// y = x W^T whose rows do not depend on how many there are.
+// y = x W^T whose rows do not depend on how many there are; with a norm in front, a gate or a sum
+// behind it, which here are operators of their own.
 //
 // BLAS libraries sum in another order for a few rows, or a few left over, which would make a
 // sample's tokens depend on its batch. Up to kFewRows rows are padded to a multiple of 4: with MKL
@@ -24,7 +25,35 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   return y.narrow(0, 0, rows).reshape(shape);
 }
 
-TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("linear", &linear); }
+template <typename Signature>
+auto find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor rms_norm_linear(const Tensor& h, const Tensor& norm_weight, double eps, const Tensor& weight,
+                       const OptionalTensor& bias, bool gated) {
+  check_rms_norm_linear(h, norm_weight, eps, weight, bias, gated);
+  static const auto norm =
+      find_operator<Tensor(const Tensor&, const OptionalTensor&, const Tensor&, double)>(
+          "reasoners::add_rms_norm");
+  static const auto gate =
+      find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("reasoners::gate");
+  const Tensor y = reasoners::linear(norm.call(h, {}, norm_weight, eps), weight, bias);
+  if (!gated) return y;
+  const auto halves = y.chunk(2, -1);
+  return gate.call(halves[1], halves[0], {});
+}
+
+void add_linear(const Tensor& h, const Tensor& x, const Tensor& weight) {
+  check_add_linear(h, x, weight);
+  h.add_(reasoners::linear(x, weight, {}));
+}
+
+TORCH_LIBRARY_IMPL(reasoners, CPU, m) {
+  m.impl("linear", &linear);
+  m.impl("rms_norm_linear", &rms_norm_linear);
+  m.impl("add_linear", &add_linear);
+}
 
 }  // namespace
 }  // namespace reasoners

@@ -9,21 +9,18 @@
 #include "convert.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "rms_norm.cuh"
 
 namespace reasoners {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = RmsNormShape::kMostThreads;
 
 __device__ float block_sum(float v, float* shared) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+  v = sum_warp(v);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
   __syncthreads();
-  v = threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.f;
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-  return v;
+  return sum_warp(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.f);
 }
 
 template <typename data_t, int kVec, int kTurns>
@@ -58,22 +55,16 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const AddRmsN
             from_float<data_t>(to_float(values[turn].at[k]) + to_float(more.at[k]));
       *reinterpret_cast<vec_t*>(h + i) = values[turn];
     }
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      const float v = to_float(values[turn].at[k]);
-      squares += v * v;
-    }
+    squares = add_squares(squares, values[turn]);
   }
-  const float norm = rsqrtf(block_sum(squares, shared) / p.dim + p.eps);
+  const float norm = inverse_rms(block_sum(squares, shared), p.dim, p.eps);
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     const int i = (turn * blockDim.x + threadIdx.x) * kVec;
     if (i >= p.dim) break;
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      const data_t v = from_float<data_t>(to_float(values[turn].at[k]) * norm);
-      values[turn].at[k] = from_float<data_t>(to_float(v) * to_float(scales[turn].at[k]));
-    }
+    for (int k = 0; k < kVec; ++k)
+      values[turn].at[k] = normalised(values[turn].at[k], norm, scales[turn].at[k]);
     *reinterpret_cast<vec_t*>(y + i) = values[turn];
   }
 }
@@ -91,11 +82,9 @@ __global__ void __launch_bounds__(kMaxThreads) any_row_kernel(const AddRmsNormPa
           to_float(h[i]) + to_float(static_cast<const data_t*>(p.delta)[row * p.delta_stride + i]));
     squares += to_float(h[i]) * to_float(h[i]);
   }
-  const float norm = rsqrtf(block_sum(squares, shared) / p.dim + p.eps);
-  for (int i = threadIdx.x; i < p.dim; i += blockDim.x) {
-    const data_t v = from_float<data_t>(to_float(h[i]) * norm);
-    y[i] = from_float<data_t>(to_float(v) * to_float(static_cast<const data_t*>(p.weight)[i]));
-  }
+  const float norm = inverse_rms(block_sum(squares, shared), p.dim, p.eps);
+  for (int i = threadIdx.x; i < p.dim; i += blockDim.x)
+    y[i] = normalised(h[i], norm, static_cast<const data_t*>(p.weight)[i]);
 }
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
@@ -106,9 +95,7 @@ void launch(const AddRmsNormParams& p, cudaStream_t stream) {
   const int vectors = p.dim / kVec;
   const bool fits = p.dim % kVec == 0 && p.delta_stride % kVec == 0 && aligned(p.h) &&
                     aligned(p.delta) && aligned(p.weight) && vectors <= 4 * kMaxThreads;
-  // Two vectors a thread where the row is long enough: more bytes in flight a warp.
-  const int turns = vectors > 2 * kMaxThreads ? 4 : vectors > 64 ? 2 : 1;
-  const int threads = ((vectors + turns - 1) / turns + 31) / 32 * 32;
+  const auto [turns, threads] = RmsNormShape::of(vectors);
   if (!fits)
     any_row_kernel<data_t><<<p.rows, 256, 0, stream>>>(p);
   else if (turns == 4)

@@ -341,46 +341,61 @@ Tensor conv_update(const Tensor& state, const Tensor& slots_in, const Tensor& le
   return y;
 }
 
+// The rows of x, and whether linear.cu takes their product with `weight`.
+struct LinearRows {
+  Tensor x;  // (rows, depth)
+  const Tensor& weight;
+  std::vector<int64_t> sizes;  // of the result
+
+  LinearRows(const Tensor& x_in, const Tensor& weight, int64_t columns)
+      : weight(weight), sizes(x_in.sizes().vec()) {
+    const int64_t depth = sizes.back();
+    x = packed_rows(x_in.reshape({depth ? x_in.numel() / depth : 0, depth}));
+    sizes.back() = columns;
+  }
+  bool stream() const {
+    return x.size(0) > 0 && x.size(0) <= kLinearRows && x.scalar_type() != at::kFloat &&
+           weight.size(0) % 16 == 0 && x.size(1) % 16 == 0 && x.size(1) > 0 &&
+           x.stride(0) % 8 == 0 && weight.is_contiguous() && is_aligned_to_16(x) &&
+           is_aligned_to_16(weight);
+  }
+  LinearParams parameters() const {
+    LinearParams p{};
+    p.x = x.const_data_ptr();
+    p.weight = weight.const_data_ptr();
+    p.x_stride = x.stride(0);
+    p.rows = x.size(0);
+    p.columns = weight.size(0);
+    p.depth = x.size(1);
+    p.dtype = dtype_of(x);
+    return p;
+  }
+};
+
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_in) {
   check_linear(x, weight, bias_in);
   const c10::cuda::CUDAGuard guard(x.device());
-  const int64_t depth = x.size(-1), columns = weight.size(0), rows = depth ? x.numel() / depth : 0;
-  const Tensor flat = packed_rows(x.reshape({rows, depth}));
-  const auto shape = [&](const Tensor& y) {
-    auto sizes = x.sizes().vec();
-    sizes.back() = columns;
-    return y.reshape(sizes);
-  };
-  const bool streams = rows > 0 && rows <= 4 && x.scalar_type() != at::kFloat &&
-                       columns % 16 == 0 && depth % 16 == 0 && depth > 0 &&
-                       flat.stride(0) % 8 == 0 && weight.is_contiguous() &&
-                       is_aligned_to_16(flat) && is_aligned_to_16(weight);
-  if (!streams) {
+  const LinearRows rows(x, weight, weight.size(0));
+  if (!rows.stream()) {
     // cuBLAS splits long sums where few rows would leave the device idle, which changes their
     // order. With this many rows it does not (H100, shapes of tests/test_linear.py), so there are
     // as many; what stands in the others is no matter.
+    const int64_t count = rows.x.size(0), depth = rows.x.size(1), columns = weight.size(0);
     const int64_t whole = depth >= 2 * columns ? 192 : depth >= columns ? 24 : 0;
-    if (x.scalar_type() == at::kFloat || rows >= whole || rows == 0)
-      return shape(at::linear(flat, weight, bias_in));
+    if (x.scalar_type() == at::kFloat || count >= whole || count == 0)
+      return at::linear(rows.x, weight, bias_in).reshape(rows.sizes);
     auto padded = at::empty({whole, depth}, x.options());
-    padded.narrow(0, 0, rows).copy_(flat);
-    return shape(at::linear(padded, weight, bias_in).narrow(0, 0, rows));
+    padded.narrow(0, 0, count).copy_(rows.x);
+    return at::linear(padded, weight, bias_in).narrow(0, 0, count).reshape(rows.sizes);
   }
   const OptionalTensor bias = contiguous(bias_in);
-  auto y = at::empty({rows, columns}, x.options());
-  LinearParams p{};
-  p.x = flat.const_data_ptr();
-  p.weight = weight.const_data_ptr();
+  auto y = at::empty(rows.sizes, x.options());
+  LinearParams p = rows.parameters();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.y = y.mutable_data_ptr();
-  p.x_stride = flat.stride(0);
-  p.rows = rows;
-  p.columns = columns;
-  p.depth = depth;
-  p.dtype = dtype_of(x);
   launch_linear(p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return shape(y);
+  return y;
 }
 
 Tensor add_rms_norm(const Tensor& h, const OptionalTensor& delta_in, const Tensor& weight_in,
@@ -405,6 +420,66 @@ Tensor add_rms_norm(const Tensor& h, const OptionalTensor& delta_in, const Tenso
   launch_add_rms_norm(p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
+}
+
+Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_in) {
+  check_gate(x_in, z_in, bias_in);
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor x = rows_of(x_in), z = rows_of(z_in);
+  const OptionalTensor bias = contiguous(bias_in);
+  auto y = at::empty(x.sizes(), x.options());
+  GateParams p{};
+  p.x = x.const_data_ptr();
+  p.z = z.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  p.channels = x.size(-1);
+  p.rows = p.channels ? x.numel() / p.channels : 0;
+  p.x_stride = row_stride(x);
+  p.z_stride = row_stride(z);
+  p.dtype = dtype_of(x);
+  launch_gate(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+Tensor rms_norm_linear(const Tensor& h, const Tensor& norm_weight_in, double eps,
+                       const Tensor& weight, const OptionalTensor& bias_in, bool gated) {
+  check_rms_norm_linear(h, norm_weight_in, eps, weight, bias_in, gated);
+  const c10::cuda::CUDAGuard guard(h.device());
+  const LinearRows rows(h, weight, weight.size(0) / (gated ? 2 : 1));
+  const Tensor norm_weight = norm_weight_in.contiguous();
+  if (!rows.stream() || !can_normalise_in_linear(h.size(-1)) || !is_aligned_to_16(norm_weight)) {
+    const Tensor y = reasoners::linear(add_rms_norm(h, {}, norm_weight, eps), weight, bias_in);
+    if (!gated) return y;
+    const auto halves = y.chunk(2, -1);
+    return gate(halves[1], halves[0], {});
+  }
+  const OptionalTensor bias = contiguous(bias_in);
+  auto y = at::empty(rows.sizes, h.options());
+  LinearParams p = rows.parameters();
+  p.norm_weight = norm_weight.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  p.eps = eps;
+  p.gated = gated;
+  launch_linear(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return y;
+}
+
+void add_linear(const Tensor& h, const Tensor& x, const Tensor& weight) {
+  check_add_linear(h, x, weight);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const LinearRows rows(x, weight, weight.size(0));
+  if (!rows.stream()) {
+    h.add_(reasoners::linear(x, weight, {}));
+    return;
+  }
+  LinearParams p = rows.parameters();
+  p.sum = h.mutable_data_ptr();
+  launch_linear(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void rotate(const Tensor& x, const Tensor& positions_in, const Tensor& inv_freq_in) {
@@ -756,27 +831,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   return {dx, dweight, dbias, dinitial_state};
 }
 
-Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_in) {
-  check_gate(x_in, z_in, bias_in);
-  const c10::cuda::CUDAGuard guard(x_in.device());
-  const Tensor x = rows_of(x_in), z = rows_of(z_in);
-  const OptionalTensor bias = contiguous(bias_in);
-  auto y = at::empty(x.sizes(), x.options());
-  GateParams p{};
-  p.x = x.const_data_ptr();
-  p.z = z.const_data_ptr();
-  p.bias = bias ? bias->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  p.channels = x.size(-1);
-  p.rows = p.channels ? x.numel() / p.channels : 0;
-  p.x_stride = row_stride(x);
-  p.z_stride = row_stride(z);
-  p.dtype = dtype_of(x);
-  launch_gate(p, at::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return y;
-}
-
 Tensor softplus(const Tensor& x_in, const OptionalTensor& bias_in) {
   check_softplus(x_in, bias_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
@@ -927,6 +981,8 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("mamba1_update", &mamba1_update);
   m.impl("conv_update", &conv_update);
   m.impl("linear", &linear);
+  m.impl("rms_norm_linear", &rms_norm_linear);
+  m.impl("add_linear", &add_linear);
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("rotate", &rotate);
   m.impl("advance", &advance);

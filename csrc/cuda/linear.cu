@@ -1,4 +1,9 @@
-// y = x W^T for up to 4 rows of x: a stream of weights, each read once, in one order of sums.
+// y = x W^T for up to 4 rows of x: a stream of weights, each read once, in one order of sums; with
+// what stands around the products of a layer, so that a layer is four such launches and a mixer:
+//   norm   x is a residual stream, of which every block normalises the rows for itself
+//   gated  W's rows are gates, then as many values: y = value silu(gate), one column for both
+//   sum    y is added to a residual stream in place
+// All of it has the bits of add_rms_norm.cu and gate.cu, which serve more rows.
 //
 // A warp takes 16 rows of W at a time and walks along K with m16n8k16 products whose columns are
 // the rows of x, one after the other into one accumulator. That order is the point: it is the one
@@ -13,7 +18,9 @@
 // kStages x 16 rows x 1 kB, through rows 16 bytes further apart than they are long, so that
 // ldmatrix meets no bank twice; past the end of K they bring zeros. Blocks stay and their copies
 // run on into the next 16 rows. The first copies of W start before the kernel in front has ended
-// (launch.cuh): only x waits for it.
+// (launch.cuh): only x waits for it. Rows that are normalised stay in shared memory, others come
+// with the stages. Of the 16 rows of W that make gated columns, 8 are gates and 8 their values, so
+// that a thread has both.
 //
 // One row, Llamba-1B's four products and its head, us on an H100 with cold weights:
 //              8224 x 2048   2048 x 2048   16384 x 2048   2048 x 8192   128256 x 2048
@@ -25,23 +32,27 @@
 // rows of x (twice the shared memory: 2 to 3 times cuBLAS's time). With 5 rows and more cuBLAS is
 // as fast.
 
+#include "activation.cuh"
 #include "async_copy.cuh"
 #include "convert.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "rms_norm.cuh"
 
 namespace reasoners {
 namespace {
 
 constexpr int kTile = 16;    // rows of W
-constexpr int kRows = 4;     // of x, at most
+constexpr int kRows = kLinearRows;
 constexpr int kDepth = 512;  // of K, a stage
 constexpr int kStages = 4;
 constexpr int kSteps = 8;                      // products whose inputs are in registers together
-constexpr int kGroups = kDepth / 16 / kSteps;  // such in a stage
-static_assert(kGroups == kRows && kTile % kGroups == 0);
-constexpr int kPad = 8;    // values between rows in shared memory
-constexpr int kChunk = 8;  // values that a lane copies at a time
+constexpr int kGroupDepth = 16 * kSteps;       // of K, such a group
+constexpr int kGroups = kDepth / kGroupDepth;  // in a stage
+static_assert(kTile % kGroups == 0 && kRows % kGroups == 0);
+constexpr int kPad = 8;                        // values between rows in shared memory
+constexpr int kChunk = 8;                      // values that a lane copies at a time
+constexpr int kNormTurns = 2, kNormWarps = 8;  // of RmsNormShape at most: rows up to 4096
 
 __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                 __nv_bfloat16) {
@@ -63,12 +74,6 @@ __device__ inline void load_matrices(uint32_t (&a)[4], const void* row) {
                : "r"(shared_address(row)));
 }
 
-template <typename data_t>
-struct Stage {
-  alignas(16) data_t w[kTile][kDepth + kPad];
-  alignas(16) data_t x[kRows][kDepth + kPad];
-};
-
 // What kSteps products take: of W 16 x 16 each, of x 8 rows for two of them.
 struct Fragments {
   uint32_t w[kSteps][4], x[kSteps / 2][4];
@@ -84,13 +89,61 @@ struct Place {
   }
 };
 
+// A row of a residual stream, as the threads of add_rms_norm.cu have it: lane i of this warp in
+// turn has what lane i of every one of those warps has.
 template <typename data_t>
+struct NormRow {
+  using Chunk = Vec<data_t, kChunk>;
+  Chunk at[kNormTurns][kNormWarps];
+
+  // visit(turn, warp, first value) of the chunks that are there.
+  template <typename Visit>
+  __device__ static void each(int depth, int threads, const Visit& visit) {
+#pragma unroll
+    for (int warp = 0; warp < kNormWarps; ++warp)
+#pragma unroll
+      for (int turn = 0; turn < kNormTurns; ++turn) {
+        const int i = (turn * threads + warp * 32 + int(threadIdx.x)) * kChunk;
+        if (warp * 32 < threads && i < depth) visit(turn, warp, i);
+      }
+  }
+  // Past the first-level cache, which may still have what was there when this kernel came.
+  __device__ void load(const data_t* from, int depth, int threads) {
+    each(depth, threads, [&](int turn, int warp, int i) {
+      const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(from + i));
+      at[turn][warp] = *reinterpret_cast<const Chunk*>(&bits);
+    });
+  }
+  __device__ float inverse_rms(int depth, int threads, float eps) {
+    float squares[kNormWarps] = {}, of_warps = 0.f;
+    each(depth, threads, [&](int turn, int warp, int) {
+      squares[warp] = add_squares(squares[warp], at[turn][warp]);
+    });
+#pragma unroll
+    for (int warp = 0; warp < kNormWarps; ++warp) {
+      const float sum = sum_warp(squares[warp]);
+      if (int(threadIdx.x) == warp) of_warps = sum;
+    }
+    return reasoners::inverse_rms(sum_warp(of_warps), depth, eps);
+  }
+};
+
+__host__ __device__ inline int norm_pitch(int depth) {  // whole groups of products
+  return (depth + kGroupDepth - 1) / kGroupDepth * kGroupDepth + kPad;
+}
+
+template <typename data_t, bool kNorm>
 __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
+  using Weights = data_t[kTile][kDepth + kPad];
   extern __shared__ __align__(128) char memory[];
-  auto* stages = reinterpret_cast<Stage<data_t>*>(memory);
+  auto* weights = reinterpret_cast<Weights*>(memory);  // kStages
+  auto* inputs = reinterpret_cast<data_t*>(memory) + kStages * sizeof(Weights) / sizeof(data_t);
   const int lane = threadIdx.x, tiles = p.columns / kTile, depth = p.depth;
+  const int pitch = kNorm ? norm_pitch(depth) : kDepth + kPad;  // of the rows of x
   const auto* w = static_cast<const data_t*>(p.weight);
   const auto* x = static_cast<const data_t*>(p.x);
+  // Of a tile, the second eight rows of W and columns of the product.
+  const int half = p.gated ? p.columns / 2 : 8, tile_step = p.gated ? 8 : kTile;
   let_next_start();
 
   // 16 bytes a lane and copy; zeros past the end of K, and for rows and tiles that are not there.
@@ -102,17 +155,49 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
     }
   };
   const auto fetch_weights = [&](const Place& to, int row) {
-    const data_t* from = w + (int64_t(to.tile) * kTile + row) * depth + to.start;
-    fetch_row(stages[to.stage].w[row], from, to.start, to.tile < tiles);
+    const int at = to.tile * tile_step + row % 8 + row / 8 * half;
+    fetch_row(weights[to.stage][row], w + int64_t(at) * depth + to.start, to.start,
+              to.tile < tiles);
   };
   const auto fetch_input = [&](const Place& to, int row) {
+    if (kNorm) return;
     const data_t* from = x + row * p.x_stride + to.start;
-    fetch_row(stages[to.stage].x[row], from, to.start, row < p.rows);
+    fetch_row(inputs + (to.stage * kRows + row) * pitch, from, to.start, row < p.rows);
   };
+  data_t* const scales = inputs + kRows * pitch;  // of the norm
+  if constexpr (kNorm) {
+    for (int i = lane * kChunk; i < depth; i += 32 * kChunk)
+      copy_async_16(scales + i, static_cast<const data_t*>(p.norm_weight) + i);
+    commit_copies();
+  }
   Place far{static_cast<int>(blockIdx.x), 0, 0};
   for (int stage = 0; stage < kStages - 1; ++stage, far.move_on(depth))
     for (int row = 0; row < kTile; ++row) fetch_weights(far, row);
-  wait_for_inputs();
+  if constexpr (kNorm) {
+    using Chunk = typename NormRow<data_t>::Chunk;
+    const int threads = RmsNormShape::of(depth / kChunk).threads;
+    wait_for_copies<0>();  // of the scales: those of W are not yet committed
+    __syncwarp();
+    wait_for_inputs();
+#pragma unroll 1
+    for (int row = 0; row < p.rows; ++row) {
+      NormRow<data_t> values;
+      values.load(x + row * p.x_stride, depth, threads);
+      const float norm = values.inverse_rms(depth, threads, p.eps);
+      values.each(depth, threads, [&](int turn, int warp, int i) {
+        const auto scale = *reinterpret_cast<const Chunk*>(scales + i);
+        Chunk y;
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k)
+          y.at[k] = normalised(values.at[turn][warp].at[k], norm, scale.at[k]);
+        *reinterpret_cast<Chunk*>(inputs + row * pitch + i) = y;
+      });
+      for (int i = depth + lane; i < pitch; i += 32)
+        inputs[row * pitch + i] = from_float<data_t>(0.f);
+    }
+  } else {
+    wait_for_inputs();
+  }
   far = {static_cast<int>(blockIdx.x), 0, 0};
   for (int stage = 0; stage < kStages - 1; ++stage, far.move_on(depth)) {
     for (int row = 0; row < kRows; ++row) fetch_input(far, row);
@@ -121,19 +206,35 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
 
   const auto load = [&](Fragments& to, const Place& from, int group) {
     // Where the matrices are that this lane names to ldmatrix. Columns of the product past the rows
-    // of x are not written: they may repeat rows.
-    const auto& stage = stages[from.stage];
-    const data_t* w_at = &stage.w[lane % 16][group * kSteps * 16 + lane / 16 * 8];
-    const data_t* x_at = &stage.x[lane % kRows][group * kSteps * 16 + lane / 8 * 8];
+    // of x are not written: they may repeat rows, and have anything in them.
+    const int at = group * kGroupDepth;
+    const data_t* w_at = &weights[from.stage][lane % 16][at + lane / 16 * 8];
+    const data_t* x_at = inputs + (kNorm ? from.start : from.stage * kRows * pitch) +
+                         lane % kRows * pitch + at + lane / 8 * 8;
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) load_matrices(to.w[t], w_at + 16 * t);
 #pragma unroll
     for (int t = 0; t < kSteps; t += 2) load_matrices(to.x[t / 2], x_at + 16 * t);
   };
+  // The four products that this lane has of a tile: rows of x, and columns.
+  const auto row_of = [&](int j) { return lane % 4 * 2 + j % 2; };
+  const auto column_of = [&](int tile, int j) {
+    return tile * tile_step + lane / 4 + j / 2 * half;
+  };
+  auto* residual = static_cast<data_t*>(p.sum);
+  data_t old[4] = {};  // what the residual stream has there
+  const auto read_residual = [&](int tile) {
+    if (residual == nullptr || tile >= tiles) return;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (row_of(j) < p.rows)
+        old[j] = residual[int64_t(row_of(j)) * p.columns + column_of(tile, j)];
+  };
   Place here{static_cast<int>(blockIdx.x), 0, 0};
   int group = 0;
   float sum[4] = {};
   Fragments even, odd;
+  read_residual(here.tile);
   wait_for_copies<kStages - 2>();
   __syncwarp();
   load(even, here, 0);
@@ -141,7 +242,33 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
   const auto fetch_part = [&](int part) {
 #pragma unroll
     for (int i = 0; i < kTile / kGroups; ++i) fetch_weights(far, part * (kTile / kGroups) + i);
-    fetch_input(far, part);
+#pragma unroll
+    for (int i = 0; i < kRows / kGroups; ++i) fetch_input(far, part * (kRows / kGroups) + i);
+  };
+  const auto finish = [&](int tile) {
+    const auto* bias = static_cast<const data_t*>(p.bias);
+    auto* y = static_cast<data_t*>(p.y);
+    data_t values[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      values[j] = from_float<data_t>(sum[j] + (bias ? to_float(bias[column_of(tile, j)]) : 0.f));
+      sum[j] = 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = row_of(j);
+      if (row >= p.rows) continue;
+      const int64_t at = int64_t(row) * p.columns + column_of(tile, j);
+      if (p.gated) {
+        if (j < 2)
+          y[int64_t(row) * half + column_of(tile, j)] =
+              from_float<data_t>(__fmul_rn(to_float(values[j + 2]), silu(to_float(values[j]))));
+      } else if (residual) {
+        residual[at] = from_float<data_t>(to_float(old[j]) + to_float(values[j]));
+      } else {
+        y[at] = values[j];
+      }
+    }
   };
   // kSteps products; false after the last of all. The stage before this one was read to its end, so
   // the stage farthest ahead comes into its place, a part with each group: copies and reads of
@@ -155,7 +282,7 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
     products(0);
     fetch_part(group);
     const Place before = here;
-    if (here.start + (group + 1) * kSteps * 16 < min(here.start + kDepth, depth)) {
+    if (here.start + (group + 1) * kGroupDepth < min(here.start + kDepth, depth)) {
       ++group;
     } else {
       for (++group; group < kGroups; ++group) fetch_part(group);
@@ -169,41 +296,45 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
     load(next, here, group);
     products(kSteps / 2);
     if (here.tile == before.tile) return true;
-    const int first = before.tile * kTile + lane / 4;
-    auto* y = static_cast<data_t*>(p.y) + first;
-    const auto* bias = static_cast<const data_t*>(p.bias) + first;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int row = lane % 4 * 2 + j % 2;
-      const float v = sum[j] + (p.bias ? to_float(bias[j / 2 * 8]) : 0.f);
-      if (row < p.rows) y[int64_t(row) * p.columns + j / 2 * 8] = from_float<data_t>(v);
-      sum[j] = 0.f;
-    }
+    finish(before.tile);
+    read_residual(here.tile);
     return here.tile < tiles;
   };
   while (step(even, odd) && step(odd, even)) continue;
 }
 
-template <typename data_t>
+template <typename data_t, bool kNorm>
 void launch(const LinearParams& p, cudaStream_t stream) {
-  const auto kernel = linear_kernel<data_t>;
-  constexpr int kBytes = kStages * sizeof(Stage<data_t>);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const auto kernel = linear_kernel<data_t, kNorm>;
+  const int inputs =
+      kNorm ? kRows * norm_pitch(p.depth) + p.depth : kStages * kRows * (kDepth + kPad);
+  const int bytes = (kStages * kTile * (kDepth + kPad) + inputs) * sizeof(data_t);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   int device, processors, per_processor = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, 32, kBytes);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, 32, bytes);
   const int blocks = min(p.columns / kTile, processors * per_processor);
-  launch_overlapping(kernel, blocks, 32, kBytes, stream, p);
+  launch_overlapping(kernel, blocks, 32, bytes, stream, p);
+}
+
+template <typename data_t>
+void dispatch(const LinearParams& p, cudaStream_t stream) {
+  p.norm_weight ? launch<data_t, true>(p, stream) : launch<data_t, false>(p, stream);
 }
 
 }  // namespace
 
 void launch_linear(const LinearParams& p, cudaStream_t stream) {
   if (p.dtype == DType::kBFloat16)
-    launch<__nv_bfloat16>(p, stream);
+    dispatch<__nv_bfloat16>(p, stream);
   else
-    launch<__half>(p, stream);
+    dispatch<__half>(p, stream);
+}
+
+bool can_normalise_in_linear(int depth) {
+  const RmsNormShape shape = RmsNormShape::of(depth / kChunk);
+  return shape.turns <= kNormTurns && shape.threads <= 32 * kNormWarps;
 }
 
 }  // namespace reasoners
