@@ -1,8 +1,9 @@
 // The body of state_step.cuh for many rows: blocks that stay, and a producer that runs ahead of
 // them.
 //
-// A block takes one head and every so many rows. Its last warp fetches: the (P, N) state by one
-// bulk copy, the recent tokens, the convolution's ring and the projected inputs by 16-byte
+// A block takes one head and as many rows in a row as make its share of the bytes: a state that is
+// written moves twice those of one that is only read. Its last warp fetches: the (P, N) state by
+// one bulk copy, the recent tokens, the convolution's ring and the projected inputs by 16-byte
 // asynchronous copies, all of one row into one stage of shared memory, kStages rows ahead; an
 // mbarrier a stage says when it is there, another when it may be filled again. The other 2 P
 // threads compute as in state_step.cuh, a few values at a time, so that registers do not limit the
@@ -24,6 +25,7 @@ constexpr int kStages = 3;
 // fp32 bare, 188 us there and 196 here; 64 kB with a convolution or recent tokens beside it.
 constexpr int kMaxBareState = 8 << 10;
 constexpr int kMaxStreamedState = 32 << 10;
+constexpr int kMaxStreamWarps = 2 * kMaxHeadDim / 32 + 1;
 
 // Byte offsets within a stage, from shapes alone.
 struct StageLayout {
@@ -45,6 +47,8 @@ struct StreamShared {
   float y[2][kMaxHeadDim];
   float weight[2][kMaxRecent + 1], coefficient[2][kMaxRecent + 1], kept[2];
   float partial[2][8];
+  int first, last;  // the block's rows
+  int costs[kMaxStreamWarps];
 };
 
 // Of the threads that compute; the producer takes no part.
@@ -52,6 +56,56 @@ struct ConsumersSync {
   int threads;
   __device__ void operator()() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 };
+
+// Deals the rows to the blocks of a head, one after the other, by what they cost. Rows that write
+// are at any place, and a tenth of the time went by at the end, when few blocks were still at it
+// (H100, 512 rows, an eighth of them written).
+template <typename Params, typename Shared>
+__device__ void deal_rows(const Params& p, Shared& shared) {
+  const int walkers = gridDim.x / p.heads, walker = blockIdx.x / p.heads;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int each = (p.batch + blockDim.x - 1) / blockDim.x;
+  if (p.recent.pending == nullptr || each > 32) {  // all cost the same, or are too many to look at
+    shared.first = int64_t(p.batch) * walker / walkers;
+    shared.last = int64_t(p.batch) * (walker + 1) / walkers;
+    return;
+  }
+  if (thread == 0) shared.first = 0;  // of the first walker
+  const int begin = min(thread * each, p.batch), count = min(each, p.batch - begin);
+  uint32_t real = 0, writes = 0;
+#pragma unroll 4
+  for (int k = 0; k < count; ++k) {
+    const int slot = p.slots[begin + k];
+    if (slot < 0) continue;
+    real |= 1u << k;
+    if (p.recent.pending[slot] + 1 >= p.recent.period) writes |= 1u << k;
+  }
+  const auto cost = [&](int k) { return 1 + 15 * (real >> k & 1) + 16 * (writes >> k & 1); };
+  int sum = count + 15 * __popc(real) + 16 * __popc(writes);
+  const int own = sum;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  if (lane == 31) shared.costs[warp] = sum;
+  __syncthreads();
+  int before = sum - own, total = 0;
+  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
+    if (w < warp) before += shared.costs[w];
+    total += shared.costs[w];
+  }
+  // A walker ends with the row that completes its share of the total.
+  const auto complete = [&](int cost, int shares) {
+    return int64_t(cost) * walkers >= int64_t(shares) * total;
+  };
+  for (int k = 0; k < count; ++k) {
+    const int after = before + cost(k), row = begin + k;
+    if (!complete(before, walker) && complete(after, walker)) shared.first = row + 1;
+    if (!complete(before, walker + 1) && complete(after, walker + 1)) shared.last = row + 1;
+    before = after;
+  }
+}
 
 // What the producer must know of a row before it can fetch it, itself fetched a row earlier.
 struct RowFacts {
@@ -66,7 +120,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
   constexpr int kTurns = (kMaxHeadDim + 2 * kStateDim + 32 * kChunk - 1) / (32 * kChunk);
   const auto& p = mixer.p;
   const int head = place.head;
-  const int lane = threadIdx.x % 32, row_step = gridDim.x / p.heads;
+  const int lane = threadIdx.x % 32, last = shared.last;
   const int x_chunks = p.head_dim / kChunk;
   const int row_size = p.x_heads * p.head_dim + p.b_groups * kStateDim;
   const int token_chunks = x_chunks + kStateChunks, input_chunks = token_chunks + kStateChunks;
@@ -84,21 +138,21 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
     RowFacts facts;
     facts.slot = slot;
     if (slot >= 0 && p.recent.pending) facts.pending = p.recent.pending[slot];
-    if (row < p.batch) {
+    if (row < last) {
       facts.length = mixer.length(row);
       facts.log_decay = mixer.log_decay(row, head);
       facts.scale = mixer.scale(row, head);
     }
     return facts;
   };
-  const auto slot_of = [&](int row) { return row < p.batch ? p.slots[row] : -1; };
-  int row = blockIdx.x / p.heads;
+  const auto slot_of = [&](int row) { return row < last ? p.slots[row] : -1; };
+  int row = shared.first;
   RowFacts next = look_at(row, slot_of(row));
-  int slot_after = slot_of(row + row_step);
-  for (int turn = 0; row < p.batch; row += row_step, ++turn) {
+  int slot_after = slot_of(row + 1);
+  for (int turn = 0; row < last; ++row, ++turn) {
     const RowFacts now = next;
-    next = look_at(row + row_step, slot_after);
-    slot_after = slot_of(row + 2 * row_step);
+    next = look_at(row + 1, slot_after);
+    slot_after = slot_of(row + 2);
     const int stage = turn % kStages;
     if (turn >= kStages) wait_for(&shared.empty[stage], (turn / kStages - 1) & 1);
 
@@ -176,7 +230,7 @@ __device__ void consume(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
   const auto& p = mixer.p;
   const int head = place.head;
   const int threads = blockDim.x - 32, thread = threadIdx.x, P = p.head_dim;
-  const int row_step = gridDim.x / p.heads, count = P + 2 * kStateDim;
+  const int count = P + 2 * kStateDim;
   const ConsumersSync sync{threads};
   const float skip = mixer.skip(head);
   const auto output_constants = mixer.output_constants(head, min(thread, P - 1));
@@ -186,7 +240,7 @@ __device__ void consume(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
     if (thread + t * threads < count) constants[t] = mixer.constants(place, thread + t * threads);
 
   int live = 0;  // rows so far that are no padding
-  for (int row = blockIdx.x / p.heads, turn = 0; row < p.batch; row += row_step, ++turn) {
+  for (int row = shared.first, last = shared.last, turn = 0; row < last; ++row, ++turn) {
     const int stage = turn % kStages;
     wait_for(&shared.full[stage], turn / kStages % 2);
     const auto& facts = shared.facts[stage];
@@ -263,9 +317,10 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim + 32, 2)
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __syncthreads();
   let_next_start();
   wait_for_inputs();
+  deal_rows(mixer.p, shared);
+  __syncthreads();
   const HeadPlace place = place_of(mixer.p, blockIdx.x % mixer.p.heads);
   if (threadIdx.x >= blockDim.x - 32)
     produce<Mixer, data_t, state_t, kStateDim>(mixer, shared, stages, layout, place);
