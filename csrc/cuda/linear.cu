@@ -42,7 +42,7 @@
 namespace reasoners {
 namespace {
 
-constexpr int kTile = 16;    // rows of W
+constexpr int kTile = 16;  // rows of W
 constexpr int kRows = kLinearRows;
 constexpr int kDepth = 512;  // of K, a stage
 constexpr int kStages = 4;
@@ -132,7 +132,7 @@ __host__ __device__ inline int norm_pitch(int depth) {  // whole groups of produ
   return (depth + kGroupDepth - 1) / kGroupDepth * kGroupDepth + kPad;
 }
 
-template <typename data_t, bool kNorm>
+template <typename data_t, bool kNorm, bool kGated, bool kSum>
 __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
   using Weights = data_t[kTile][kDepth + kPad];
   extern __shared__ __align__(128) char memory[];
@@ -142,8 +142,9 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
   const int pitch = kNorm ? norm_pitch(depth) : kDepth + kPad;  // of the rows of x
   const auto* w = static_cast<const data_t*>(p.weight);
   const auto* x = static_cast<const data_t*>(p.x);
-  // Of a tile, the second eight rows of W and columns of the product.
-  const int half = p.gated ? p.columns / 2 : 8, tile_step = p.gated ? 8 : kTile;
+  // A tile's first eight rows of W are neighbours; how far from them the second eight are.
+  const int half = kGated ? p.columns / 2 : 8;
+  constexpr int kTileStep = kGated ? 8 : kTile, kPartRows = kTile / kGroups;
   let_next_start();
 
   // 16 bytes a lane and copy; zeros past the end of K, and for rows and tiles that are not there.
@@ -154,10 +155,14 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
       copy_async_16_once(to + at, from + at, there && start + at < depth);
     }
   };
-  const auto fetch_weights = [&](const Place& to, int row) {
-    const int at = to.tile * tile_step + row % 8 + row / 8 * half;
-    fetch_row(weights[to.stage][row], w + int64_t(at) * depth + to.start, to.start,
-              to.tile < tiles);
+  const auto fetch_weights = [&](const Place& to, int part) {
+    int row = to.tile * kTileStep + part * kPartRows;
+    if (kGated && part * kPartRows >= 8) row += half - 8;
+    const data_t* from = w + int64_t(row) * depth + to.start;
+#pragma unroll
+    for (int i = 0; i < kPartRows; ++i)
+      fetch_row(weights[to.stage][part * kPartRows + i], from + i * depth, to.start,
+                to.tile < tiles);
   };
   const auto fetch_input = [&](const Place& to, int row) {
     if (kNorm) return;
@@ -172,7 +177,7 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
   }
   Place far{static_cast<int>(blockIdx.x), 0, 0};
   for (int stage = 0; stage < kStages - 1; ++stage, far.move_on(depth))
-    for (int row = 0; row < kTile; ++row) fetch_weights(far, row);
+    for (int part = 0; part < kGroups; ++part) fetch_weights(far, part);
   if constexpr (kNorm) {
     using Chunk = typename NormRow<data_t>::Chunk;
     const int threads = RmsNormShape::of(depth / kChunk).threads;
@@ -216,59 +221,52 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
 #pragma unroll
     for (int t = 0; t < kSteps; t += 2) load_matrices(to.x[t / 2], x_at + 16 * t);
   };
-  // The four products that this lane has of a tile: rows of x, and columns.
-  const auto row_of = [&](int j) { return lane % 4 * 2 + j % 2; };
-  const auto column_of = [&](int tile, int j) {
-    return tile * tile_step + lane / 4 + j / 2 * half;
-  };
-  auto* residual = static_cast<data_t*>(p.sum);
-  data_t old[4] = {};  // what the residual stream has there
+  // Where the products are that this lane has of a tile: two rows of x, two columns.
+  const int row = lane % 4 * 2, column = lane / 4;
+  // What the residual stream has there, read long before it is needed.
+  data_t old[4];
   const auto read_residual = [&](int tile) {
-    if (residual == nullptr || tile >= tiles) return;
+    const auto* from =
+        static_cast<const data_t*>(p.sum) + int64_t(row) * p.columns + tile * kTileStep + column;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (row_of(j) < p.rows)
-        old[j] = residual[int64_t(row_of(j)) * p.columns + column_of(tile, j)];
+      if (tile < tiles && row + j % 2 < p.rows) old[j] = from[j % 2 * p.columns + j / 2 * 8];
   };
   Place here{static_cast<int>(blockIdx.x), 0, 0};
   int group = 0;
   float sum[4] = {};
   Fragments even, odd;
-  read_residual(here.tile);
+  if (kSum) read_residual(here.tile);
   wait_for_copies<kStages - 2>();
   __syncwarp();
   load(even, here, 0);
 
   const auto fetch_part = [&](int part) {
-#pragma unroll
-    for (int i = 0; i < kTile / kGroups; ++i) fetch_weights(far, part * (kTile / kGroups) + i);
+    fetch_weights(far, part);
 #pragma unroll
     for (int i = 0; i < kRows / kGroups; ++i) fetch_input(far, part * (kRows / kGroups) + i);
   };
   const auto finish = [&](int tile) {
-    const auto* bias = static_cast<const data_t*>(p.bias);
-    auto* y = static_cast<data_t*>(p.y);
-    data_t values[4];
+    const int first = tile * kTileStep + column;
+    const auto* bias = static_cast<const data_t*>(p.bias) + first;
+    const int width = kGated ? half : p.columns;
+    auto* to = static_cast<data_t*>(kSum ? p.sum : p.y) + int64_t(row) * width + first;
+    data_t y[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      values[j] = from_float<data_t>(sum[j] + (bias ? to_float(bias[column_of(tile, j)]) : 0.f));
+      y[j] = from_float<data_t>(sum[j] + (p.bias ? to_float(bias[j / 2 * half]) : 0.f));
       sum[j] = 0.f;
     }
+    if (kGated)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int row = row_of(j);
-      if (row >= p.rows) continue;
-      const int64_t at = int64_t(row) * p.columns + column_of(tile, j);
-      if (p.gated) {
-        if (j < 2)
-          y[int64_t(row) * half + column_of(tile, j)] =
-              from_float<data_t>(__fmul_rn(to_float(values[j + 2]), silu(to_float(values[j]))));
-      } else if (residual) {
-        residual[at] = from_float<data_t>(to_float(old[j]) + to_float(values[j]));
-      } else {
-        y[at] = values[j];
-      }
-    }
+      for (int j = 0; j < 2; ++j)
+        y[j] = from_float<data_t>(__fmul_rn(to_float(y[j + 2]), silu(to_float(y[j]))));
+    if (kSum)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) y[j] = from_float<data_t>(to_float(old[j]) + to_float(y[j]));
+#pragma unroll
+    for (int j = 0; j < (kGated ? 2 : 4); ++j)
+      if (row + j % 2 < p.rows) to[j % 2 * width + j / 2 * 8] = y[j];
   };
   // kSteps products; false after the last of all. The stage before this one was read to its end, so
   // the stage farthest ahead comes into its place, a part with each group: copies and reads of
@@ -297,15 +295,15 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
     products(kSteps / 2);
     if (here.tile == before.tile) return true;
     finish(before.tile);
-    read_residual(here.tile);
+    if (kSum) read_residual(here.tile);
     return here.tile < tiles;
   };
   while (step(even, odd) && step(odd, even)) continue;
 }
 
-template <typename data_t, bool kNorm>
+template <typename data_t, bool kNorm, bool kGated, bool kSum>
 void launch(const LinearParams& p, cudaStream_t stream) {
-  const auto kernel = linear_kernel<data_t, kNorm>;
+  const auto kernel = linear_kernel<data_t, kNorm, kGated, kSum>;
   const int inputs =
       kNorm ? kRows * norm_pitch(p.depth) + p.depth : kStages * kRows * (kDepth + kPad);
   const int bytes = (kStages * kTile * (kDepth + kPad) + inputs) * sizeof(data_t);
@@ -320,7 +318,10 @@ void launch(const LinearParams& p, cudaStream_t stream) {
 
 template <typename data_t>
 void dispatch(const LinearParams& p, cudaStream_t stream) {
-  p.norm_weight ? launch<data_t, true>(p, stream) : launch<data_t, false>(p, stream);
+  if (p.sum) return launch<data_t, false, false, true>(p, stream);
+  if (p.gated) return launch<data_t, true, true, false>(p, stream);
+  if (p.norm_weight) return launch<data_t, true, false, false>(p, stream);
+  launch<data_t, false, false, false>(p, stream);
 }
 
 }  // namespace
