@@ -39,25 +39,28 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kLogMostBlocks = 3;
 constexpr int kMostBlocks = 1 << kLogMostBlocks;  // of a cluster; more are not portable
 constexpr int kGroups = kMostBlocks;
-constexpr int kParts = 4;  // of what a warp reads, for the bound of top-k
-constexpr int kMostParts = kMostBlocks * kWarps * kParts;
+constexpr int kPartsOfWarp = 4;  // of what a warp reads of a group, for the bound of top-k
+constexpr int kParts = kGroups * kWarps * kPartsOfWarp;
 constexpr int kCandidates = kThreads;
-constexpr int kResident = 264;         // blocks, two on each of 132 multiprocessors
-constexpr int kStageBytes = 88 << 10;  // so that two blocks fit
+constexpr int kRoom = kCandidates / kGroups;  // for a group's candidates
+constexpr int kResident = 264;                // blocks, two on each of 132 multiprocessors
+constexpr int kStageBytes = 88 << 10;         // so that two blocks fit
 constexpr int kDigit = 11;
 constexpr int kBins = 1 << kDigit;
 constexpr float kBinsPerUnit = 64;  // of z
 constexpr int kBinsOfThread = kBins / kThreads;
 constexpr unsigned kAll = ~0u;
 constexpr float kInfinity = INFINITY;
+constexpr float kLowest = -0x1.fffffep+127f;
 constexpr float kLog2E = 0x1.715476p+0f;
 static_assert(kBins % kThreads == 0 && kWarps <= 32 && kThreads % kMostBlocks == 0);
-static_assert(kMostParts <= kThreads && kMostBlocks * kParts <= 32);
+static_assert(kParts == kThreads && kMostBlocks * kPartsOfWarp <= 32);
 
-// The maximum of a part of the row and its lowest id.
+// A part of the row: its maximum, the lowest id there, and the sum of exp(x - maximum).
 struct Summary {
   float max;
   int id;
+  float sum;
 };
 
 // The best score of a part of the row, its lowest id, and the logit there.
@@ -67,12 +70,27 @@ struct Best {
   float logit;
 };
 
+// 2^x to about 2 ulp; below 2^-126 it is 0.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// exp(x - max) of an x that is no higher; 0 where both are -inf.
+__device__ inline float exp_below(float x, float max) {
+  return exp2_fast((x - fmaxf(max, kLowest)) * kLog2E);
+}
+
 __device__ inline Summary combine(const Summary& a, const Summary& b) {
   const int id = a.max > b.max ? a.id : a.max < b.max ? b.id : min(a.id, b.id);
-  return {fmaxf(a.max, b.max), id};
+  const bool first = a.max >= b.max;
+  const float max = fmaxf(a.max, b.max), down = exp_below(fminf(a.max, b.max), max);
+  return {max, id, (first ? b.sum : a.sum) * down + (first ? a.sum : b.sum)};
 }
 __device__ inline Summary from_lane(const Summary& a, int offset) {
-  return {__shfl_xor_sync(kAll, a.max, offset), __shfl_xor_sync(kAll, a.id, offset)};
+  return {__shfl_xor_sync(kAll, a.max, offset), __shfl_xor_sync(kAll, a.id, offset),
+          __shfl_xor_sync(kAll, a.sum, offset)};
 }
 
 __device__ inline Best combine(const Best& a, const Best& b) {
@@ -84,8 +102,10 @@ __device__ inline Best from_lane(const Best& a, int offset) {
           __shfl_xor_sync(kAll, a.logit, offset)};
 }
 
-__device__ inline float combine(float a, float b) { return a + b; }
-__device__ inline float from_lane(float a, int offset) { return __shfl_xor_sync(kAll, a, offset); }
+__device__ inline double combine(double a, double b) { return a + b; }
+__device__ inline double from_lane(double a, int offset) {
+  return __shfl_xor_sync(kAll, a, offset);
+}
 
 // The combination over lanes that differ in the bits [kFrom, kTo), the same bits in each of them.
 template <int kFrom = 1, int kTo = 32, typename T>
@@ -95,12 +115,12 @@ __device__ T combine_lanes(T mine) {
   return mine;
 }
 
-// 2^x to about 2 ulp; below 2^-126 it is 0.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+// 16 bytes from global to shared memory; who asked for them may read them after await_copies.
+__device__ inline void copy_async(void* to, const void* from) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
+__device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Barrier of one cluster's blocks. arrive_first tells only that the block runs.
 __device__ inline void arrive_first() {
@@ -130,9 +150,13 @@ struct Key {
   }
 };
 
-// What top-k may keep: as it comes in, a section for every block; then one after the other.
+// What top-k may keep: as it comes in, a section for every group; then one after the other.
+struct Candidate {
+  float x;
+  int id;
+};
 struct Candidates {
-  Summary incoming[kCandidates];
+  Candidate incoming[kCandidates];
   float x[kCandidates];
   int id[kCandidates];
   uint64_t mass[kCandidates];
@@ -140,21 +164,19 @@ struct Candidates {
 
 struct Shared {
   union {
-    struct {
-      uint32_t low[kBins], high[kBins];  // the two halves of every bin's weight
-    };
+    uint32_t bins[kBins];
     Candidates candidates;
   };
-  float part_maxima[kMostParts];
-  uint32_t counts[kMostBlocks], count;  // of candidates, by block; of this one
-  Summary summaries[kMostBlocks * kWarps];
+  float part_maxima[kParts];
+  uint32_t counts[kGroups];  // of candidates
+  Summary summaries[kGroups * kWarps];
   Best bests[kMostBlocks * kWarps];
-  float sums[kGroups * kWarps];
+  double masses[2][kGroups * kWarps];  // kOfAll that is kept; kAbove the winner
   uint64_t of_warps[kWarps];
   NoiseStream noise;
-  uint64_t above;  // weight above the chosen bin
+  uint32_t above;  // tokens above the chosen bin
   uint32_t bin;    // the chosen one
-  uint32_t bar;    // key of a score that was reached
+  int bar;         // bits of a score that was reached; none that is negative is told
 };
 constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 
@@ -182,41 +204,51 @@ class Row {
         stage_(reinterpret_cast<Unit*>(memory + kSharedBytes)) {}
 
   __device__ void run(const SampleParams& p) {
-    if (threadIdx.x == 0) shared_.bar = Key<float>::of(-kInfinity);
+    if (threadIdx.x == 0) shared_.bar = __float_as_int(-kInfinity);
     if (g_.blocks > 1) arrive_first();
     const float temperature = p.temperature[row_], top_p = p.top_p[row_], min_p = p.min_p[row_];
     const int top_k = p.top_k[row_];
     summarize(p.rng_key + 4 * row_);
+    if (!(fabsf(summary_.max) < kInfinity) || isnan(summary_.sum)) return write(p, {0.f, -1, NAN});
+    if (!(temperature > 0)) return write(p, {0.f, summary_.id, summary_.max});
+
     // Clamped so that neither 0 * infinity nor infinity * 0 can arise.
     constexpr float kSmallest = 0x1p-126f, kLargest = 0x1p126f;
     scale_ = fminf(fmaxf(1 / temperature, kSmallest), kLargest);
-
-    // Whoever wins scores no less than the most probable token, so that one sets the bar. A greedy
-    // row's is too high for anyone else.
-    const bool finite = fabsf(summary_.max) < kInfinity;
-    Best best{-kInfinity, size_, 0.f};
-    float kept = -kInfinity, bar = kInfinity;
     const float kept_z = min_p > 0 ? fminf(logf(min_p), 0.f) : -kInfinity;
-    if (temperature > 0 && finite) {
-      if (top_k > 0 && top_k < size_) {
-        if (top_k <= parts() && collect(top_k)) return draw_candidate(p, top_k, top_p, kept_z);
-        kept = threshold<false>(top_k, kept);
-      }
-      if (top_p < 1) kept = threshold<true>(top_p, kept);
-      const PhiloxBlock words = shared_.noise.block(summary_.id / 4);
-      bar = noise_gumbel(choose(words.a, words.b, words.c, words.d, summary_.id % 4));
-    } else {
-      best = {kInfinity, summary_.id, summary_.max};
+    float kept = -kInfinity;
+    if (top_k > 0 && top_k < size_) {
+      if (top_k <= kCandidates / 2 && collect(top_k))
+        return draw_candidate(p, top_k, top_p, kept_z);
+      kept = threshold(top_k);
     }
-    draw(kept, kept_z, bar, best);
-    finish(p, g_.blocks * kWarps, finite);
+    // Whoever wins scores no less than the most probable token, so that one sets the bar.
+    const PhiloxBlock words = shared_.noise.block(summary_.id / 4);
+    const float bar = noise_gumbel(choose(words.a, words.b, words.c, words.d, summary_.id % 4));
+    // The winner is in the nucleus if less than top_p of the mass is above it. If not, nor is
+    // anything that is no higher than it.
+    for (int which = kOfAll;;) {
+      draw(kept, kept_z, bar);
+      if (!(top_p < 1)) break;
+      const float higher = nextafterf(winner(g_.blocks * kWarps).logit, kInfinity);
+#pragma unroll 1
+      for (; which <= kAbove; ++which) weigh(which, which == kAbove ? higher : kept);
+      if (threadIdx.x == 0) shared_.bar = __float_as_int(-kInfinity);
+      sync();
+      const double above = mass_of(kAbove);
+      if (above == 0 || above < top_p * mass_of(kOfAll)) break;
+      kept = higher;
+      which = kAbove;
+    }
+    if (rank_ == 0 && threadIdx.x < 32) write(p, winner(g_.blocks * kWarps));
   }
 
  private:
+  enum { kOfAll, kAbove };
   using Unit = Vec<data_t, kUnit>;
 
   __device__ float z(float x) const { return (x - summary_.max) * scale_; }
-  // exp(z) in fixed point; the sum of the row fits 63 bits.
+  // exp(z) in fixed point, which has the same sum in any order; that of a row fits 63 bits.
   __device__ uint64_t mass(float x) const {
     const int point = 30 + __clz(size_);
     return __float2ull_rn(expf(z(x)) * __uint_as_float(static_cast<uint32_t>(point + 127) << 23));
@@ -226,7 +258,6 @@ class Row {
     const double part = ceil(top_p * static_cast<double>(all));
     return part > 1 ? static_cast<uint64_t>(part) : 1;  // the maximum stays
   }
-  __device__ int parts() const { return kParts * kWarps * g_.blocks; }
 
   __device__ void sync() const {
     if (g_.blocks == 1) return __syncthreads();
@@ -288,34 +319,55 @@ class Row {
     return top;
   }
 
+  static __device__ float add(float (&x)[kUnit]) {
+#pragma unroll
+    for (int n = kUnit / 2; n > 0; n /= 2)
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] += x[i + n];
+    return x[0];
+  }
+
   __device__ void summarize(const int64_t* rng_key) {
     const int64_t key[] = {rng_key[0], rng_key[1], rng_key[2], rng_key[3]};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Summary mine{-kInfinity, size_};
+    if constexpr (kAligned) {  // all that fits is asked for at once
+      for_groups([&](int group) {
+        const int end = min(min((group + 1) * g_.units_per_group, units_), first_ + g_.staged);
+        for (int unit = group * g_.units_per_group + threadIdx.x; unit < end; unit += kThreads)
+          copy_async(stage_ + (unit - first_), logits_ + int64_t{unit} * kUnit);
+      });
+    }
+    if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
+    if (g_.blocks > 1) wait();  // all blocks run
+    if constexpr (kAligned) await_copies();
     for_groups([&](int group) {
-      for_units<4, true>(group, [&](int begin, const float (&x)[kUnit]) {
-        const float top = maximum(x);
+      Summary mine{-kInfinity, size_, 0.f};
+      for_units<kAligned ? 1 : 4, !kAligned>(group, [&](int begin, const float (&x)[kUnit]) {
+        const float top = maximum(x), max = fmaxf(mine.max, top);
+        float each[kUnit];
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) each[i] = exp_below(x[i], max);  // NaN stays
+        mine.sum = mine.sum * exp_below(mine.max, max) + add(each);
         if (top > mine.max) {
-          mine.max = top;
 #pragma unroll
           for (int i = kUnit - 1; i >= 0; --i)
             if (x[i] == top) mine.id = begin + i;
         }
+        mine.max = max;
       });
+      mine = combine_lanes<1, 32 / kPartsOfWarp>(mine);
+      const int place = group * kWarps + warp, part = lane % kPartsOfWarp;
+      const float part_max = __shfl_sync(kAll, mine.max, part * (32 / kPartsOfWarp));
+      mine = combine_lanes<32 / kPartsOfWarp, 32>(mine);
+      const int other = lane / kPartsOfWarp;
+      if (other < g_.blocks)
+        in_block(shared_.part_maxima, other)[place * kPartsOfWarp + part] = part_max;
+      if (lane < g_.blocks) *in_block(&shared_.summaries[place], lane) = mine;
     });
-    if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
-    mine = combine_lanes<1, 32 / kParts>(mine);
-    const float part_max = __shfl_sync(kAll, mine.max, lane % kParts * (32 / kParts));
-    mine = combine_lanes<32 / kParts, 32>(mine);
-    if (g_.blocks > 1) wait();  // all blocks run
-    if (lane / kParts < g_.blocks) {
-      float* there = in_block(shared_.part_maxima, lane / kParts);
-      there[(rank_ * kWarps + warp) * kParts + lane % kParts] = part_max;
-    }
-    if (lane < g_.blocks) *in_block(&shared_.summaries[rank_ * kWarps + warp], lane) = mine;
     sync();
-    Summary all{-kInfinity, size_};
-    for (int i = lane; i < g_.blocks * kWarps; i += 32) all = combine(all, shared_.summaries[i]);
+    Summary all{-kInfinity, size_, 0.f};
+#pragma unroll
+    for (int i = 0; i < kGroups * kWarps; i += 32) all = combine(all, shared_.summaries[i + lane]);
     summary_ = combine_lanes(all);
   }
 
@@ -324,8 +376,7 @@ class Row {
   __device__ float bound(int top_k) const {
     using K = Key<data_t>;
     constexpr int kRest = K::kBits - 16;
-    const int i = threadIdx.x;
-    const uint32_t key = i < parts() ? K::of(shared_.part_maxima[i]) >> kRest : 0;
+    const uint32_t key = K::of(shared_.part_maxima[threadIdx.x]) >> kRest;
     uint32_t prefix = 0;
     for (uint32_t bit = 1u << 15; bit > 0; bit /= 2)
       if (__syncthreads_count(key >= (prefix | bit)) >= top_k) prefix |= bit;
@@ -333,28 +384,33 @@ class Row {
     return value > -kInfinity ? value : -kInfinity;  // a part of nothing but -inf gives NaN
   }
 
-  // Sends what top-k may keep to the first block, and adds up log-sum-exp. False if that is more
-  // than fits.
+  // Sends what top-k may keep to the first block. False if that is more than fits, which does not
+  // depend on the number of blocks.
   __device__ bool collect(int top_k) const {
-    if (threadIdx.x == 0) shared_.count = 0;
+    const int groups = kGroups >> g_.log_blocks, first_group = rank_ * groups;
+    if (threadIdx.x < groups) shared_.counts[first_group + threadIdx.x] = 0;
     const float least = bound(top_k);
-    const uint32_t room = kCandidates >> g_.log_blocks;
-    Summary* const section = in_block(shared_.candidates.incoming, 0) + rank_ * room;
-    add_up([&](int begin, const float (&x)[kUnit]) {
-      if (!(maximum(x) >= least)) return;
+    for_groups([&](int group) {
+      Candidate* const section = in_block(shared_.candidates.incoming, 0) + group * kRoom;
+      for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
+        if (!(maximum(x) >= least)) return;
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        if (!(x[i] >= least) || begin + i >= size_) continue;
-        const uint32_t place = atomicAdd(&shared_.count, 1u);
-        if (place < room) section[place] = {x[i], begin + i};
-      }
+        for (int i = 0; i < kUnit; ++i) {
+          if (!(x[i] >= least) || begin + i >= size_) continue;
+          const uint32_t place = atomicAdd(&shared_.counts[group], 1u);
+          if (place < kRoom) section[place] = {x[i], begin + i};
+        }
+      });
     });
     __syncthreads();
-    if (threadIdx.x < g_.blocks) *in_block(&shared_.counts[rank_], threadIdx.x) = shared_.count;
+    if (threadIdx.x < kGroups) {  // a thread for each group of this block and each block
+      const int group = first_group + threadIdx.x % groups;
+      in_block(shared_.counts, threadIdx.x / groups)[group] = shared_.counts[group];
+    }
     sync();
     uint32_t most = 0;
-    for (int block = 0; block < g_.blocks; ++block) most = max(most, shared_.counts[block]);
-    return most <= room;
+    for (int group = 0; group < kGroups; ++group) most = max(most, shared_.counts[group]);
+    return most <= kRoom;
   }
 
   // In the first block: filters the candidates and draws from them, a thread to each.
@@ -363,18 +419,18 @@ class Row {
     if (rank_ > 0) return;
     auto& candidates = shared_.candidates;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = threadIdx.x;
-    const int log_room = __ffs(kCandidates) - 1 - g_.log_blocks, section = mine >> log_room;
-    int count = 0, place = mine & ((1 << log_room) - 1);
+    const int section = mine / kRoom;
+    int count = 0, place = mine % kRoom;
     const bool filled = place < shared_.counts[section];
-    for (int block = 0; block < g_.blocks; ++block) {
-      if (block == section) place += count;
-      count += shared_.counts[block];
+    for (int group = 0; group < kGroups; ++group) {
+      if (group == section) place += count;
+      count += shared_.counts[group];
     }
     if (filled) {
-      const Summary here = candidates.incoming[mine];
-      candidates.x[place] = here.max;
+      const Candidate here = candidates.incoming[mine];
+      candidates.x[place] = here.x;
       candidates.id[place] = here.id;
-      candidates.mass[place] = top_p < 1 ? mass(here.max) : 0;
+      candidates.mass[place] = top_p < 1 ? mass(here.x) : 0;
     }
     __syncthreads();
     const float x = mine < count ? candidates.x[mine] : -kInfinity;
@@ -390,7 +446,7 @@ class Row {
     bool kept = mine < count && higher < top_k && z(x) >= kept_z;
     if (top_p < 1) {
       uint64_t all;
-      sum_before(mine < count && higher < top_k ? candidates.mass[mine] : 0, all);
+      sum_before(mine < count && higher < top_k ? candidates.mass[mine] : uint64_t{0}, all);
       kept = kept && above < share(top_p, all);
     }
     Best best{-kInfinity, size_, 0.f};
@@ -402,27 +458,26 @@ class Row {
     best = combine_lanes(best);
     if (lane == 0) shared_.bests[warp] = best;
     __syncthreads();
-    finish(p, kWarps, true);
+    if (warp == 0) write(p, winner(kWarps));
   }
 
   // A histogram of the row, filled by fill(first token, its kUnit logits), and its first bin at
-  // which the sum from the top reaches the target. `above`: the weight above the bins; above the
-  // one that is found. A target of 0 becomes a share of all.
-  template <bool exponential, typename fill_t>
-  __device__ uint32_t find_bin(uint64_t& above, uint64_t& target, double top_p, fill_t fill) const {
-    for (int i = threadIdx.x; i < kBins; i += kThreads) shared_.low[i] = shared_.high[i] = 0;
+  // which the count from the top reaches the target. `above`: what is above the bins; above the
+  // one that is found.
+  template <typename fill_t>
+  __device__ uint32_t find_bin(uint32_t& above, uint32_t target, fill_t fill) const {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) shared_.bins[i] = 0;
     __syncthreads();
     for_groups([&](int group) { for_units<1>(group, fill); });
     sync();
-    if (g_.blocks > 1) gather<exponential>();
+    if (g_.blocks > 1) gather();
     // Thread t sums the bins from the top to those of its own.
-    uint64_t own[kBinsOfThread], sum = 0, total;
+    uint32_t own[kBinsOfThread], sum = 0, total;
 #pragma unroll
-    for (int i = 0; i < kBinsOfThread; ++i) sum += own[i] = weight(threadIdx.x * kBinsOfThread + i);
-    uint64_t before = above + sum_before(sum, total);
-    if (target == 0) target = share(top_p, total);
-    const bool last = threadIdx.x == kThreads - 1;  // its last bin if there is too little
-    if (before < target && (before + sum >= target || last)) {
+    for (int i = 0; i < kBinsOfThread; ++i)
+      sum += own[i] = shared_.bins[threadIdx.x * kBinsOfThread + i];
+    uint32_t before = above + sum_before(sum, total);
+    if (before < target && before + sum >= target) {
       int bin = 0;
 #pragma unroll
       for (int i = 0; i < kBinsOfThread - 1; ++i) {
@@ -437,37 +492,23 @@ class Row {
     above = shared_.above;
     return shared_.bin;
   }
-  template <bool exponential>
-  __device__ void put(uint32_t bin, float x) const {
-    if (!exponential) {
-      atomicAdd(&shared_.low[bin], 1u);
-    } else if (const uint64_t weight = mass(x)) {
-      add(bin, weight);
-    }
-  }
 
-  // The logit such that the tokens at or above it are the fewest whose weight reaches the target,
-  // among those at or above `kept`. Weights are 1 and the target is `wanted` tokens, or they are
-  // exp(z) in fixed point and the target is the share `wanted` of all of it.
-  template <bool exponential>
-  __device__ float threshold(double wanted, float kept) const {
+  // The logit such that the tokens at or above it are the fewest that number at least top_k.
+  __device__ float threshold(uint32_t top_k) const {
     using K = Key<data_t>;
-    uint64_t above = 0, target = exponential ? 0 : static_cast<uint64_t>(wanted);
-    const auto each_kept = [&](auto visit) {
-      return [=](int begin, const float (&x)[kUnit]) {
-        if (maximum(x) < kept) return;
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i)
-          if (x[i] >= kept && begin + i < size_) visit(x[i]);
-      };
-    };
+    uint32_t above = 0;
     // Bins of equal width, so that the lanes of a warp seldom meet; the last one has all the rest.
     const float max = summary_.max, fine = fminf(scale_ * kBinsPerUnit, 0x1p126f);
     const auto bin_of = [=](float x) {
       return static_cast<uint32_t>(fminf((max - x) * fine, kBins - 1));
     };
-    const uint32_t bin = find_bin<exponential>(
-        above, target, wanted, each_kept([=](float x) { put<exponential>(bin_of(x), x); }));
+    const int size = size_;
+    uint32_t* const bins = shared_.bins;
+    const uint32_t bin = find_bin(above, top_k, [=](int begin, const float (&x)[kUnit]) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i)
+        if (begin + i < size) atomicAdd(&bins[bin_of(x[i])], 1u);
+    });
     // What lies in the bin is no higher and no lower than these keys.
     const auto edge = [=](uint32_t bin, float slack) {
       const float below = bin / fine;
@@ -480,66 +521,55 @@ class Row {
     uint32_t prefix = 0;
     for (int left = 32 - __clz(highest - min(lowest, highest)); left > 0;) {
       const int bits = min(left, kDigit), shift = left - bits;
-      const auto visit = [=](float x) {
-        const uint32_t below = highest - K::of(x);
-        if (bin_of(x) != bin || (left < 32 ? below >> left : 0) != prefix) return;
-        put<exponential>((below >> shift) & ((1u << bits) - 1), x);
+      const auto fill = [=](int begin, const float (&x)[kUnit]) {
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) {
+          const uint32_t below = highest - K::of(x[i]);
+          if (begin + i >= size || bin_of(x[i]) != bin) continue;
+          if ((left < 32 ? below >> left : 0) != prefix) continue;
+          atomicAdd(&bins[(below >> shift) & ((1u << bits) - 1)], 1u);
+        }
       };
-      prefix = prefix << bits | find_bin<exponential>(above, target, wanted, each_kept(visit));
+      prefix = prefix << bits | find_bin(above, top_k, fill);
       left = shift;
     }
     return K::value(highest - prefix);
   }
 
-  // A 64-bit sum in two native 32-bit atomics; carries are counted by whoever causes them.
-  __device__ void add(uint32_t bin, uint64_t mass) const {
-    const uint32_t low = static_cast<uint32_t>(mass);
-    uint32_t high = static_cast<uint32_t>(mass >> 32);
-    high += atomicAdd(&shared_.low[bin], low) + low < low;
-    if (high > 0) atomicAdd(&shared_.high[bin], high);
-  }
-  __device__ uint64_t weight(int bin) const {
-    return uint64_t{shared_.high[bin]} << 32 | shared_.low[bin];
-  }
-
   // Every bin becomes its sum over the blocks. A block sums a part of the bins for all: a thread
   // for each bin and block, which reads the bin there and writes the sum there.
-  template <bool exponential>
   __device__ void gather() const {
-    const int other = threadIdx.x & (g_.blocks - 1);
-    uint32_t *low = in_block(shared_.low, other), *high = in_block(shared_.high, other);
-    const auto gather_bin = [&](int bin) {
-      uint64_t sum = low[bin];
-      if (exponential) sum |= uint64_t{high[bin]} << 32;
+    uint32_t* const bins = in_block(shared_.bins, threadIdx.x & (g_.blocks - 1));
+#pragma unroll
+    for (int i = 0; i < kBinsOfThread; ++i) {
+      const int bin = (rank_ * kBins + i * kThreads + threadIdx.x) >> g_.log_blocks;
+      uint32_t sum = bins[bin];
       for (int offset = 1; offset < g_.blocks; offset *= 2)
         sum += __shfl_xor_sync(kAll, sum, offset);
-      low[bin] = static_cast<uint32_t>(sum);
-      if (exponential) high[bin] = static_cast<uint32_t>(sum >> 32);
-    };
-#pragma unroll
-    for (int i = 0; i < kBinsOfThread; ++i)
-      gather_bin((rank_ * kBins + i * kThreads + threadIdx.x) >> g_.log_blocks);
+      bins[bin] = sum;
+    }
     sync();
   }
 
   // The sum of the threads before this one, and of all.
-  __device__ uint64_t sum_before(uint64_t mine, uint64_t& total) const {
+  template <typename T>
+  __device__ T sum_before(T mine, T& total) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const auto scan = [&](uint64_t value) {
+    const auto scan = [&](T value) {
 #pragma unroll
       for (int offset = 1; offset < 32; offset *= 2) {
-        const uint64_t other = __shfl_up_sync(kAll, value, offset);
+        const T other = __shfl_up_sync(kAll, value, offset);
         if (lane >= offset) value += other;
       }
       return value;
     };
-    const uint64_t in_warp = scan(mine);
+    const T in_warp = scan(mine);
     if (lane == 31) shared_.of_warps[warp] = in_warp;
     __syncthreads();
-    const uint64_t of_warps = scan(lane < kWarps ? shared_.of_warps[lane] : 0);
+    const T of_warps = scan(lane < kWarps ? static_cast<T>(shared_.of_warps[lane]) : T{0});
     total = __shfl_sync(kAll, of_warps, 31);
-    const uint64_t warps_before = __shfl_sync(kAll, of_warps, max(warp - 1, 0));
-    return (warp > 0 ? warps_before : 0) + in_warp - mine;
+    const T warps_before = __shfl_sync(kAll, of_warps, max(warp - 1, 0));
+    return (warp > 0 ? warps_before : T{0}) + in_warp - mine;
   }
 
   // One of four, without an array that would live in memory.
@@ -548,30 +578,44 @@ class Row {
     return i < 2 ? (i == 0 ? a : b) : (i == 2 ? c : d);
   }
 
-  // This block's part of log-sum-exp; visit(first token, its kUnit logits) on the way.
-  template <typename visit_t>
-  __device__ void add_up(visit_t visit) const {
+  // What the tokens at or above a logit weigh, exp(z) each, for mass_of() after a barrier. A lane
+  // adds a unit's weights as a tree and then its units of the group, a dozen additions in float32,
+  // and all else is added in float64: wrong by less than 1e-6 of the whole, and always in the same
+  // order.
+  __device__ void weigh(int which, float least) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const float scale = scale_ * kLog2E;
     for_groups([&](int group) {
       float sum = 0;
-      for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
+      for_units<1>(group, [&](int, const float (&x)[kUnit]) {
+        if (maximum(x) < least) return;
+        float each[kUnit];
 #pragma unroll
         for (int i = 0; i < kUnit; ++i)
-          sum += exp2_fast((x[i] - summary_.max) * kLog2E);  // NaN stays
-        visit(begin, x);
+          each[i] = x[i] < least ? 0.f : exp2_fast((x[i] - summary_.max) * scale);
+        sum += add(each);
       });
-      sum = combine_lanes(sum);
-      if (lane == 0) *in_block(&shared_.sums[group * kWarps + warp], 0) = sum;
+      const double mass = combine_lanes(static_cast<double>(sum));
+      const int place = group * kWarps + warp;
+      if (lane < g_.blocks) *in_block(&shared_.masses[which][place], lane) = mass;
     });
   }
+  __device__ double mass_of(int which) const {
+    double mass = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups * kWarps; i += 32)
+      mass += shared_.masses[which][i + threadIdx.x % 32];
+    return combine_lanes(mass);
+  }
 
-  // This block's part of log-sum-exp, and its best score if one reaches the bar.
-  __device__ void draw(float kept, float kept_z, float bar, Best& best) const {
+  // The best score of every warp that reaches the bar, for winner().
+  __device__ void draw(float kept, float kept_z, float bar) const {
     const NoiseStream noise = shared_.noise;
-    constexpr float kSlack = 1e-3f;            // over the rounding of the bounds
-    volatile uint32_t& reached = shared_.bar;  // anyone's in this block, at whatever time
-    add_up([&](int begin, const float (&x)[kUnit]) {
-      bar = fmaxf(bar, Key<float>::value(reached));
+    constexpr float kSlack = 1e-3f;             // over the rounding of the bounds
+    const volatile int& reached = shared_.bar;  // anyone's in this block, at whatever time
+    Best best{-kInfinity, size_, 0.f};
+    const auto visit = [&](int begin, const float (&x)[kUnit]) {
+      bar = fmaxf(bar, __int_as_float(reached));
 #pragma unroll
       for (int quad = 0; quad < kUnit; quad += 4) {
         const float top = fmaxf(fmaxf(x[quad], x[quad + 1]), fmaxf(x[quad + 2], x[quad + 3]));
@@ -595,33 +639,29 @@ class Row {
             best = {score, begin + quad + i, at};
             if (score > bar) {
               bar = score;
-              atomicMax(&shared_.bar, Key<float>::of(score));
+              if (score > 0) atomicMax(&shared_.bar, __float_as_int(score));
             }
           }
         }
       }
-    });
+    };
+    for_groups([&](int group) { for_units<1>(group, visit); });
     best = combine_lanes(best);
-    if (threadIdx.x % 32 == 0)
-      *in_block(&shared_.bests[rank_ * kWarps + threadIdx.x / 32], 0) = best;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane < g_.blocks) *in_block(&shared_.bests[rank_ * kWarps + warp], lane) = best;
     sync();
   }
 
-  // In the first block, the winner of its `count` bests.
-  __device__ void finish(const SampleParams& p, int count, bool finite) const {
-    const int lane = threadIdx.x;
-    if (rank_ > 0 || lane >= 32) return;
+  __device__ Best winner(int warps) const {
     Best best{-kInfinity, size_, 0.f};
-    for (int i = lane; i < count; i += 32) best = combine(best, shared_.bests[i]);
-    best = combine_lanes(best);
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kGroups * kWarps; i += 32) sum += shared_.sums[i + lane];
-    sum = combine_lanes(sum);
-    if (lane > 0) return;
-    const bool fine = finite && !isnan(sum);
-    p.token[row_] = fine ? best.id : -1;
-    p.logprob[row_] = fine ? best.logit - summary_.max - logf(sum) : NAN;
+    for (int i = threadIdx.x % 32; i < warps; i += 32) best = combine(best, shared_.bests[i]);
+    return combine_lanes(best);
+  }
+
+  __device__ void write(const SampleParams& p, const Best& best) const {
+    if (rank_ > 0 || threadIdx.x > 0) return;
+    p.token[row_] = best.id;
+    p.logprob[row_] = best.logit - summary_.max - logf(summary_.sum);
   }
 
   const Geometry& g_;
