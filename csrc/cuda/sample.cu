@@ -26,6 +26,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 
 #include "convert.cuh"
 #include "kernels.h"
@@ -115,10 +116,31 @@ __device__ T combine_lanes(T mine) {
   return mine;
 }
 
+// Addresses in shared memory. Through a shuffle, as the compiler would work them out anew for every
+// access, from the block's number in the cluster.
+__device__ inline uint32_t shared_address(const void* p) {
+  return __shfl_sync(kAll, static_cast<uint32_t>(__cvta_generic_to_shared(p)), 0);
+}
+__device__ inline uint4 load_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from));
+  return v;
+}
+__device__ inline int load_shared_int(uint32_t from) {
+  int v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
+}
+__device__ inline void store_shared(uint32_t to, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
 // 16 bytes from global to shared memory; who asked for them may read them after await_copies.
-__device__ inline void copy_async(void* to, const void* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+__device__ inline void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -201,7 +223,7 @@ class Row {
         first_(rank_ * (kGroups >> g.log_blocks) * g.units_per_group),
         logits_(static_cast<const data_t*>(p.logits) + row_ * p.logits_stride),
         shared_(*reinterpret_cast<Shared*>(memory)),
-        stage_(reinterpret_cast<Unit*>(memory + kSharedBytes)) {}
+        stage_(shared_address(memory + kSharedBytes)) {}
 
   __device__ void run(const SampleParams& p) {
     if (threadIdx.x == 0) shared_.bar = __float_as_int(-kInfinity);
@@ -279,6 +301,12 @@ class Row {
     }
   }
 
+  __device__ Unit read(int index) const {
+    const int place = index - first_;
+    if (place >= g_.staged) return fetch(index);
+    return __builtin_bit_cast(Unit, load_shared(stage_ + 16 * place));
+  }
+
   // Calls visit(first token, its kUnit logits) on this thread's units of a group, in rising order,
   // kAhead of them loaded together. A thread's units are always the same, so that it need not wait
   // for others to read what it has staged.
@@ -292,13 +320,14 @@ class Row {
       for (int k = 0; k < kAhead; ++k) {
         const int at = unit + k * kThreads;
         if (at >= end) break;
-        units[k] = !kStage && at - first_ < g_.staged ? stage_[at - first_] : fetch(at);
+        units[k] = kStage ? fetch(at) : read(at);
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         const int at = unit + k * kThreads;
         if (at >= end) break;
-        if (kStage && at - first_ < g_.staged) stage_[at - first_] = units[k];
+        if (kStage && at - first_ < g_.staged)
+          store_shared(stage_ + 16 * (at - first_), __builtin_bit_cast(uint4, units[k]));
         float x[kUnit];
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) x[i] = to_float(units[k].at[i]);
@@ -334,7 +363,7 @@ class Row {
       for_groups([&](int group) {
         const int end = min(min((group + 1) * g_.units_per_group, units_), first_ + g_.staged);
         for (int unit = group * g_.units_per_group + threadIdx.x; unit < end; unit += kThreads)
-          copy_async(stage_ + (unit - first_), logits_ + int64_t{unit} * kUnit);
+          copy_async(stage_ + 16 * (unit - first_), logits_ + int64_t{unit} * kUnit);
       });
     }
     if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
@@ -348,13 +377,16 @@ class Row {
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) each[i] = exp_below(x[i], max);  // NaN stays
         mine.sum = mine.sum * exp_below(mine.max, max) + add(each);
-        if (top > mine.max) {
-#pragma unroll
-          for (int i = kUnit - 1; i >= 0; --i)
-            if (x[i] == top) mine.id = begin + i;
-        }
+        if (top > mine.max) mine.id = begin;
         mine.max = max;
       });
+      if (mine.id < size_) {  // so far the first of the unit's ids
+        const Unit unit = read(mine.id / kUnit);
+        const int begin = mine.id;
+#pragma unroll
+        for (int i = kUnit - 1; i >= 0; --i)
+          if (to_float(unit.at[i]) == mine.max) mine.id = begin + i;
+      }
       mine = combine_lanes<1, 32 / kPartsOfWarp>(mine);
       const int place = group * kWarps + warp, part = lane % kPartsOfWarp;
       const float part_max = __shfl_sync(kAll, mine.max, part * (32 / kPartsOfWarp));
@@ -611,11 +643,11 @@ class Row {
   // The best score of every warp that reaches the bar, for winner().
   __device__ void draw(float kept, float kept_z, float bar) const {
     const NoiseStream noise = shared_.noise;
-    constexpr float kSlack = 1e-3f;             // over the rounding of the bounds
-    const volatile int& reached = shared_.bar;  // anyone's in this block, at whatever time
+    constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
+    const uint32_t reached = stage_ - kSharedBytes + static_cast<uint32_t>(offsetof(Shared, bar));
     Best best{-kInfinity, size_, 0.f};
     const auto visit = [&](int begin, const float (&x)[kUnit]) {
-      bar = fmaxf(bar, __int_as_float(reached));
+      bar = fmaxf(bar, __int_as_float(load_shared_int(reached)));  // anyone's, at whatever time
 #pragma unroll
       for (int quad = 0; quad < kUnit; quad += 4) {
         const float top = fmaxf(fmaxf(x[quad], x[quad + 1]), fmaxf(x[quad + 2], x[quad + 3]));
@@ -670,7 +702,7 @@ class Row {
   int first_;  // this block's first unit
   const data_t* logits_;
   Shared& shared_;
-  Unit* stage_;
+  uint32_t stage_;
   Summary summary_;
   float scale_;
 };
