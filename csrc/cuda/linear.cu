@@ -20,7 +20,10 @@
 // run on into the next 16 rows. The first copies of W start before the kernel in front has ended
 // (launch.cuh): only x waits for it. Rows that are normalised stay in shared memory, others come
 // with the stages. Of the 16 rows of W that make gated columns, 8 are gates and 8 their values, so
-// that a thread has both.
+// that a thread has both. What normalises is a block of add_rms_norm.cu, of which one warp stays.
+//
+// A stage of 32 products takes 270 to 370 instructions: pointers move with the copies, and all else
+// about a stage is found once. Found for each copy, it took 1,090, and the chain waited for them.
 //
 // One row, Llamba-1B's four products and its head, us on an H100 with cold weights:
 //              8224 x 2048   2048 x 2048   16384 x 2048   2048 x 8192   128256 x 2048
@@ -49,7 +52,7 @@ constexpr int kStages = 4;
 constexpr int kSteps = 8;                      // products whose inputs are in registers together
 constexpr int kGroupDepth = 16 * kSteps;       // of K, such a group
 constexpr int kGroups = kDepth / kGroupDepth;  // in a stage
-static_assert(kTile % kGroups == 0 && kRows % kGroups == 0);
+static_assert(kGroups % 2 == 0 && 8 % (kTile / kGroups) == 0 && kRows % kGroups == 0);
 constexpr int kPad = 8;                        // values between rows in shared memory
 constexpr int kChunk = 8;                      // values that a lane copies at a time
 constexpr int kNormTurns = 2, kNormWarps = 8;  // of RmsNormShape at most: rows up to 4096
@@ -79,177 +82,176 @@ struct Fragments {
   uint32_t w[kSteps][4], x[kSteps / 2][4];
 };
 
-// Where a block stands in its stream of tiles, kDepth of K after kDepth.
-struct Place {
-  int tile, start, stage;
-  __device__ void move_on(int depth) {
-    start += kDepth;
-    if (start >= depth) start = 0, tile += gridDim.x;
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-  }
-};
-
-// A row of a residual stream, as the threads of add_rms_norm.cu have it: lane i of this warp in
-// turn has what lane i of every one of those warps has.
+// Rows of a residual stream, normalised into shared memory by the whole block, which has as many
+// threads as a block of add_rms_norm.cu.
 template <typename data_t>
-struct NormRow {
+__device__ void normalise_rows(const LinearParams& p, data_t* to, int pitch,
+                               const Vec<data_t, kChunk> (&scales)[kNormTurns]) {
   using Chunk = Vec<data_t, kChunk>;
-  Chunk at[kNormTurns][kNormWarps];
-
-  // visit(turn, warp, first value) of the chunks that are there.
-  template <typename Visit>
-  __device__ static void each(int depth, int threads, const Visit& visit) {
+  __shared__ float of_warps[kLinearRows][kNormWarps];
+  const int threads = blockDim.x, lane = threadIdx.x % 32;
+  Chunk values[kLinearRows][kNormTurns];
 #pragma unroll
-    for (int warp = 0; warp < kNormWarps; ++warp)
+  for (int row = 0; row < kLinearRows; ++row) {
+    if (row >= p.rows) break;
+    float squares = 0.f;
 #pragma unroll
-      for (int turn = 0; turn < kNormTurns; ++turn) {
-        const int i = (turn * threads + warp * 32 + int(threadIdx.x)) * kChunk;
-        if (warp * 32 < threads && i < depth) visit(turn, warp, i);
-      }
-  }
-  // Past the first-level cache, which may still have what was there when this kernel came.
-  __device__ void load(const data_t* from, int depth, int threads) {
-    each(depth, threads, [&](int turn, int warp, int i) {
-      const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(from + i));
-      at[turn][warp] = *reinterpret_cast<const Chunk*>(&bits);
-    });
-  }
-  __device__ float inverse_rms(int depth, int threads, float eps) {
-    float squares[kNormWarps] = {}, of_warps = 0.f;
-    each(depth, threads, [&](int turn, int warp, int) {
-      squares[warp] = add_squares(squares[warp], at[turn][warp]);
-    });
-#pragma unroll
-    for (int warp = 0; warp < kNormWarps; ++warp) {
-      const float sum = sum_warp(squares[warp]);
-      if (int(threadIdx.x) == warp) of_warps = sum;
+    for (int turn = 0; turn < kNormTurns; ++turn) {
+      const int i = (turn * threads + int(threadIdx.x)) * kChunk;
+      if (i >= p.depth) break;
+      // Past the first-level cache, which may still have what was there when this kernel came.
+      const auto* from = static_cast<const data_t*>(p.x) + row * p.x_stride + i;
+      const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(from));
+      values[row][turn] = *reinterpret_cast<const Chunk*>(&bits);
     }
-    return reasoners::inverse_rms(sum_warp(of_warps), depth, eps);
+#pragma unroll
+    for (int turn = 0; turn < kNormTurns; ++turn)
+      if ((turn * threads + int(threadIdx.x)) * kChunk < p.depth)
+        squares = add_squares(squares, values[row][turn]);
+    squares = sum_warp(squares);
+    if (lane == 0) of_warps[row][threadIdx.x / 32] = squares;
   }
-};
+  __syncthreads();
+#pragma unroll
+  for (int row = 0; row < kLinearRows; ++row) {
+    if (row >= p.rows) break;
+    const float squares = sum_warp(lane < threads / 32 ? of_warps[row][lane] : 0.f);
+    const float norm = inverse_rms(squares, p.depth, p.eps);
+#pragma unroll
+    for (int turn = 0; turn < kNormTurns; ++turn) {
+      const int i = (turn * threads + int(threadIdx.x)) * kChunk;
+      if (i >= p.depth) break;
+      Chunk y;
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k)
+        y.at[k] = normalised(values[row][turn].at[k], norm, scales[turn].at[k]);
+      *reinterpret_cast<Chunk*>(to + row * pitch + i) = y;
+    }
+    for (int i = p.depth + int(threadIdx.x); i < pitch; i += threads)
+      to[row * pitch + i] = from_float<data_t>(0.f);
+  }
+}
 
-__host__ __device__ inline int norm_pitch(int depth) {  // whole groups of products
-  return (depth + kGroupDepth - 1) / kGroupDepth * kGroupDepth + kPad;
+__host__ __device__ inline int norm_pitch(int depth) {  // whole stages
+  return (depth + kDepth - 1) / kDepth * kDepth + kPad;
 }
 
 template <typename data_t, bool kNorm, bool kGated, bool kSum>
-__global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(kNorm ? 32 * kNormWarps : 32)
+    linear_kernel(const LinearParams p) {
   using Weights = data_t[kTile][kDepth + kPad];
   extern __shared__ __align__(128) char memory[];
   auto* weights = reinterpret_cast<Weights*>(memory);  // kStages
   auto* inputs = reinterpret_cast<data_t*>(memory) + kStages * sizeof(Weights) / sizeof(data_t);
-  const int lane = threadIdx.x, tiles = p.columns / kTile, depth = p.depth;
+  const int lane = threadIdx.x % 32, tiles = p.columns / kTile, depth = p.depth;
   const int pitch = kNorm ? norm_pitch(depth) : kDepth + kPad;  // of the rows of x
-  const auto* w = static_cast<const data_t*>(p.weight);
-  const auto* x = static_cast<const data_t*>(p.x);
-  // A tile's first eight rows of W are neighbours; how far from them the second eight are.
-  const int half = kGated ? p.columns / 2 : 8;
   constexpr int kTileStep = kGated ? 8 : kTile, kPartRows = kTile / kGroups;
+  constexpr int kTurn = 32 * kChunk;  // of a row, by all lanes
   let_next_start();
 
-  // 16 bytes a lane and copy; zeros past the end of K, and for rows and tiles that are not there.
-  const auto fetch_row = [&](data_t* to, const data_t* from, int start, bool there) {
+  // ---- The stage that is farthest ahead, and what this lane copies into it: as few instructions
+  // as can be, for they stand between the products.
+  int far_tile = blockIdx.x, far_start = 0, far_stage = 0;
+  int there[kDepth / kTurn];  // bytes of a copy: none past the end of K
+  const data_t *w_from, *x_from;
+  const auto set_far = [&] {
 #pragma unroll
-    for (int h = 0; h < kDepth; h += 32 * kChunk) {
-      const int at = h + lane * kChunk;
-      copy_async_16_once(to + at, from + at, there && start + at < depth);
-    }
+    for (int h = 0; h < kDepth / kTurn; ++h)
+      there[h] = far_tile < tiles && far_start + h * kTurn + lane * kChunk < depth ? 16 : 0;
+    w_from = static_cast<const data_t*>(p.weight) + int64_t(far_tile) * kTileStep * depth +
+             far_start + lane * kChunk;
+    x_from = static_cast<const data_t*>(p.x) + far_start + lane * kChunk;
   };
-  const auto fetch_weights = [&](const Place& to, int part) {
-    int row = to.tile * kTileStep + part * kPartRows;
-    if (kGated && part * kPartRows >= 8) row += half - 8;
-    const data_t* from = w + int64_t(row) * depth + to.start;
+  const auto move_far = [&] {
+    far_start += kDepth;
+    if (far_start >= depth) far_start = 0, far_tile += gridDim.x;
+    far_stage = far_stage + 1 == kStages ? 0 : far_stage + 1;
+    set_far();
+  };
+  // A tile's first eight rows of W are neighbours, and so are the second.
+  const int64_t to_second = kGated ? (int64_t(p.columns / 2) - 8) * depth : 0;
+  const auto fetch_weights = [&](int part) {
+    data_t* to = weights[far_stage][part * kPartRows] + lane * kChunk;
+    if (kGated && part * kPartRows == 8) w_from += to_second;
 #pragma unroll
-    for (int i = 0; i < kPartRows; ++i)
-      fetch_row(weights[to.stage][part * kPartRows + i], from + i * depth, to.start,
-                to.tile < tiles);
+    for (int i = 0; i < kPartRows; ++i, w_from += depth)
+#pragma unroll
+      for (int h = 0; h < kDepth / kTurn; ++h)
+        copy_async_once(to + i * (kDepth + kPad) + h * kTurn, w_from + h * kTurn, there[h]);
   };
-  const auto fetch_input = [&](const Place& to, int row) {
+  const auto fetch_input = [&](int row) {
     if (kNorm) return;
-    const data_t* from = x + row * p.x_stride + to.start;
-    fetch_row(inputs + (to.stage * kRows + row) * pitch, from, to.start, row < p.rows);
+    data_t* to = inputs + (far_stage * kRows + row) * pitch + lane * kChunk;
+#pragma unroll
+    for (int h = 0; h < kDepth / kTurn; ++h)
+      copy_async_once(to + h * kTurn, x_from + h * kTurn, row < p.rows ? there[h] : 0);
+    x_from += p.x_stride;
   };
-  data_t* const scales = inputs + kRows * pitch;  // of the norm
-  if constexpr (kNorm) {
-    for (int i = lane * kChunk; i < depth; i += 32 * kChunk)
-      copy_async_16(scales + i, static_cast<const data_t*>(p.norm_weight) + i);
-    commit_copies();
-  }
-  Place far{static_cast<int>(blockIdx.x), 0, 0};
-  for (int stage = 0; stage < kStages - 1; ++stage, far.move_on(depth))
-    for (int part = 0; part < kGroups; ++part) fetch_weights(far, part);
-  if constexpr (kNorm) {
-    using Chunk = typename NormRow<data_t>::Chunk;
-    const int threads = RmsNormShape::of(depth / kChunk).threads;
-    wait_for_copies<0>();  // of the scales: those of W are not yet committed
-    __syncwarp();
-    wait_for_inputs();
-#pragma unroll 1
-    for (int row = 0; row < p.rows; ++row) {
-      NormRow<data_t> values;
-      values.load(x + row * p.x_stride, depth, threads);
-      const float norm = values.inverse_rms(depth, threads, p.eps);
-      values.each(depth, threads, [&](int turn, int warp, int i) {
-        const auto scale = *reinterpret_cast<const Chunk*>(scales + i);
-        Chunk y;
+  const auto first_stages = [&](const auto& fetch) {
+    far_tile = blockIdx.x, far_start = 0, far_stage = 0;
+    set_far();
+    for (int stage = 0; stage < kStages - 1; ++stage, move_far()) fetch();
+  };
+  const auto fetch_tile = [&] {
 #pragma unroll
-        for (int k = 0; k < kChunk; ++k)
-          y.at[k] = normalised(values.at[turn][warp].at[k], norm, scale.at[k]);
-        *reinterpret_cast<Chunk*>(inputs + row * pitch + i) = y;
-      });
-      for (int i = depth + lane; i < pitch; i += 32)
-        inputs[row * pitch + i] = from_float<data_t>(0.f);
+    for (int part = 0; part < kGroups; ++part) fetch_weights(part);
+  };
+  if constexpr (kNorm) {
+    Vec<data_t, kChunk> scales[kNormTurns];
+#pragma unroll
+    for (int turn = 0; turn < kNormTurns; ++turn) {
+      const int i = (turn * int(blockDim.x) + int(threadIdx.x)) * kChunk;
+      if (i < depth)
+        scales[turn] = *reinterpret_cast<const Vec<data_t, kChunk>*>(
+            static_cast<const data_t*>(p.norm_weight) + i);
     }
+    if (threadIdx.x < 32) first_stages(fetch_tile);
+    wait_for_inputs();
+    normalise_rows(p, inputs, pitch, scales);
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
   } else {
+    first_stages(fetch_tile);
     wait_for_inputs();
   }
-  far = {static_cast<int>(blockIdx.x), 0, 0};
-  for (int stage = 0; stage < kStages - 1; ++stage, far.move_on(depth)) {
-    for (int row = 0; row < kRows; ++row) fetch_input(far, row);
+  first_stages([&] {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) fetch_input(row);
     commit_copies();
-  }
+  });
 
-  const auto load = [&](Fragments& to, const Place& from, int group) {
-    // Where the matrices are that this lane names to ldmatrix. Columns of the product past the rows
-    // of x are not written: they may repeat rows, and have anything in them.
-    const int at = group * kGroupDepth;
-    const data_t* w_at = &weights[from.stage][lane % 16][at + lane / 16 * 8];
-    const data_t* x_at = inputs + (kNorm ? from.start : from.stage * kRows * pitch) +
-                         lane % kRows * pitch + at + lane / 8 * 8;
+  // ---- The stage at hand, and where the matrices are in it that this lane names to ldmatrix.
+  // Columns of the product past the rows of x are not written: they may repeat rows, and have
+  // anything in them.
+  int tile = blockIdx.x, start = 0, stage = 0;
+  const data_t *w_at, *x_at;
+  const auto set_here = [&] {
+    w_at = &weights[stage][lane % 16][lane / 16 * 8];
+    x_at = inputs + (kNorm ? start : stage * kRows * pitch) + lane % kRows * pitch + lane / 8 * 8;
+  };
+  const auto load = [&](Fragments& to, int group) {
 #pragma unroll
-    for (int t = 0; t < kSteps; ++t) load_matrices(to.w[t], w_at + 16 * t);
+    for (int t = 0; t < kSteps; ++t) load_matrices(to.w[t], w_at + group * kGroupDepth + 16 * t);
 #pragma unroll
-    for (int t = 0; t < kSteps; t += 2) load_matrices(to.x[t / 2], x_at + 16 * t);
+    for (int t = 0; t < kSteps; t += 2)
+      load_matrices(to.x[t / 2], x_at + group * kGroupDepth + 16 * t);
   };
   // Where the products are that this lane has of a tile: two rows of x, two columns.
   const int row = lane % 4 * 2, column = lane / 4;
+  const int half = kGated ? p.columns / 2 : 8;
   // What the residual stream has there, read long before it is needed.
   data_t old[4];
-  const auto read_residual = [&](int tile) {
+  const auto read_residual = [&] {
     const auto* from =
         static_cast<const data_t*>(p.sum) + int64_t(row) * p.columns + tile * kTileStep + column;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (tile < tiles && row + j % 2 < p.rows) old[j] = from[j % 2 * p.columns + j / 2 * 8];
   };
-  Place here{static_cast<int>(blockIdx.x), 0, 0};
-  int group = 0;
   float sum[4] = {};
-  Fragments even, odd;
-  if (kSum) read_residual(here.tile);
-  wait_for_copies<kStages - 2>();
-  __syncwarp();
-  load(even, here, 0);
-
-  const auto fetch_part = [&](int part) {
-    fetch_weights(far, part);
-#pragma unroll
-    for (int i = 0; i < kRows / kGroups; ++i) fetch_input(far, part * (kRows / kGroups) + i);
-  };
-  const auto finish = [&](int tile) {
-    const int first = tile * kTileStep + column;
+  const auto finish = [&] {
+    const int first = tile * kTileStep + column, width = kGated ? half : p.columns;
     const auto* bias = static_cast<const data_t*>(p.bias) + first;
-    const int width = kGated ? half : p.columns;
     auto* to = static_cast<data_t*>(kSum ? p.sum : p.y) + int64_t(row) * width + first;
     data_t y[4];
 #pragma unroll
@@ -268,52 +270,65 @@ __global__ void __launch_bounds__(32) linear_kernel(const LinearParams p) {
     for (int j = 0; j < (kGated ? 2 : 4); ++j)
       if (row + j % 2 < p.rows) to[j % 2 * width + j / 2 * 8] = y[j];
   };
-  // kSteps products; false after the last of all. The stage before this one was read to its end, so
-  // the stage farthest ahead comes into its place, a part with each group: copies and reads of
-  // shared memory fill the time in which a product waits for the one before it.
-  const auto step = [&](const Fragments& now, Fragments& next) {
-    const auto products = [&](int from) {
+
+  if (kSum) read_residual();
+  set_here();
+  wait_for_copies<kStages - 2>();
+  __syncwarp();
+  Fragments fragments[2];
+  load(fragments[0], 0);
+  // A stage a turn. The stage before this one was read to its end, so the stage farthest ahead
+  // comes into its place, a part with each group: copies and reads of shared memory fill the time
+  // in which a product waits for the one before it.
+  while (true) {
+    bool whole = false;
 #pragma unroll
-      for (int t = from; t < from + kSteps / 2; ++t)
-        multiply(sum, now.w[t], now.x[t / 2][t % 2 * 2], now.x[t / 2][t % 2 * 2 + 1], data_t{});
-    };
-    products(0);
-    fetch_part(group);
-    const Place before = here;
-    if (here.start + (group + 1) * kGroupDepth < min(here.start + kDepth, depth)) {
-      ++group;
-    } else {
-      for (++group; group < kGroups; ++group) fetch_part(group);
-      commit_copies();
-      far.move_on(depth);
-      here.move_on(depth);
-      group = 0;
-      wait_for_copies<kStages - 2>();
-      __syncwarp();
+    for (int group = 0; group < kGroups; ++group) {
+      const Fragments& now = fragments[group % 2];
+      const auto products = [&](int from) {
+#pragma unroll
+        for (int t = from; t < from + kSteps / 2; ++t)
+          multiply(sum, now.w[t], now.x[t / 2][t % 2 * 2], now.x[t / 2][t % 2 * 2 + 1], data_t{});
+      };
+      products(0);
+      fetch_weights(group);
+#pragma unroll
+      for (int i = 0; i < kRows / kGroups; ++i) fetch_input(group * (kRows / kGroups) + i);
+      if (group + 1 == kGroups) {
+        commit_copies();
+        move_far();
+        start += kDepth;
+        whole = start >= depth;
+        if (whole) start = 0;
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+        set_here();
+        wait_for_copies<kStages - 2>();
+        __syncwarp();
+      }
+      load(fragments[(group + 1) % 2], (group + 1) % kGroups);
+      products(kSteps / 2);
     }
-    load(next, here, group);
-    products(kSteps / 2);
-    if (here.tile == before.tile) return true;
-    finish(before.tile);
-    if (kSum) read_residual(here.tile);
-    return here.tile < tiles;
-  };
-  while (step(even, odd) && step(odd, even)) continue;
+    if (!whole) continue;
+    finish();
+    tile += gridDim.x;
+    if (tile >= tiles) return;
+    if (kSum) read_residual();
+  }
 }
 
 template <typename data_t, bool kNorm, bool kGated, bool kSum>
 void launch(const LinearParams& p, cudaStream_t stream) {
   const auto kernel = linear_kernel<data_t, kNorm, kGated, kSum>;
-  const int inputs =
-      kNorm ? kRows * norm_pitch(p.depth) + p.depth : kStages * kRows * (kDepth + kPad);
+  const int inputs = kNorm ? kRows * norm_pitch(p.depth) : kStages * kRows * (kDepth + kPad);
   const int bytes = (kStages * kTile * (kDepth + kPad) + inputs) * sizeof(data_t);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   int device, processors, per_processor = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, 32, bytes);
+  const int threads = kNorm ? RmsNormShape::of(p.depth / kChunk).threads : 32;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
   const int blocks = min(p.columns / kTile, processors * per_processor);
-  launch_overlapping(kernel, blocks, 32, bytes, stream, p);
+  launch_overlapping(kernel, blocks, threads, bytes, stream, p);
 }
 
 template <typename data_t>
