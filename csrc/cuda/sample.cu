@@ -142,6 +142,10 @@ __device__ inline void store_shared(uint32_t to, uint4 v) {
 __device__ inline void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+// Asks for memory to come to the L2 cache.
+__device__ inline void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Barrier of one cluster's blocks. arrive_first tells only that the block runs.
@@ -230,7 +234,7 @@ class Row {
     if (g_.blocks > 1) arrive_first();
     const float temperature = p.temperature[row_], top_p = p.top_p[row_], min_p = p.min_p[row_];
     const int top_k = p.top_k[row_];
-    summarize(p.rng_key + 4 * row_);
+    summarize(p);
     if (!(fabsf(summary_.max) < kInfinity) || isnan(summary_.sum)) return write(p, {0.f, -1, NAN});
     if (!(temperature > 0)) return write(p, {0.f, summary_.id, summary_.max});
 
@@ -356,7 +360,17 @@ class Row {
     return x[0];
   }
 
-  __device__ void summarize(const int64_t* rng_key) {
+  // What the next block in this one's place will load: memory would else be idle while this
+  // one computes.
+  __device__ void prefetch_next(const SampleParams& p) const {
+    const int ahead = kResident >> g_.log_blocks;
+    const int end = min(first_ + (kGroups >> g_.log_blocks) * g_.units_per_group, units_);
+    if (threadIdx.x > 0 || row_ + ahead >= p.batch || first_ >= end) return;
+    prefetch(logits_ + ahead * p.logits_stride + int64_t{first_} * kUnit, 16 * (end - first_));
+  }
+
+  __device__ void summarize(const SampleParams& p) {
+    const int64_t* const rng_key = p.rng_key + 4 * row_;
     const int64_t key[] = {rng_key[0], rng_key[1], rng_key[2], rng_key[3]};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if constexpr (kAligned) {  // all that fits is asked for at once
@@ -368,7 +382,10 @@ class Row {
     }
     if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
     if (g_.blocks > 1) wait();  // all blocks run
-    if constexpr (kAligned) await_copies();
+    if constexpr (kAligned) {
+      await_copies();
+      prefetch_next(p);
+    }
     for_groups([&](int group) {
       Summary mine{-kInfinity, size_, 0.f};
       for_units<kAligned ? 1 : 4, !kAligned>(group, [&](int begin, const float (&x)[kUnit]) {
