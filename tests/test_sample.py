@@ -49,7 +49,10 @@ def test_cuda_equals_cpu(case):
 @pytest.mark.parametrize("vocabulary", [100, 2049, 70_001])
 @pytest.mark.parametrize(
     "mix",
-    [{"temperature": 0.0}, {}, {"top_k": 5, "top_p": 0.9}, {"top_p": 0.0}, {"top_p": 0.999}, {"min_p": 0.5}],
+    [
+        {"temperature": 0.0}, {}, {"top_k": 5, "top_p": 0.9}, {"top_p": 0.0}, {"top_p": 0.999},
+        {"min_p": 0.5}, {"top_p": 0.3, "min_p": 0.01}, {"top_k": 300, "top_p": 0.5},
+    ],
     ids=str,
 )  # fmt: skip
 def test_edges_on_cuda_equal_cpu(vocabulary, mix):
@@ -171,7 +174,11 @@ def test_batch_order_and_threads_change_nothing():
 @pytest.mark.parametrize("vocabulary", [3001, 30_000, 128_256])
 @pytest.mark.parametrize(
     "mix",
-    [{}, {"top_k": 50, "top_p": 0.95}, {"top_k": 3000}, {"top_p": 0.9}, {"top_p": 0.999, "spread": 0.3}],
+    [
+        {}, {"top_k": 50, "top_p": 0.95}, {"top_k": 3000}, {"top_p": 0.9}, {"top_p": 0.999, "spread": 0.3},
+        {"top_k": 200, "top_p": 0.5}, {"top_k": 3000, "top_p": 0.7},
+        {"top_p": 0.05, "temperature": 3.0},  # often drawn again
+    ],
     ids=str,
 )  # fmt: skip
 def test_batch_size_changes_nothing_on_cuda(vocabulary, dtype, mix):
