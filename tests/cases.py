@@ -344,6 +344,61 @@ MAMBA2_UPDATE_CASES = MAMBA2_CASES | {
     "N other than P": {"P": 32, "N": 16},
 }
 
+# Of both Mamba-2 mixers over whole sequences.
+MAMBA2_WHOLE_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "no past": {"past": False},
+    "no initial state": {"initial_state": False},
+    "no option, bf16": {"past": False, "initial_state": False, "dtype": torch.bfloat16},
+    "width 2": {"width": 2},
+    "width 3, bf16": {"width": 3, "dtype": torch.bfloat16},
+    "empty batch": {"batch": 0},
+    "length 0": {"length": 0},
+    "length 1": {"length": 1},
+    "as long as the history less one": {"length": 2},
+    "prime length": {"length": 131},
+    "packed": {"lengths": [33, 0, 1, 2, 20]},
+    "packed, no option, bf16": {
+        "lengths": [5, 0, 1, 34], "past": False, "initial_state": False, "dtype": torch.bfloat16,
+    },
+    "odd extents": {"P": 7, "N": 5},
+}  # fmt: skip
+
+DISCRETE_MAMBA2_SCAN_CASES = MAMBA2_WHOLE_CASES | {
+    "one group": {"G": 1},
+    "P 64, N 64 (Llamba-1B)": {"batch": 1, "P": 64, "N": 64, "H": 2, "G": 2},
+}
+
+MAMBA2_SCAN_CASES = MAMBA2_WHOLE_CASES | {
+    "no sharing": {"K": 4},
+    "one kv head": {"K": 1},
+    "N other than P": {"P": 32, "N": 16},
+    "P 64 (1B)": {"batch": 1, "P": 64, "N": 64, "H": 2, "K": 1},
+}
+
+# The fused kernels': 16-bit data in chunks of 64 tokens and segments of 256. H 2.
+CUDA_MIXER_SCAN_CASES = {
+    "fp16": {"dtype": torch.float16},
+    "a chunk less one": {"batch": 1, "length": 63, "dtype": torch.bfloat16},
+    "a chunk": {"batch": 1, "length": 64, "dtype": torch.bfloat16},
+    "a chunk and one": {"batch": 1, "length": 65, "dtype": torch.bfloat16},
+    "several segments": {"batch": 1, "length": 300, "dtype": torch.bfloat16},
+    "several segments, width 2": {
+        "batch": 1, "length": 300, "width": 2, "dtype": torch.bfloat16,
+    },
+    "many sequences, walked": {"batch": 80, "length": 66, "H": 2, "dtype": torch.bfloat16},
+    "packed, several segments": {
+        "lengths": [33, 0, 1, 64, 130, 2, 300], "dtype": torch.bfloat16,
+    },
+    "P 64, N 64": {"batch": 1, "length": 200, "P": 64, "N": 64, "dtype": torch.bfloat16},
+    "P 96": {"batch": 1, "length": 70, "P": 96, "N": 64, "dtype": torch.bfloat16},
+    "P 128, fp16": {"batch": 1, "length": 70, "P": 128, "N": 64, "dtype": torch.float16},
+    "P 64, N 128": {"batch": 1, "length": 70, "P": 64, "N": 128, "dtype": torch.bfloat16},
+    "P 128, N 128": {"batch": 1, "length": 70, "P": 128, "N": 128, "dtype": torch.bfloat16},
+    "P 72, N 40": {"batch": 1, "length": 70, "P": 72, "N": 40, "dtype": torch.bfloat16},
+}  # fmt: skip
+
 MAMBA1_UPDATE_CASES = {
     "base": {},
     "bf16": {"dtype": torch.bfloat16},

@@ -1,10 +1,20 @@
 // The CPU operators that others are composed of.
 #pragma once
 
+#include <tuple>
+
 #include "checks.h"
 
 namespace reasoners::cpu {
 
+std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight,
+                                         const OptionalTensor& bias,
+                                         const OptionalTensor& initial_state,
+                                         const OptionalTensor& cu_seqlens, bool silu);
+std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& log_decay, const Tensor& B,
+                                    const Tensor& C, const OptionalTensor& scale,
+                                    const OptionalTensor& D, const OptionalTensor& initial_state,
+                                    const OptionalTensor& cu_seqlens);
 Tensor conv_update(const Tensor& state, const Tensor& slots, const Tensor& lengths, const Tensor& x,
                    const Tensor& weight, const OptionalTensor& bias, bool silu);
 Tensor state_update(const Tensor& state, const Tensor& slots, const Tensor& x,
