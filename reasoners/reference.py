@@ -796,9 +796,7 @@ def discrete_mamba2_scan(
     x = x.unflatten(-1, (heads, inner // heads))
     B, C = (t.unflatten(-1, (group // state_dim, state_dim)) for t in (B, C))
     log_decay = -softplus(a)
-    y, final = ssd_scan(
-        x, log_decay, B, C, None, D.to(log_decay.dtype), initial_state, cu_seqlens
-    )
+    y, final = ssd_scan(x, log_decay, B, C, None, D.to(log_decay.dtype), initial_state, cu_seqlens)
     return gate(y.flatten(2), z, z_bias), last, final
 
 

@@ -377,27 +377,35 @@ MAMBA2_SCAN_CASES = MAMBA2_WHOLE_CASES | {
     "P 64 (1B)": {"batch": 1, "P": 64, "N": 64, "H": 2, "K": 1},
 }
 
-# The fused kernels': 16-bit data in chunks of 64 tokens and segments of 256. H 2.
+# The fused kernels' are 16-bit data in chunks of 64 tokens and segments of 256. With 8 heads a row of
+# in_proj is a multiple of 16 bytes, without which the other operators do the work.
 CUDA_MIXER_SCAN_CASES = {
-    "fp16": {"dtype": torch.float16},
-    "a chunk less one": {"batch": 1, "length": 63, "dtype": torch.bfloat16},
-    "a chunk": {"batch": 1, "length": 64, "dtype": torch.bfloat16},
-    "a chunk and one": {"batch": 1, "length": 65, "dtype": torch.bfloat16},
-    "several segments": {"batch": 1, "length": 300, "dtype": torch.bfloat16},
-    "several segments, width 2": {
-        "batch": 1, "length": 300, "width": 2, "dtype": torch.bfloat16,
-    },
-    "many sequences, walked": {"batch": 80, "length": 66, "H": 2, "dtype": torch.bfloat16},
-    "packed, several segments": {
-        "lengths": [33, 0, 1, 64, 130, 2, 300], "dtype": torch.bfloat16,
-    },
-    "P 64, N 64": {"batch": 1, "length": 200, "P": 64, "N": 64, "dtype": torch.bfloat16},
-    "P 96": {"batch": 1, "length": 70, "P": 96, "N": 64, "dtype": torch.bfloat16},
-    "P 128, fp16": {"batch": 1, "length": 70, "P": 128, "N": 64, "dtype": torch.float16},
-    "P 64, N 128": {"batch": 1, "length": 70, "P": 64, "N": 128, "dtype": torch.bfloat16},
-    "P 128, N 128": {"batch": 1, "length": 70, "P": 128, "N": 128, "dtype": torch.bfloat16},
-    "P 72, N 40": {"batch": 1, "length": 70, "P": 72, "N": 40, "dtype": torch.bfloat16},
-}  # fmt: skip
+    name: {"batch": 1, "H": 8, "dtype": torch.bfloat16, **case}
+    for name, case in {
+        "fused": {"batch": 2},
+        "fused, fp16": {"batch": 2, "dtype": torch.float16},
+        "fused, no past": {"past": False},
+        "fused, no initial state": {"initial_state": False, "length": 70},
+        "fused, length 0": {"length": 0},
+        "fused, length 1": {"length": 1},
+        "fused, as long as the history less one": {"length": 2},
+        "fused, width 2": {"width": 2, "length": 300},
+        "fused, width 3": {"width": 3, "length": 70},
+        "a chunk less one": {"length": 63},
+        "a chunk": {"length": 64},
+        "a chunk and one": {"length": 65},
+        "several segments": {"length": 300},
+        "walked, not dealt": {"batch": 20, "length": 257},
+        "packed": {"lengths": [33, 0, 1, 64, 130, 2, 300]},
+        "packed, no option": {"lengths": [5, 0, 70, 1], "past": False, "initial_state": False},
+        "P 64, N 64": {"length": 200, "P": 64, "N": 64},
+        "P 96": {"length": 70, "P": 96, "N": 64},
+        "P 128, fp16": {"length": 70, "P": 128, "N": 64, "dtype": torch.float16},
+        "P 64, N 128": {"length": 70, "P": 64, "N": 128},
+        "P 128, N 128": {"length": 70, "P": 128, "N": 128},
+        "P 72, N 40": {"length": 90, "P": 72, "N": 40},
+    }.items()
+}
 
 MAMBA1_UPDATE_CASES = {
     "base": {},
