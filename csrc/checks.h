@@ -155,10 +155,12 @@ struct Check {
   // cu_seqlens packs sequences along `length` of a single row; returns how many initial states
   // there are. Its values are not read here: on CUDA that would synchronise. CPU kernels call
   // boundaries().
-  int64_t sequences(const OptionalTensor& cu_seqlens, const Tensor& x) const {
+  int64_t sequences(const OptionalTensor& cu_seqlens, const Tensor& x,
+                    const char* name = "x") const {
     if (!cu_seqlens) return x.size(0);
     tensor("cu_seqlens", *cu_seqlens, x, at::kInt, {kAny}, "(sequences + 1)");
-    TORCH_CHECK_VALUE(x.size(0) == 1, op, ": x expected batch 1 with cu_seqlens, got ", x.size(0));
+    TORCH_CHECK_VALUE(x.size(0) == 1, op, ": ", name, " expected batch 1 with cu_seqlens, got ",
+                      x.size(0));
     TORCH_CHECK_VALUE(cu_seqlens->numel() >= 1, op,
                       ": cu_seqlens expected at least 1 entry, got 0");
     return cu_seqlens->numel() - 1;
@@ -435,6 +437,93 @@ inline void check_mamba2_update(const Tensor& conv_state, const Tensor& state,
   check.tensor("D", D, projected, wide_dtype(data), {heads}, "(H)");
   check.tensor("norm_weight", norm_weight, projected, data, {inner}, "(I)");
   check.eps(eps);
+}
+
+// Sizes of a Mamba-2 mixer that its arguments imply: H heads of P x N, `inner` = H P, `shared`
+// groups of B and C, or kv heads, and how many sequences there are.
+struct MixerSizes {
+  int64_t heads, head_dim, state_dim, inner, shared, channels, sequences;
+};
+
+// What the two Mamba-2 mixers over whole sequences share, once `sizes` has all but `sequences`.
+inline void check_mixer_scan(const Check& check, const Tensor& projected, const Tensor& conv_weight,
+                             const Tensor& conv_bias, const Tensor& D, const OptionalTensor& past,
+                             const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                             const char* row_words, MixerSizes& sizes) {
+  const auto data = projected.scalar_type();
+  check.shape("projected", projected, {kAny, kAny, sizes.inner + sizes.channels + sizes.heads},
+              row_words);
+  check.tensor("conv_weight", conv_weight, projected, data, {sizes.channels, kAny},
+               "(channels, width)");
+  const int64_t width = conv_weight.size(1);
+  TORCH_CHECK_VALUE(width >= 2 && width <= 4, check.op, ": width expected 2 to 4, got ", width);
+  check.tensor("conv_bias", conv_bias, projected, data, {sizes.channels}, "(channels)");
+  check.tensor("D", D, projected, wide_dtype(data), {sizes.heads}, "(H)");
+  sizes.sequences = check.sequences(cu_seqlens, projected, "projected");
+  if (past)
+    check.tensor("past", *past, projected, data, {sizes.sequences, width - 1, sizes.channels},
+                 "(batch or sequences, width - 1, channels)");
+  if (initial_state)
+    check.tensor("initial_state", *initial_state, projected, wide_dtype(data),
+                 {sizes.sequences, sizes.heads, sizes.head_dim, sizes.state_dim},
+                 "(batch or sequences, H, P, N)");
+}
+
+// H, P and N of a mixer: from D, from `per_channel`, of H P values, and as given.
+inline MixerSizes mixer_sizes(const Check& check, const Tensor& projected,
+                              const Tensor& conv_weight, const Tensor& D, const char* name,
+                              const Tensor& per_channel, int64_t state_dim) {
+  check.data_dtype("projected", projected);
+  check.shape("conv_weight", conv_weight, {kAny, kAny}, "(channels, width)");
+  check.shape("D", D, {kAny}, "(H)");
+  check.tensor(name, per_channel, projected, projected.scalar_type(), {kAny}, "(I)");
+  TORCH_CHECK_VALUE(state_dim > 0, check.op, ": state_dim expected at least 1, got ", state_dim);
+  const int64_t heads = D.size(0), inner = per_channel.size(0);
+  check.divides("H", heads, "I", inner);
+  return {heads, inner / heads, state_dim, inner, 0, conv_weight.size(0), 0};
+}
+
+inline MixerSizes check_discrete_mamba2_scan(const Tensor& projected, const Tensor& conv_weight,
+                                             const Tensor& conv_bias, const Tensor& z_bias,
+                                             const Tensor& D, int64_t state_dim,
+                                             const OptionalTensor& past,
+                                             const OptionalTensor& initial_state,
+                                             const OptionalTensor& cu_seqlens) {
+  const Check check{"discrete_mamba2_scan"};
+  MixerSizes sizes = mixer_sizes(check, projected, conv_weight, D, "z_bias", z_bias, state_dim);
+  const int64_t both = sizes.channels - sizes.inner;
+  TORCH_CHECK_VALUE(both > 0 && both % (2 * state_dim) == 0, check.op,
+                    ": conv_weight expected I + 2 G N channels with I = ", sizes.inner,
+                    " and N = ", state_dim, ", got ", sizes.channels);
+  sizes.shared = both / (2 * state_dim);
+  check.divides("G", sizes.shared, "H", sizes.heads);
+  check_mixer_scan(check, projected, conv_weight, conv_bias, D, past, initial_state, cu_seqlens,
+                   "(batch, length, I + 2 G N + I + H)", sizes);
+  return sizes;
+}
+
+inline MixerSizes check_mamba2_scan(const Tensor& projected, const Tensor& conv_weight,
+                                    const Tensor& conv_bias, const Tensor& dt_bias,
+                                    const Tensor& A_log, const Tensor& D, const Tensor& norm_weight,
+                                    double eps, int64_t state_dim, const OptionalTensor& past,
+                                    const OptionalTensor& initial_state,
+                                    const OptionalTensor& cu_seqlens) {
+  const Check check{"mamba2_scan"};
+  MixerSizes sizes =
+      mixer_sizes(check, projected, conv_weight, D, "norm_weight", norm_weight, state_dim);
+  const int64_t both = sizes.channels - sizes.heads * state_dim, each = sizes.head_dim + state_dim;
+  TORCH_CHECK_VALUE(both > 0 && both % each == 0, check.op,
+                    ": conv_weight expected K (P + N) + H N channels with P + N = ", each,
+                    " and H N = ", sizes.heads * state_dim, ", got ", sizes.channels);
+  sizes.shared = both / each;
+  check.divides("K", sizes.shared, "H", sizes.heads);
+  check_mixer_scan(check, projected, conv_weight, conv_bias, D, past, initial_state, cu_seqlens,
+                   "(batch, length, I + K (P + N) + H N + H)", sizes);
+  const auto wide = wide_dtype(projected.scalar_type());
+  check.tensor("dt_bias", dt_bias, projected, wide, {sizes.heads}, "(H)");
+  check.tensor("A_log", A_log, projected, wide, {sizes.heads}, "(H)");
+  check.eps(eps);
+  return sizes;
 }
 
 inline void check_mamba1_update(const Tensor& conv_state, const Tensor& state, const Tensor& slots,

@@ -210,6 +210,31 @@ void launch_ssd_scan(const SsdScanParams& params, cudaStream_t stream);
 // For any dtype, head_dim and state_dim; see ssd_scan_rows.cu.
 void launch_ssd_scan_rows(const SsdScanParams& params, cudaStream_t stream);
 
+// discrete_mamba2_scan and mamba2_scan: from in_proj's rows to out_proj's. x, B and C of `scan` are
+// the columns [x, B, C] of the projected rows, from which the convolution makes the scan's; their
+// strides, which are the same, are those of z and a too. Its log_decay and scale are null.
+struct MixerScanParams {
+  SsdScanParams scan;
+  const void* z;            // (batch, length, heads * head_dim), dtype
+  const void* a;            // (batch, length, heads), dtype: a or dt
+  const void* conv_weight;  // (channels, width), dtype
+  const void* conv_bias;    // (channels), dtype
+  const void* past;         // (sequences, width - 1, channels), dtype, or null
+  const void* z_bias;       // (heads * head_dim), dtype; discrete_mamba2 only
+  const float* dt_bias;     // (heads); mamba2 only
+  const float* A_log;       // (heads); mamba2 only
+  const void* norm_weight;  // (heads * head_dim), dtype; mamba2 only
+  void* last_inputs;        // (sequences, width - 1, channels), dtype
+  int width;                // 2 to 4
+  float eps;
+};
+// For what runs on tensor cores, with the projected rows, z, past and initial_state on 16 bytes.
+// Floats of scratch memory.
+int64_t count_discrete_mamba2_scan_scratch(const SsdScanParams& scan);
+void launch_discrete_mamba2_scan(const MixerScanParams& params, cudaStream_t stream);
+int64_t count_mamba2_scan_scratch(const SsdScanParams& scan);
+void launch_mamba2_scan(const MixerScanParams& params, cudaStream_t stream);
+
 // dy begins on 16 bytes as the other data does.
 struct SsdScanBackwardParams {
   SsdScanParams forward;      // y, final_state and scratch are null

@@ -48,7 +48,17 @@ TORCH_LIBRARY(reasoners, m) {
   m.def(
       "conv_update(Tensor(a!) state, Tensor slots, Tensor lengths, Tensor x, Tensor weight, "
       "Tensor? bias, bool silu) -> Tensor");
-  // One token of a whole recurrent mixer, between its projections.
+  // A whole recurrent mixer between its projections: over sequences, without a derivative.
+  m.def(
+      "discrete_mamba2_scan(Tensor projected, Tensor conv_weight, Tensor conv_bias, Tensor z_bias, "
+      "Tensor D, int state_dim, Tensor? past, Tensor? initial_state, Tensor? cu_seqlens) -> "
+      "(Tensor y, Tensor last_inputs, Tensor final_state)");
+  m.def(
+      "mamba2_scan(Tensor projected, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, "
+      "Tensor A_log, Tensor D, Tensor norm_weight, float eps, int state_dim, Tensor? past, "
+      "Tensor? initial_state, Tensor? cu_seqlens) -> "
+      "(Tensor y, Tensor last_inputs, Tensor final_state)");
+  // And one token of it.
   m.def(
       "discrete_mamba2_update(Tensor(a!) conv_state, Tensor(b!) state, Tensor(c!)? recent, "
       "Tensor(d!)? recent_decay, Tensor? pending, Tensor slots, Tensor lengths, "

@@ -188,8 +188,12 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 
 
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_wide_dtype(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -418,13 +422,19 @@ class CausalConv1d(nn.Module):
         return y
 
 
-def ssd(x, log_decay, B, C, scale, D, this: Pass, cached: States | None) -> Tensor:
-    """The scalar-decay recurrence over whole sequences, or onward from cached states."""
+def scan_mixer(op, *arguments, this: Pass, cached: States | None) -> Tensor:
+    """A mixer between its projections over whole sequences, or onward from cached states; no gradients.
+
+    op: ops.discrete_mamba2_scan or ops.mamba2_scan; arguments: all before the optional ones.
+    """
     if cached is None:
-        return ops.ssd_scan(x, log_decay, B, C, scale, D, cu_seqlens=this.cu_seqlens)[0]
-    rows = this.step.slots.long()
-    initial = cached.scan[rows].to(log_decay.dtype)
-    y, final = ops.ssd_scan(x, log_decay, B, C, scale, D, initial, this.step.cu_seqlens)
+        return op(*arguments, cu_seqlens=this.cu_seqlens)[0]
+    step = this.step
+    rows, lengths = step.slots.long(), step.lengths
+    past = cached.past_inputs(rows, lengths - step.cu_seqlens.diff())
+    initial = cached.scan[rows].to(_wide_dtype(past.dtype))
+    y, last, final = op(*arguments, past, initial, step.cu_seqlens)
+    cached.set_past_inputs(rows, lengths, last)
     cached.scan[rows] = final.to(cached.scan.dtype)
     return y
 
@@ -473,13 +483,20 @@ class DiscreteMamba2(nn.Module):
                 conv.bias, self.z_bias, _wide(self.D), step.period, step.rng_key,
             )  # fmt: skip
             return self.out_proj(y[None], onto)
-        x, B, C, z, log_decay = self._scanned(projected, this, cached)
-        y = ssd(x, log_decay, B, C, None, _wide(self.D), this, cached)
+        if cached is not None or not torch.is_grad_enabled():
+            conv = self.conv
+            y = scan_mixer(
+                ops.discrete_mamba2_scan, projected, conv.weight, conv.bias, self.z_bias,
+                _wide(self.D), self.state_dim, this=this, cached=cached,
+            )  # fmt: skip
+            return self.out_proj(y, onto)
+        x, B, C, z, log_decay = self._scanned(projected, this)
+        y, _ = ops.ssd_scan(x, log_decay, B, C, None, _wide(self.D), cu_seqlens=this.cu_seqlens)
         return self.out_proj(ops.gate(y.flatten(-2), z, self.z_bias), onto)
 
     def mixing_matrix(self, u: Tensor, this: Pass, rows: int = 1) -> Tensor:
         """The map of x that the scan applies, D included, as `Attention.mixing_matrix`."""
-        _, B, C, _, log_decay = self._scanned(self.in_proj(u), this, None)
+        _, B, C, _, log_decay = self._scanned(self.in_proj(u), this)
         B, C, log_decay = (cut(t, rows) for t in (B, C, log_decay))
         repeats, length = self.num_heads // self.num_groups, B.shape[1]
         B, C = (_wide(t).repeat_interleave(repeats, -2).transpose(1, 2) for t in (B, C))
@@ -488,10 +505,10 @@ class DiscreteMamba2(nn.Module):
         decay = (total[..., None] - total[..., None, :]).masked_fill(~mask, -math.inf).exp()
         return C @ B.mT * decay + torch.diag_embed(_wide(self.D)[:, None].expand(-1, length))
 
-    def _scanned(self, projected: Tensor, this: Pass, cached: States | None):
+    def _scanned(self, projected: Tensor, this: Pass):
         """What the scan takes of in_proj's output, and the gate: x, B, C, z, log_decay."""
         xBC, z, a = projected.split(self.sizes, -1)
-        x, B, C = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
+        x, B, C = self.conv(xBC, this, None).split(self.conv_sizes, -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B = B.unflatten(-1, (self.num_groups, self.state_dim))
         C = C.unflatten(-1, (self.num_groups, self.state_dim))
@@ -562,12 +579,20 @@ class Mamba2(nn.Module):
                 norm.eps, step.period, step.rng_key,
             )  # fmt: skip
             return self.out_proj(y[None], onto)
+        if cached is not None or not torch.is_grad_enabled():
+            conv, norm = self.conv, self.norm
+            y = scan_mixer(
+                ops.mamba2_scan, projected, conv.weight, conv.bias, _wide(self.dt_bias),
+                _wide(self.A_log), _wide(self.D), norm.weight, norm.eps, self.head_dim, this=this,
+                cached=cached,
+            )  # fmt: skip
+            return self.out_proj(y, onto)
         z, xBC, dt = projected.split(self.sizes, -1)
-        parts = self.conv(xBC, this, cached).split(self.conv_sizes, -1)
+        parts = self.conv(xBC, this, None).split(self.conv_sizes, -1)
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
         delta = ops.softplus(dt, _wide(self.dt_bias))
         log_decay = -delta * _wide(self.A_log).exp()
-        y = ssd(x, log_decay, B, C, delta, _wide(self.D), this, cached)
+        y, _ = ops.ssd_scan(x, log_decay, B, C, delta, _wide(self.D), cu_seqlens=this.cu_seqlens)
         y = self.norm(ops.gate(y, z.unflatten(-1, (-1, self.head_dim))))
         return self.out_proj(y, onto)
 

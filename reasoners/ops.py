@@ -429,6 +429,91 @@ def _(state, slots, x, delta, A, B, C, D):
     return x.new_empty(x.shape)
 
 
+def discrete_mamba2_scan(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    z_bias: Tensor,
+    D: Tensor,
+    state_dim: int,
+    past: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Llamba's mixer between its projections over whole sequences; without gradients.
+
+    [x, B, C] = causal_conv1d([x, B, C]),   log_decay = -softplus(a)
+    out = ssd_scan(x, log_decay, B, C, D) * silu(z + z_bias)
+
+    projected: (batch, length, I + 2 G N + I + H), rows [x, B, C, z, a]. I = H P, N = state_dim.
+    conv_weight: (I + 2 G N, width), width 2 to 4; conv_bias: (I + 2 G N); z_bias: (I); in projected's
+        dtype. D: (H) float32.
+    past: (sequences, width - 1, I + 2 G N), the inputs of the convolution before the first, oldest
+        first; None means 0. initial_state, cu_seqlens: as in ssd_scan.
+    Returns out (batch, length, I) in projected's dtype, the convolution's last width - 1 inputs of
+    each sequence, and the states after the last tokens, (sequences, H, P, N). A sequence gets bit for
+    bit what it would alone. Source: Bick et al. 2025 (Llamba).
+    """
+    return _ops.discrete_mamba2_scan(
+        projected, conv_weight, conv_bias, z_bias, D, state_dim, past, initial_state, cu_seqlens
+    )
+
+
+@torch.library.register_fake("reasoners::discrete_mamba2_scan")
+def _(projected, conv_weight, conv_bias, z_bias, D, state_dim, past, initial_state, cu_seqlens):
+    return _mixer_scan_results(projected, conv_weight, z_bias, D, state_dim, cu_seqlens)
+
+
+def _mixer_scan_results(projected, conv_weight, per_channel, D, state_dim, cu_seqlens):
+    batch, length, _ = projected.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    (inner,), (heads,), (channels, width) = per_channel.shape, D.shape, conv_weight.shape
+    y = projected.new_empty(batch, length, inner)
+    last_inputs = projected.new_empty(sequences, width - 1, channels)
+    return y, last_inputs, D.new_empty(sequences, heads, inner // heads, state_dim)
+
+
+def mamba2_scan(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    state_dim: int,
+    past: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MambaInLlama's Mamba-2 mixer between its projections over whole sequences; without gradients.
+
+    [x, B, C] = silu(causal_conv1d([x, B, C])),   delta = softplus(dt + dt_bias)
+    y = ssd_scan(x, -delta exp(A_log), B, C, scale=delta, D)
+    g = y silu(z),   out = g / sqrt(mean(g^2) + eps) * norm_weight   with the mean over each head's P
+
+    projected: (batch, length, I + K (P + N) + H N + H), rows [z, x, B, C, dt]. I = H P, N = state_dim;
+        K kv heads.
+    conv_weight: (channels, width), width 2 to 4; conv_bias: (channels); norm_weight: (I); in
+        projected's dtype. dt_bias, A_log, D: (H) float32.
+    past, initial_state, cu_seqlens: as in discrete_mamba2_scan.
+    Returns what discrete_mamba2_scan does. Source: Wang et al. 2024 (MambaInLlama).
+    """
+    return _ops.mamba2_scan(
+        projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state_dim, past,
+        initial_state, cu_seqlens,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("reasoners::mamba2_scan")
+def _(
+    projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state_dim, past,
+    initial_state, cu_seqlens,
+):  # fmt: skip
+    return _mixer_scan_results(projected, conv_weight, norm_weight, D, state_dim, cu_seqlens)
+
+
 def discrete_mamba2_update(
     conv_state: Tensor,
     state: Tensor,

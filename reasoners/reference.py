@@ -780,6 +780,111 @@ def mamba1_update_inputs(
     }
 
 
+# ---- discrete_mamba2_scan, mamba2_scan
+
+
+def discrete_mamba2_scan(
+    projected, conv_weight, conv_bias, z_bias, D, state_dim, past=None, initial_state=None,
+    cu_seqlens=None,
+):  # fmt: skip
+    """Returns (out, last inputs, final states)."""
+    inner, heads, channels = len(z_bias), len(D), len(conv_weight)
+    group = (channels - inner) // 2
+    xBC, z, a = projected.split((channels, inner, heads), -1)
+    conv, last = causal_conv1d(xBC, conv_weight, conv_bias, past, cu_seqlens)
+    x, B, C = conv.split((inner, group, group), -1)
+    x = x.unflatten(-1, (heads, inner // heads))
+    B, C = (t.unflatten(-1, (group // state_dim, state_dim)) for t in (B, C))
+    log_decay = -softplus(a)
+    y, final = ssd_scan(x, log_decay, B, C, None, D.to(log_decay.dtype), initial_state, cu_seqlens)
+    return gate(y.flatten(2), z, z_bias), last, final
+
+
+def mamba2_scan(
+    projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state_dim, past=None,
+    initial_state=None, cu_seqlens=None,
+):  # fmt: skip
+    """Returns (out, last inputs, final states)."""
+    inner, H, channels, N = len(norm_weight), len(D), len(conv_weight), state_dim
+    P = inner // H
+    K = (channels - H * N) // (P + N)
+    z, xBC, dt = projected.split((inner, channels, H), -1)
+    conv, last = causal_conv1d(xBC, conv_weight, conv_bias, past, cu_seqlens, True)
+    x, B, C = conv.split((K * P, K * N, H * N), -1)
+    x, B, C = x.unflatten(-1, (K, P)), B.unflatten(-1, (K, N)), C.unflatten(-1, (H, N))
+    wide = torch.float64 if dt.dtype == torch.float64 else torch.float32
+    delta = softplus(dt, dt_bias.to(wide))
+    log_decay = -delta * A_log.to(wide).exp()
+    y, final = ssd_scan(x, log_decay, B, C, delta, D.to(wide), initial_state, cu_seqlens)
+    g = gate(y, z.unflatten(-1, (H, P)))
+    return _normalised(g, eps).flatten(2) * norm_weight, last, final
+
+
+def _mixer_scan_inputs(
+    batch, length, channels, columns, state, width, dtype, past, initial_state, lengths, g
+):
+    """What both mixers start with, and what they end with."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sequences, cu_seqlens = batch, None
+    if lengths is not None:
+        batch, length, sequences = 1, sum(lengths), len(lengths)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    first = {
+        "projected": normal(batch, length, columns).to(dtype),
+        "conv_weight": (normal(channels, width) / width**0.5).to(dtype),
+        "conv_bias": (normal(channels) / 4).to(dtype),
+    }
+    last = {
+        "past": normal(sequences, width - 1, channels).to(dtype) if past else None,
+        "initial_state": normal(sequences, *state).to(wide) if initial_state else None,
+        "cu_seqlens": cu_seqlens,
+    }
+    return normal, wide, first, last
+
+
+def discrete_mamba2_scan_inputs(
+    batch=2, length=20, H=4, G=4, P=16, N=16, width=4, dtype=torch.float32, past=True,
+    initial_state=True, lengths=None, seed=0,
+):  # fmt: skip
+    """Random arguments of discrete_mamba2_scan."""
+    g = torch.Generator().manual_seed(seed)
+    inner, channels = H * P, H * P + 2 * G * N
+    common = (width, dtype, past, initial_state, lengths, g)
+    columns = channels + inner + H
+    normal, wide, first, last = _mixer_scan_inputs(
+        batch, length, channels, columns, (H, P, N), *common
+    )
+    own = {"z_bias": normal(inner).to(dtype), "D": normal(H).to(wide), "state_dim": N}
+    return first | own | last
+
+
+def mamba2_scan_inputs(
+    batch=2, length=20, H=4, K=2, P=16, N=16, width=4, dtype=torch.float32, past=True,
+    initial_state=True, lengths=None, seed=0,
+):  # fmt: skip
+    """Random arguments of mamba2_scan."""
+    g = torch.Generator().manual_seed(seed)
+    inner, channels = H * P, K * (P + N) + H * N
+    common = (width, dtype, past, initial_state, lengths, g)
+    columns = inner + channels + H
+    normal, wide, first, last = _mixer_scan_inputs(
+        batch, length, channels, columns, (H, P, N), *common
+    )
+    own = {
+        "dt_bias": normal(H).to(wide),
+        "A_log": normal(H).to(wide),
+        "D": normal(H).to(wide),
+        "norm_weight": normal(inner).to(dtype),
+        "eps": 1e-5,
+        "state_dim": N,
+    }
+    return first | own | last
+
+
 # ---- add_rms_norm, rotate
 
 
@@ -1006,6 +1111,8 @@ OPERATORS = {
         mamba2_update_inputs,
         ("conv_state", "state", "recent", "recent_decay"),
     ),
+    "discrete_mamba2_scan": (discrete_mamba2_scan, discrete_mamba2_scan_inputs, ()),
+    "mamba2_scan": (mamba2_scan, mamba2_scan_inputs, ()),
     "mamba1_update": (mamba1_update, mamba1_update_inputs, ("conv_state", "state")),
     "gate": (gate, gate_inputs, ()),
     "linear": (linear, linear_inputs, ()),

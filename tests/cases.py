@@ -344,6 +344,69 @@ MAMBA2_UPDATE_CASES = MAMBA2_CASES | {
     "N other than P": {"P": 32, "N": 16},
 }
 
+# Of both Mamba-2 mixers over whole sequences.
+MAMBA2_WHOLE_CASES = {
+    "base": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "no past": {"past": False},
+    "no initial state": {"initial_state": False},
+    "no option, bf16": {"past": False, "initial_state": False, "dtype": torch.bfloat16},
+    "width 2": {"width": 2},
+    "width 3, bf16": {"width": 3, "dtype": torch.bfloat16},
+    "empty batch": {"batch": 0},
+    "length 0": {"length": 0},
+    "length 1": {"length": 1},
+    "as long as the history less one": {"length": 2},
+    "prime length": {"length": 131},
+    "packed": {"lengths": [33, 0, 1, 2, 20]},
+    "packed, no option, bf16": {
+        "lengths": [5, 0, 1, 34], "past": False, "initial_state": False, "dtype": torch.bfloat16,
+    },
+    "odd extents": {"P": 7, "N": 5},
+}  # fmt: skip
+
+DISCRETE_MAMBA2_SCAN_CASES = MAMBA2_WHOLE_CASES | {
+    "one group": {"G": 1},
+    "P 64, N 64 (Llamba-1B)": {"batch": 1, "P": 64, "N": 64, "H": 2, "G": 2},
+}
+
+MAMBA2_SCAN_CASES = MAMBA2_WHOLE_CASES | {
+    "no sharing": {"K": 4},
+    "one kv head": {"K": 1},
+    "N other than P": {"P": 32, "N": 16},
+    "P 64 (1B)": {"batch": 1, "P": 64, "N": 64, "H": 2, "K": 1},
+}
+
+# The fused kernels' are 16-bit data in chunks of 64 tokens and segments of 256. With 8 heads a row of
+# in_proj is a multiple of 16 bytes, without which the other operators do the work.
+CUDA_MIXER_SCAN_CASES = {
+    name: {"batch": 1, "H": 8, "dtype": torch.bfloat16, **case}
+    for name, case in {
+        "fused": {"batch": 2},
+        "fused, fp16": {"batch": 2, "dtype": torch.float16},
+        "fused, no past": {"past": False},
+        "fused, no initial state": {"initial_state": False, "length": 70},
+        "fused, length 0": {"length": 0},
+        "fused, length 1": {"length": 1},
+        "fused, as long as the history less one": {"length": 2},
+        "fused, width 2": {"width": 2, "length": 300},
+        "fused, width 3": {"width": 3, "length": 70},
+        "a chunk less one": {"length": 63},
+        "a chunk": {"length": 64},
+        "a chunk and one": {"length": 65},
+        "several segments": {"length": 300},
+        "walked, not dealt": {"batch": 20, "length": 257},
+        "packed": {"lengths": [33, 0, 1, 64, 130, 2, 300]},
+        "packed, no option": {"lengths": [5, 0, 70, 1], "past": False, "initial_state": False},
+        "P 64, N 64": {"length": 200, "P": 64, "N": 64},
+        "P 96": {"length": 70, "P": 96, "N": 64},
+        "P 128, fp16": {"length": 70, "P": 128, "N": 64, "dtype": torch.float16},
+        "P 64, N 128": {"length": 70, "P": 64, "N": 128},
+        "P 128, N 128": {"length": 70, "P": 128, "N": 128},
+        "P 72, N 40": {"length": 90, "P": 72, "N": 40},
+    }.items()
+}
+
 MAMBA1_UPDATE_CASES = {
     "base": {},
     "bf16": {"dtype": torch.bfloat16},

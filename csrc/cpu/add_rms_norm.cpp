@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/operators.h"
 #include "cpu/rms_norm.h"
 #include "rows.h"
 
@@ -16,8 +17,10 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread takes at least
 
-Tensor add_rms_norm(const Tensor& h, const OptionalTensor& delta_in, const Tensor& weight_in,
-                    double eps) {
+}  // namespace
+
+Tensor cpu::add_rms_norm(const Tensor& h, const OptionalTensor& delta_in, const Tensor& weight_in,
+                         double eps) {
   check_add_rms_norm(h, delta_in, weight_in, eps);
   const OptionalTensor delta = delta_in ? OptionalTensor(rows_of(*delta_in)) : delta_in;
   const Tensor weight = weight_in.contiguous();
@@ -50,7 +53,6 @@ Tensor add_rms_norm(const Tensor& h, const OptionalTensor& delta_in, const Tenso
   return y;
 }
 
-TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("add_rms_norm", &add_rms_norm); }
+TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("add_rms_norm", &cpu::add_rms_norm); }
 
-}  // namespace
 }  // namespace reasoners

@@ -17,6 +17,7 @@
 
 #include "checks.h"
 #include "cpu/fast_exp.h"
+#include "cpu/operators.h"
 #include "cpu/sequences.h"
 
 namespace reasoners {
@@ -73,10 +74,6 @@ Convolution<scalar_t> convolution(const Tensor& x, const Tensor& weight, const O
           x.size(2),
           weight.size(1),
           silu};
-}
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(t->contiguous()) : t;
 }
 
 template <typename scalar_t>
@@ -188,16 +185,19 @@ void backward(const Convolution<scalar_t>& conv, const Sequences& sequences, int
   });
 }
 
-std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x_in, const Tensor& weight_in,
-                                         const OptionalTensor& bias_in,
-                                         const OptionalTensor& initial_state_in,
-                                         const OptionalTensor& cu_seqlens, bool silu) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> cpu::causal_conv1d(const Tensor& x_in, const Tensor& weight_in,
+                                              const OptionalTensor& bias_in,
+                                              const OptionalTensor& initial_state_in,
+                                              const OptionalTensor& cu_seqlens, bool silu) {
   const int64_t num_sequences =
       check_causal_conv1d("causal_conv1d", x_in, weight_in, bias_in, initial_state_in, cu_seqlens);
   if (cu_seqlens)
     Check{"causal_conv1d"}.boundaries("cu_seqlens", cu_seqlens->contiguous(), x_in.size(1));
   const Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
-  const OptionalTensor bias = contiguous(bias_in), initial_state = contiguous(initial_state_in);
+  const OptionalTensor bias = cpu::contiguous(bias_in),
+                       initial_state = cpu::contiguous(initial_state_in);
   auto y = at::empty(x.sizes(), x.options());
   auto final_state = at::empty({num_sequences, weight.size(1) - 1, x.size(2)}, x.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "causal_conv1d", [&] {
@@ -207,6 +207,8 @@ std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x_in, const Tensor& weigh
   });
   return {y, final_state};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
     const Tensor& dy_in, const Tensor& dfinal_state_in, const Tensor& x_in, const Tensor& weight_in,
@@ -224,7 +226,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   if (cu_seqlens) check.boundaries("cu_seqlens", cu_seqlens->contiguous(), x_in.size(1));
   const Tensor x = x_in.contiguous(), weight = weight_in.contiguous(), dy = dy_in.contiguous(),
                dfinal_state = dfinal_state_in.contiguous();
-  const OptionalTensor bias = contiguous(bias_in), initial_state = contiguous(initial_state_in);
+  const OptionalTensor bias = cpu::contiguous(bias_in),
+                       initial_state = cpu::contiguous(initial_state_in);
   const auto like = [&](const OptionalTensor& t) {
     return t ? at::empty(t->sizes(), x.options()) : at::empty({0}, x.options());
   };
@@ -242,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
 }
 
 TORCH_LIBRARY_IMPL(reasoners, CPU, m) {
-  m.impl("causal_conv1d", &causal_conv1d);
+  m.impl("causal_conv1d", &cpu::causal_conv1d);
   m.impl("causal_conv1d_backward", &causal_conv1d_backward);
 }
 

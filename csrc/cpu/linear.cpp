@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/operators.h"
 
 namespace reasoners {
 namespace {
@@ -25,23 +26,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   return y.narrow(0, 0, rows).reshape(shape);
 }
 
-template <typename Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 Tensor rms_norm_linear(const Tensor& h, const Tensor& norm_weight, double eps, const Tensor& weight,
                        const OptionalTensor& bias, bool gated) {
   check_rms_norm_linear(h, norm_weight, eps, weight, bias, gated);
-  static const auto norm =
-      find_operator<Tensor(const Tensor&, const OptionalTensor&, const Tensor&, double)>(
-          "reasoners::add_rms_norm");
-  static const auto gate =
-      find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("reasoners::gate");
-  const Tensor y = reasoners::linear(norm.call(h, {}, norm_weight, eps), weight, bias);
+  const Tensor y = reasoners::linear(cpu::add_rms_norm(h, {}, norm_weight, eps), weight, bias);
   if (!gated) return y;
   const auto halves = y.chunk(2, -1);
-  return gate.call(halves[1], halves[0], {});
+  return cpu::gate(halves[1], halves[0], {});
 }
 
 void add_linear(const Tensor& h, const Tensor& x, const Tensor& weight) {

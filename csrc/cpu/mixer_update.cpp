@@ -1,57 +1,14 @@
 // One token of each recurrent mixer between its projections, as the operators one after the other:
 // convolution, recurrence, gate.
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "checks.h"
-#include "cpu/fast_exp.h"
+#include "cpu/mixer_parts.h"
 #include "cpu/operators.h"
-#include "cpu/rms_norm.h"
 
 namespace reasoners {
 namespace {
-
-Tensor widened(const Tensor& t) { return t.to(wide_dtype(t.scalar_type())); }
-
-// exp(A_log), the same bits at any number of threads.
-Tensor rates(const Tensor& A_log) {
-  Tensor y = widened(A_log).contiguous().clone();
-  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "rates", [&] {
-    auto* data = y.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, y.numel(), 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) data[i] = fast_exp(data[i]);
-    });
-  });
-  return y;
-}
-
-// x (batch, H, P) normalised head by head, times weight (H * P).
-Tensor head_norm(const Tensor& x, const Tensor& weight_in, double eps) {
-  const Tensor weight = weight_in.contiguous();
-  Tensor y = at::empty({x.size(0), x.size(1) * x.size(2)}, x.options());
-  const int64_t heads = x.size(1), dim = x.size(2);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "head_norm", [&] {
-    using acc_t = at::opmath_type<scalar_t>;
-    const auto* data = x.const_data_ptr<scalar_t>();
-    const auto* weights = weight.const_data_ptr<scalar_t>();
-    auto* y_data = y.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, x.size(0) * heads, 128, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const scalar_t* row = data + i * dim;
-        const acc_t squares = fixed_sum<acc_t>(dim, [&](int64_t c) {
-          const acc_t v = static_cast<acc_t>(row[c]);
-          return v * v;
-        });
-        scale_row(row, squares, weights + i % heads * dim, static_cast<acc_t>(eps), dim,
-                  y_data + i * dim);
-      }
-    });
-  });
-  return y;
-}
 
 // What the rows name, before anything is mutated.
 void check_rows(const char* op, const Tensor& conv_state, const Tensor& slots,
@@ -79,8 +36,8 @@ Tensor recurrence(const Tensor& state, const OptionalTensor& recent,
                   const OptionalTensor& rng_key) {
   if (recent)
     return cpu::deferred_state_update(state, *recent, *recent_decay, *pending, slots, x, log_decay,
-                                      B, C, scale, widened(D), period, rng_key);
-  return cpu::state_update(state, slots, x, log_decay, B, C, scale, widened(D), rng_key);
+                                      B, C, scale, cpu::widened(D), period, rng_key);
+  return cpu::state_update(state, slots, x, log_decay, B, C, scale, cpu::widened(D), rng_key);
 }
 
 Tensor discrete_mamba2_update(const Tensor& conv_state, const Tensor& state,
@@ -129,12 +86,12 @@ Tensor mamba2_update(const Tensor& conv_state, const Tensor& state, const Option
   const Tensor x = xBC[0].unflatten(1, {kv_heads, head_dim});
   const Tensor B = xBC[1].unflatten(1, {kv_heads, state_dim});
   const Tensor C = xBC[2].unflatten(1, {heads, state_dim});
-  const Tensor delta = cpu::softplus(parts[2], widened(dt_bias));
-  const Tensor log_decay = -delta * rates(A_log);
+  const Tensor delta = cpu::softplus(parts[2], cpu::widened(dt_bias));
+  const Tensor log_decay = -delta * cpu::rates(A_log);
   const Tensor y = recurrence(state, recent, recent_decay, pending, slots, x, log_decay, B, C,
                               delta, D, period, rng_key);
   const Tensor gated = cpu::gate(y, parts[0].unflatten(1, {heads, head_dim}), {});
-  return without_padding(head_norm(gated, norm_weight, eps), slots);
+  return without_padding(cpu::head_norm(gated, norm_weight, eps), slots);
 }
 
 Tensor mamba1_update(const Tensor& conv_state, const Tensor& state, const Tensor& slots,
@@ -157,9 +114,9 @@ Tensor mamba1_update(const Tensor& conv_state, const Tensor& state, const Tensor
                                     /*silu=*/true);
   const Tensor B = parts[2].unflatten(1, {kv_groups, state_dim});
   const Tensor C = parts[3].unflatten(1, {groups, state_dim});
-  const Tensor delta = cpu::softplus(dt, widened(dt_bias));
-  const Tensor y =
-      cpu::selective_update(state, slots, x, delta, rates(A_log).neg_(), B, C, widened(D));
+  const Tensor delta = cpu::softplus(dt, cpu::widened(dt_bias));
+  const Tensor y = cpu::selective_update(state, slots, x, delta, cpu::rates(A_log).neg_(), B, C,
+                                         cpu::widened(D));
   return without_padding(cpu::gate(y, parts[0], {}), slots);
 }
 

@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/operators.h"
 #include "cpu/tile.h"
 
 namespace reasoners {
@@ -482,14 +483,13 @@ void backward(const Arguments<scalar_t>& a, const Tensor& dy_rows,
 
 // A tensor whose last dimension is a contiguous vector.
 Tensor vectors(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(t->contiguous()) : std::nullopt;
-}
+}  // namespace
 
-std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& log_decay, const Tensor& B,
-                                    const Tensor& C, const OptionalTensor& scale,
-                                    const OptionalTensor& D, const OptionalTensor& initial_state,
-                                    const OptionalTensor& cu_seqlens) {
+std::tuple<Tensor, Tensor> cpu::ssd_scan(const Tensor& x, const Tensor& log_decay, const Tensor& B,
+                                         const Tensor& C, const OptionalTensor& scale,
+                                         const OptionalTensor& D,
+                                         const OptionalTensor& initial_state,
+                                         const OptionalTensor& cu_seqlens) {
   const int64_t sequences =
       check_ssd_scan("ssd_scan", x, log_decay, B, C, scale, D, initial_state, cu_seqlens);
   const auto offsets = contiguous(cu_seqlens);
@@ -508,6 +508,8 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& log_decay, co
   return {y, final_state};
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_backward(
     const Tensor& dy, const Tensor& dfinal_state, const Tensor& x, const Tensor& log_decay,
     const Tensor& B, const Tensor& C, const OptionalTensor& scale, const OptionalTensor& D,
@@ -521,10 +523,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_back
                "(batch, length, H, P)");
   check.tensor("dfinal_state", dfinal_state, x, log_decay.scalar_type(),
                {sequences, heads, x.size(3), B.size(3)}, "(batch or sequences, H, P, N)");
-  const auto offsets = contiguous(cu_seqlens);
+  const auto offsets = cpu::contiguous(cu_seqlens);
   if (offsets) check.boundaries("cu_seqlens", *offsets, x.size(1));
   const auto x_rows = vectors(x), B_rows = vectors(B), C_rows = vectors(C), dy_rows = vectors(dy);
-  const auto skip = contiguous(D), initial = contiguous(initial_state);
+  const auto skip = cpu::contiguous(D), initial = cpu::contiguous(initial_state);
   const auto dfinal = dfinal_state.contiguous();
   const auto gradient = [&](bool wanted, at::IntArrayRef sizes) {
     return at::empty(wanted ? sizes : at::IntArrayRef{0}, log_decay.options());
@@ -553,7 +555,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_back
 }
 
 TORCH_LIBRARY_IMPL(reasoners, CPU, m) {
-  m.impl("ssd_scan", &ssd_scan);
+  m.impl("ssd_scan", &cpu::ssd_scan);
   m.impl("ssd_scan_backward", &ssd_scan_backward);
 }
 

@@ -850,6 +850,148 @@ Tensor softplus(const Tensor& x_in, const OptionalTensor& bias_in) {
   return y;
 }
 
+// What the two fused mixers over whole sequences have in common. `conv_at`, `z_at` and `a_at`:
+// where [x, B, C], z and a begin in a projected row.
+struct MixerScanTensors {
+  Tensor projected, conv_weight, conv_bias, D, y, last_inputs, final_state;
+  OptionalTensor past, initial_state, cu_seqlens;
+  MixerScanParams p{};
+
+  MixerScanTensors(const MixerSizes& s, int64_t x_heads, int64_t b_groups, int64_t c_groups,
+                   int64_t conv_at, int64_t z_at, int64_t a_at, const Tensor& projected_in,
+                   const Tensor& conv_weight_in, const Tensor& conv_bias_in, const Tensor& D_in,
+                   const OptionalTensor& past_in, const OptionalTensor& initial_state_in,
+                   const OptionalTensor& cu_seqlens_in)
+      : projected(packed_rows(projected_in, 2)),
+        conv_weight(conv_weight_in.contiguous()),
+        conv_bias(conv_bias_in.contiguous()),
+        D(D_in.contiguous()),
+        past(aligned(past_in)),
+        initial_state(aligned(initial_state_in)),
+        cu_seqlens(contiguous(cu_seqlens_in)) {
+    const int64_t batch = projected.size(0), length = projected.size(1);
+    const int64_t size = projected.element_size();
+    const auto at = [&](int64_t column) {
+      return static_cast<const char*>(projected.const_data_ptr()) + column * size;
+    };
+    SsdScanParams& scan = p.scan;
+    scan.x = at(conv_at);
+    scan.B = at(conv_at + x_heads * s.head_dim);
+    scan.C = at(conv_at + x_heads * s.head_dim + b_groups * s.state_dim);
+    scan.D = D.const_data_ptr<float>();
+    scan.initial_state = data_or_null<float>(initial_state);
+    scan.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
+    scan.x_strides = scan.b_strides = scan.c_strides = token_strides(projected);
+    scan.batch = batch;
+    scan.sequences = s.sequences;
+    scan.length = length;
+    scan.heads = s.heads;
+    scan.x_heads = x_heads;
+    scan.b_groups = b_groups;
+    scan.c_groups = c_groups;
+    scan.head_dim = s.head_dim;
+    scan.state_dim = s.state_dim;
+    scan.dtype = dtype_of(projected);
+    p.z = at(z_at);
+    p.a = at(a_at);
+    p.conv_weight = conv_weight.const_data_ptr();
+    p.conv_bias = conv_bias.const_data_ptr();
+    p.past = past ? past->const_data_ptr() : nullptr;
+    p.width = conv_weight.size(1);
+  }
+  static OptionalTensor aligned(const OptionalTensor& t) {
+    const OptionalTensor packed = contiguous(t);
+    return packed && !is_aligned_to_16(*packed) ? OptionalTensor(packed->clone()) : packed;
+  }
+  // Whether the fused kernel serves these arguments.
+  bool served() const {
+    return projected.element_size() == 2 && p.scan.head_dim % 8 == 0 && p.scan.head_dim > 0 &&
+           p.scan.head_dim <= 128 && p.scan.state_dim % 8 == 0 && p.scan.state_dim <= 128 &&
+           reinterpret_cast<uintptr_t>(p.scan.x) % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(p.z) % 16 == 0 && p.scan.x_strides.batch % 8 == 0 &&
+           p.scan.x_strides.token % 8 == 0;
+  }
+  template <typename Launch>
+  std::tuple<Tensor, Tensor, Tensor> run(const MixerSizes& s, int64_t scratch_size,
+                                         const Launch& launch) {
+    const auto wide = projected.options().dtype(at::kFloat);
+    y = at::empty({projected.size(0), projected.size(1), s.inner}, projected.options());
+    last_inputs = at::empty({s.sequences, p.width - 1, s.channels}, projected.options());
+    final_state = at::empty({s.sequences, s.heads, s.head_dim, s.state_dim}, wide);
+    const auto scratch = at::empty({scratch_size}, wide);
+    p.scan.y = y.mutable_data_ptr();
+    p.scan.final_state = final_state.mutable_data_ptr<float>();
+    p.scan.scratch = scratch.mutable_data_ptr<float>();
+    p.last_inputs = last_inputs.mutable_data_ptr();
+    launch(p, at::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return {y, last_inputs, final_state};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> discrete_mamba2_scan(
+    const Tensor& projected, const Tensor& conv_weight, const Tensor& conv_bias,
+    const Tensor& z_bias_in, const Tensor& D, int64_t state_dim, const OptionalTensor& past,
+    const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+  const MixerSizes s = check_discrete_mamba2_scan(projected, conv_weight, conv_bias, z_bias_in, D,
+                                                  state_dim, past, initial_state, cu_seqlens);
+  const c10::cuda::CUDAGuard guard(projected.device());
+  const Tensor z_bias = z_bias_in.contiguous();
+  MixerScanTensors t(s, s.heads, s.shared, s.shared, 0, s.channels, s.channels + s.inner, projected,
+                     conv_weight, conv_bias, D, past, initial_state, cu_seqlens);
+  if (t.served()) {
+    t.p.z_bias = z_bias.const_data_ptr();
+    return t.run(s, count_discrete_mamba2_scan_scratch(t.p.scan), &launch_discrete_mamba2_scan);
+  }
+  const auto parts = projected.split_with_sizes({s.channels, s.inner, s.heads}, 2);
+  const auto [conv, last_inputs] =
+      causal_conv1d(parts[0], conv_weight, conv_bias, past, cu_seqlens, /*silu=*/false);
+  const int64_t group = s.shared * s.state_dim;
+  const auto xBC = conv.split_with_sizes({s.inner, group, group}, 2);
+  const auto [y, final_state] =
+      ssd_scan(xBC[0].unflatten(2, {s.heads, s.head_dim}), softplus(parts[2], std::nullopt).neg_(),
+               xBC[1].unflatten(2, {s.shared, s.state_dim}),
+               xBC[2].unflatten(2, {s.shared, s.state_dim}), {}, D, initial_state, cu_seqlens);
+  return {gate(y.flatten(2), parts[1], z_bias), last_inputs, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mamba2_scan(const Tensor& projected, const Tensor& conv_weight,
+                                               const Tensor& conv_bias, const Tensor& dt_bias_in,
+                                               const Tensor& A_log_in, const Tensor& D,
+                                               const Tensor& norm_weight_in, double eps,
+                                               int64_t state_dim, const OptionalTensor& past,
+                                               const OptionalTensor& initial_state,
+                                               const OptionalTensor& cu_seqlens) {
+  const MixerSizes s =
+      check_mamba2_scan(projected, conv_weight, conv_bias, dt_bias_in, A_log_in, D, norm_weight_in,
+                        eps, state_dim, past, initial_state, cu_seqlens);
+  const c10::cuda::CUDAGuard guard(projected.device());
+  const Tensor dt_bias = dt_bias_in.contiguous(), A_log = A_log_in.contiguous(),
+               norm_weight = norm_weight_in.contiguous();
+  MixerScanTensors t(s, s.shared, s.shared, s.heads, s.inner, 0, s.inner + s.channels, projected,
+                     conv_weight, conv_bias, D, past, initial_state, cu_seqlens);
+  if (t.served()) {
+    t.p.dt_bias = dt_bias.const_data_ptr<float>();
+    t.p.A_log = A_log.const_data_ptr<float>();
+    t.p.norm_weight = norm_weight.const_data_ptr();
+    t.p.eps = eps;
+    return t.run(s, count_mamba2_scan_scratch(t.p.scan), &launch_mamba2_scan);
+  }
+  const auto parts = projected.split_with_sizes({s.inner, s.channels, s.heads}, 2);
+  const auto [conv, last_inputs] =
+      causal_conv1d(parts[1], conv_weight, conv_bias, past, cu_seqlens, /*silu=*/true);
+  const auto xBC = conv.split_with_sizes(
+      {s.shared * s.head_dim, s.shared * s.state_dim, s.heads * s.state_dim}, 2);
+  const Tensor delta = softplus(parts[2], dt_bias);
+  const auto [y, final_state] =
+      ssd_scan(xBC[0].unflatten(2, {s.shared, s.head_dim}), -delta * A_log.exp(),
+               xBC[1].unflatten(2, {s.shared, s.state_dim}),
+               xBC[2].unflatten(2, {s.heads, s.state_dim}), delta, D, initial_state, cu_seqlens);
+  const Tensor gated = gate(y, parts[0].unflatten(2, {s.heads, s.head_dim}), {});
+  const Tensor normal = at::rms_norm(gated, {s.head_dim}, {}, eps);
+  return {normal.flatten(2) * norm_weight, last_inputs, final_state};
+}
+
 void append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_in, const Tensor& v_in,
                const Tensor& page_table_in, const Tensor& cu_seqlens_q, const Tensor& kv_lengths) {
   check_append_kv(k_cache, v_cache, k_in, v_in, page_table_in, cu_seqlens_q, kv_lengths);
@@ -988,6 +1130,8 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("advance", &advance);
   m.impl("ssd_scan", &ssd_scan);
   m.impl("ssd_scan_backward", &ssd_scan_backward);
+  m.impl("discrete_mamba2_scan", &discrete_mamba2_scan);
+  m.impl("mamba2_scan", &mamba2_scan);
   m.impl("selective_scan", &selective_scan);
   m.impl("selective_scan_backward", &selective_scan_backward);
   m.impl("causal_conv1d", &causal_conv1d);

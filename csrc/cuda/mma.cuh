@@ -55,6 +55,13 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x; 0 for what is too large, and infinity for what is too small for a normal number.
+__device__ inline float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The same number, which the compiler does not know: what is computed from it is computed where it
 // is needed, instead of early and then kept in registers.
 __device__ inline int64_t opaque(int v) {
