@@ -1,4 +1,4 @@
-"""A fused mixer over whole sequences, from in_proj's rows to out_proj's, beside the operators that it stands for.
+"""A fused mixer over whole sequences, from in_proj's rows to out_proj's, beside the operators it is made of.
 
 Its roof reads every projected row once and writes y once; the composition also writes and reads x, B,
 C, the decays and the scan's y.

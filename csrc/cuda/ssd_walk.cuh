@@ -289,7 +289,9 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
             squares[half] += __shfl_xor_sync(~0u, squares[half], offset);
         if constexpr (T::kParts > 1) {
           float (&sums)[T::kParts][kChunk] = shared.squares;
-          if (q < 2) sums[h][first_token + g + q * 8] = squares[q];
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (q == 0) sums[h][first_token + g + half * 8] = squares[half];
           __syncthreads();
 #pragma unroll
           for (int half = 0; half < 2; ++half)
