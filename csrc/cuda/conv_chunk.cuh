@@ -39,29 +39,34 @@ struct alignas(16) RawChunk {
     bias[column] = channel >= 0 ? to_float(biases[channel]) : 0.f;
   }
 
-  // put(row, column) -> where kVec neighbours go, of the first kUsed columns. Rows from `rows` on
+  // The columns from kFirst on, of kMatrices like `to`: the second is `other`. Rows from `rows` on
   // are zeros.
-  template <bool kSilu, int kUsed, int kThreads, typename Put>
-  __device__ void convolve(int rows, const Put& put) const {
-    constexpr int kRows = 8, kVec = 4, kVectors = kUsed / kVec;
+  template <bool kSilu, int kThreads, int kFirst, int kMatrices, int kWidth>
+  __device__ void convolve(int rows, Matrix<data_t, kChunk, kWidth>& to,
+                           Matrix<data_t, kChunk, kWidth>& other) const {
+    constexpr int kRows = 8, kVec = 4, kVectors = kMatrices * kWidth / kVec;
     constexpr int kTasks = kVectors * (kChunk / kRows);
 #pragma unroll 1
     for (int task = threadIdx.x; task < kTasks; task += kThreads) {
       const int column = task % kVectors * kVec, first = task / kVectors * kRows;
       float taps[kMaxPast + 1][kVec], start[kVec], u[kMaxPast + kRows][kVec];
       const auto read = [&](const float* from, float (&values)[kVec]) {
-        const auto some = *reinterpret_cast<const float4*>(from);
+        const auto some = *reinterpret_cast<const float4*>(from + kFirst + column);
         values[0] = some.x, values[1] = some.y, values[2] = some.z, values[3] = some.w;
       };
 #pragma unroll
-      for (int w = 0; w <= kMaxPast; ++w) read(&weight[w][column], taps[w]);
-      read(&bias[column], start);
+      for (int w = 0; w <= kMaxPast; ++w) read(weight[w], taps[w]);
+      read(bias, start);
 #pragma unroll
       for (int i = 0; i < kMaxPast + kRows; ++i) {
-        const uint2 bits = *reinterpret_cast<const uint2*>(&at[first + i][column]);
+        const uint2 bits = *reinterpret_cast<const uint2*>(&at[first + i][kFirst + column]);
         const float2 low = unpack<data_t>(bits.x), high = unpack<data_t>(bits.y);
         u[i][0] = low.x, u[i][1] = low.y, u[i][2] = high.x, u[i][3] = high.y;
       }
+      data_t* out = column < kWidth ? &to.at[first][column] : &other.at[first][column - kWidth];
+      const auto put = [&](int i, uint2 values) {
+        *reinterpret_cast<uint2*>(out + i * to.kPitch) = values;
+      };
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         float sum[kVec];
@@ -72,12 +77,10 @@ struct alignas(16) RawChunk {
           for (int w = 0; w <= kMaxPast; ++w) sum[k] = fmaf(taps[w][k], u[i + w][k], sum[k]);
           if (kSilu) sum[k] = silu_fast(sum[k]);
         }
-        const uint2 out{pack<data_t>(sum[0], sum[1]), pack<data_t>(sum[2], sum[3])};
-        *reinterpret_cast<uint2*>(put(first + i, column)) = out;
+        put(i, {pack<data_t>(sum[0], sum[1]), pack<data_t>(sum[2], sum[3])});
       }
 #pragma unroll 1
-      for (int i = max(rows - first, 0); i < kRows; ++i)
-        *reinterpret_cast<uint2*>(put(first + i, column)) = uint2{0, 0};
+      for (int i = max(rows - first, 0); i < kRows; ++i) put(i, uint2{0, 0});
     }
   }
 };

@@ -11,9 +11,10 @@
 
 namespace reasoners {
 
-// The sequence and the head of a block.
+// The sequence and the head of a block, and where in a token's x, B and C the head's are.
 struct WalkPlace {
   int head, index, batch, begin, length;  // `index` of the sequence, which is in row `batch`
+  int x_offset, b_offset, c_offset;
 };
 
 // Columns of a chunk in shared memory are those of x, B, C, one after the other; kUsed of them are
@@ -27,24 +28,25 @@ struct ProjectedChunks {
   typename Tile::Shared& shared;
   WalkPlace place;
 
-  // A column of the head: its data at the first token of the sequence's batch row, its channel of
-  // the convolution, negative where there is none, and whether no head before shares it.
+  // A column of the head: its data at the first token of the sequence's batch row, and its channel
+  // of the convolution, negative where there is none.
   struct Column {
     const data_t* data;
     int channel;
-    bool owned;
   };
   __device__ Column column_at(int column) const {
     const SsdScanParams& p = params.scan;
-    const auto of = [&](const void* data, int heads, int width, int first_channel, int i) {
-      const int sharing = p.heads / heads, offset = place.head / sharing * width + i;
-      return Column{static_cast<const data_t*>(data) + place.batch * p.x_strides.batch + offset,
-                    i < width ? first_channel + offset : -1, place.head % sharing == 0};
+    const auto of = [&](const void* data, int offset, int width, int first_channel) {
+      return Column{
+          static_cast<const data_t*>(data) + place.batch * p.x_strides.batch + offset + column,
+          column < width ? first_channel + offset + column : -1};
     };
     const int b_channel = p.x_heads * p.head_dim, c_channel = b_channel + p.b_groups * p.state_dim;
-    if (column < kP) return of(p.x, p.x_heads, p.head_dim, 0, column);
-    if (column < kP + kN) return of(p.B, p.b_groups, p.state_dim, b_channel, column - kP);
-    return of(p.C, p.c_groups, p.state_dim, c_channel, column - kP - kN);
+    if (column < kP) return of(p.x, place.x_offset, p.head_dim, 0);
+    column -= kP;
+    if (column < kN) return of(p.B, place.b_offset, p.state_dim, b_channel);
+    column -= kN;
+    return of(p.C, place.c_offset, p.state_dim, c_channel);
   }
   __device__ int64_t channels() const {
     const SsdScanParams& p = params.scan;
@@ -130,20 +132,20 @@ struct ProjectedChunks {
   template <bool kSilu>
   __device__ void convolve(int t) const {
     auto& in = shared.inputs[0];
-    shared.raw.template convolve<kSilu, kUsed, kThreads>(
-        place.length - t, [&](int row, int column) -> data_t* {
-          return column < kP        ? &in.x.at[row][column]
-                 : column < kP + kN ? &in.b.at[row][column - kP]
-                                    : &in.c.at[row][column - kP - kN];
-        });
+    const int rows = place.length - t;
+    shared.raw.template convolve<kSilu, kThreads, 0, 1>(rows, in.x, in.x);
+    shared.raw.template convolve<kSilu, kThreads, kP, kUsed == kColumns ? 2 : 1>(rows, in.b, in.c);
   }
   // The sequence's last inputs, by the first of the heads that share them.
   __device__ void keep_last() const {
+    const SsdScanParams& p = params.scan;
     const int history = params.width - 1;
+    const auto owned = [&](int heads) { return place.head % (p.heads / heads) == 0; };
+    const bool x_owned = owned(p.x_heads), b_owned = owned(p.b_groups), c_owned = owned(p.c_groups);
     for (int v = threadIdx.x; v < history * (kColumns / 8); v += kThreads) {
-      const int w = v / (kColumns / 8);
-      const Column column = column_at(v % (kColumns / 8) * 8);
-      if (column.channel < 0 || !column.owned) continue;
+      const int w = v / (kColumns / 8), at = v % (kColumns / 8) * 8;
+      const Column column = column_at(at);
+      if (column.channel < 0 || !(at < kP ? x_owned : at < kP + kN ? b_owned : c_owned)) continue;
       const data_t* from = input_at(column, place.length - history + w);
       auto* to = static_cast<data_t*>(params.last_inputs) +
                  (int64_t(place.index) * history + w) * channels() + column.channel;

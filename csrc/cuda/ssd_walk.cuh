@@ -109,16 +109,21 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   const int chunks = (length + kChunk - 1) / kChunk, segments = (chunks + kSegment - 1) / kSegment;
   const int first = unit % blocks * deal.each,
             last = deal.blocks > 0 ? min(first + deal.each, segments) : segments;
-  constexpr bool kConvolves = Source::kConvolves;
-  const ProjectedChunks<T, typename Source::Params, kP, kN, kAdds ? kP + kN : kP + 2 * kN>
-      projected{params, shared, {head, index, batch, begin, length}};
-  if constexpr (kConvolves && !kAdds)
-    if (first == 0) projected.keep_last();
-  if (deal.blocks > 0 && first >= last) return;
-  const int first_chunk = first * kSegment, last_chunk = min(last * kSegment, chunks);
   const int x_offset = head / (p.heads / p.x_heads) * p.head_dim,
             b_offset = head / (p.heads / p.b_groups) * p.state_dim,
             c_offset = head / (p.heads / p.c_groups) * p.state_dim;
+  constexpr bool kConvolves = Source::kConvolves;
+  const ProjectedChunks<T, typename Source::Params, kP, kN, kAdds ? kP + kN : kP + 2 * kN>
+      projected{params, shared, {head, index, batch, begin, length, x_offset, b_offset, c_offset}};
+  // By the block of the last chunk, or of none; the inputs are in the second-level cache then.
+  const auto keep_last = [&] {
+    if constexpr (kConvolves && !kAdds) projected.keep_last();
+  };
+  if (deal.blocks > 0 && first >= last) {
+    if (first == 0) keep_last();
+    return;
+  }
+  const int first_chunk = first * kSegment, last_chunk = min(last * kSegment, chunks);
   const float skip = p.D ? p.D[head] : 0.f;
 
   // By a shuffle, so that the compiler knows it to be the same for all lanes.
@@ -284,7 +289,9 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
             squares[half] += __shfl_xor_sync(~0u, squares[half], offset);
         if constexpr (T::kParts > 1) {
           float (&sums)[T::kParts][kChunk] = shared.squares;
-          if (q < 2) sums[h][first_token + g + q * 8] = squares[q];
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (q == 0) sums[h][first_token + g + half * 8] = squares[half];
           __syncthreads();
 #pragma unroll
           for (int half = 0; half < 2; ++half)
@@ -388,7 +395,6 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   const Places places(p, sequence, index, head);
   const int64_t size = int64_t(p.head_dim) * p.state_dim;
   const int64_t home = (int64_t(index) * p.heads + head) * size;  // in a state tensor
-  if constexpr (kConvolves) projected.put_constants(source);
   if (first_chunk < last_chunk) {
     if constexpr (kConvolves) {
       request_raw(first_chunk);
@@ -402,7 +408,10 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
                                         : nullptr;
   read_state(kAdds ? nullptr : from, carried);
   begin_segment();
-  if (!kAdds && !kConvolves) put_state(shared.states[0]);
+  if constexpr (kConvolves)
+    projected.put_constants(source);
+  else if (!kAdds)
+    put_state(shared.states[0]);
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < last_chunk; ++chunk) {
     Scalars& scalars = shared.scalars[kConvolves ? 0 : chunk & 1];
@@ -444,6 +453,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     put_state(shared.states[(chunk + 1 - first_chunk) % T::kStates]);
   }
   if (!kAdds && deal.blocks == 0) write_state(carried, p.final_state + home);
+  if (last == segments) keep_last();
 }
 
 // Turns what each segment adds into the state before it, and leaves the final state.
