@@ -142,8 +142,10 @@ def check_halves(name, device, at, **case):
     y = torch.cat((first[0], second[0]), 1)
     torch.testing.assert_close(y, whole[0], rtol=step, atol=step * whole[0].abs().max().item())
     assert torch.equal(second[1], whole[1])
+    # One rounding of x times its gain, to the dtype, is in proportion to the largest terms.
+    rounding = 1e-5 if case.get("dtype") is None else 2**-8
     size = whole[2].abs().max().item()
-    torch.testing.assert_close(second[2], whole[2], rtol=1e-2, atol=1e-3 * size)
+    torch.testing.assert_close(second[2], whole[2], rtol=1e-2, atol=rounding * size)
 
 
 @MIXERS

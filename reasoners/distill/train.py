@@ -63,13 +63,16 @@ def distill(
     with join(device) as workers:
         if dtype is None:
             dtype = torch.bfloat16 if workers.device.type == "cuda" else torch.float32
-        training = _Training(recipe, Path(out), teacher, data, workers, dtype)
-        if not training.finished:
-            try:
-                training.run(save_every_s, show)
-            finally:
-                training.batches.close()
+        _train(_Training(recipe, Path(out), teacher, data, workers, dtype), save_every_s, show)
     return Path(out)
+
+
+def _train(training: "_Training", save_every_s: float, show: bool):
+    if not training.finished:
+        try:
+            training.run(save_every_s, show)
+        finally:
+            training.batches.close()
 
 
 class _Training:

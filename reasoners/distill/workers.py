@@ -1,5 +1,6 @@
 """The processes of one training: one by itself, or several under torchrun with sharded weights."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,7 +86,9 @@ def whole(tensor: Tensor) -> Tensor:
 def join(device: str | None) -> Iterator[Workers]:
     """Become one of torchrun's processes, or stay alone.
 
-    device: "cpu", "cuda" or None for CUDA if there is a GPU.
+    device: "cpu", "cuda" or None for CUDA if there is a GPU. What was sharded must not outlive the
+    block: gloo's threads end with the last object that names their group, and one that lets go of a
+    tensor while the interpreter shuts down aborts the process.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -101,3 +104,4 @@ def join(device: str | None) -> Iterator[Workers]:
         yield Workers(rank, count, own)
     finally:
         dist.destroy_process_group()
+        gc.collect()  # sharded modules are in cycles
