@@ -37,7 +37,7 @@ for topic in $topics; do
     update) table update bench/bench_state_update.py bench/bench_mixer_update.py ;;
     decode) table decode bench/bench_decode.py ;;
     attention) table attention bench/bench_paged_attention.py bench/bench_sample.py ;;
-    scan) table scan bench/bench_ssd_scan.py bench/bench_mamba1.py ;;
+    scan) table scan bench/bench_ssd_scan.py bench/bench_mixer_scan.py bench/bench_mamba1.py ;;
     train) table train bench/bench_distill.py ;;
     profile)  # bytes and throughput of one update at batch 512
       ncu --clock-control none --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
@@ -51,7 +51,7 @@ for topic in $topics; do
           tests/test_deferred_state_update.py tests/test_mixer_update.py tests/test_selective_scan.py \
           tests/test_linear.py tests/test_add_rms_norm.py tests/test_advance.py tests/test_rotate.py \
           tests/test_paged_attention.py tests/test_rotate_append_kv.py tests/test_ssd_scan.py \
-          tests/test_causal_conv1d.py tests/test_sample.py \
+          tests/test_causal_conv1d.py tests/test_mixer_scan.py tests/test_sample.py \
           -k "reference and not tiles and not stages" >"$OUT/$tool.log" 2>&1 || true
         echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$tool.log")"
       done ;;

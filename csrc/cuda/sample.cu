@@ -41,7 +41,7 @@
 namespace reasoners {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLogMostBlocks = 3;
 constexpr int kMostBlocks = 1 << kLogMostBlocks;  // of a cluster; more are not portable
@@ -50,18 +50,19 @@ constexpr int kPartsOfWarp = 4;  // of what a warp reads of a group, for the bou
 constexpr int kParts = kGroups * kWarps * kPartsOfWarp;
 constexpr int kCandidates = kThreads;
 constexpr int kRoom = kCandidates / kGroups;  // for a group's candidates
-constexpr int kResident = 264;                // blocks, two on each of 132 multiprocessors
-constexpr int kStageBytes = 88 << 10;         // so that two blocks fit
-constexpr int kDigit = 11;
+constexpr int kPerSM = 3;                     // blocks on a multiprocessor
+constexpr int kResident = 132 * kPerSM;
+constexpr int kDigit = 10;
 constexpr int kBins = 1 << kDigit;
 constexpr float kBinsPerUnit = 64;  // of z
-constexpr int kBinsOfThread = kBins / kThreads;
+constexpr int kBinsOfThread = (kBins + kThreads - 1) / kThreads;
 constexpr unsigned kAll = ~0u;
 constexpr float kInfinity = INFINITY;
 constexpr float kLowest = -0x1.fffffep+127f;
 constexpr float kLog2E = 0x1.715476p+0f;
-static_assert(kBins % kThreads == 0 && kWarps <= 32 && kThreads % kMostBlocks == 0);
+static_assert(kBins % 32 == 0 && kWarps <= 32 && kThreads % kMostBlocks == 0);
 static_assert(kParts == kThreads && kMostBlocks * kPartsOfWarp <= 32);
+static_assert(kGroups * kWarps % 32 == 0);
 
 // A part of the row: its maximum, the lowest id there, and the sum of exp(x - maximum).
 struct Summary {
@@ -182,22 +183,21 @@ struct Key {
   }
 };
 
-// What top-k may keep: as it comes in, a section for every group; then one after the other.
+// What top-k may keep.
 struct Candidate {
   float x;
   int id;
 };
 struct Candidates {
-  Candidate incoming[kCandidates];
   float x[kCandidates];
-  int id[kCandidates];
   uint64_t mass[kCandidates];
 };
 
 struct Shared {
   union {
     uint32_t bins[kBins];
-    Candidates candidates;
+    Candidate incoming[kCandidates];  // a section for every group
+    Candidates candidates;            // one after the other
   };
   float part_maxima[kParts];
   uint32_t counts[kGroups];  // of candidates
@@ -211,6 +211,7 @@ struct Shared {
   int bar;         // bits of a score that was reached; none that is negative is told
 };
 constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
+constexpr int kStageBytes = (233472 / kPerSM - 1024 - kSharedBytes) / 16 * 16;
 
 struct Geometry {
   int blocks;  // of a row's cluster
@@ -446,7 +447,7 @@ class Row {
     if (threadIdx.x < groups) shared_.counts[first_group + threadIdx.x] = 0;
     const float least = bound(top_k);
     for_groups([&](int group) {
-      Candidate* const section = in_block(shared_.candidates.incoming, 0) + group * kRoom;
+      Candidate* const section = in_block(shared_.incoming, 0) + group * kRoom;
       for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
         if (!(maximum(x) >= least)) return;
 #pragma unroll
@@ -473,40 +474,39 @@ class Row {
                                  float kept_z) const {
     if (rank_ > 0) return;
     auto& candidates = shared_.candidates;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = threadIdx.x;
-    const int section = mine / kRoom;
-    int count = 0, place = mine % kRoom;
-    const bool filled = place < shared_.counts[section];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int section = threadIdx.x / kRoom;
+    int count = 0, place = threadIdx.x % kRoom;
+    const bool mine = place < shared_.counts[section];
     for (int group = 0; group < kGroups; ++group) {
       if (group == section) place += count;
       count += shared_.counts[group];
     }
-    if (filled) {
-      const Candidate here = candidates.incoming[mine];
-      candidates.x[place] = here.x;
-      candidates.id[place] = here.id;
-      candidates.mass[place] = top_p < 1 ? mass(here.x) : 0;
+    const auto [x, id] = shared_.incoming[threadIdx.x];
+    const uint64_t mass_of_mine = mine && top_p < 1 ? mass(x) : 0;
+    __syncthreads();
+    if (mine) {
+      candidates.x[place] = x;
+      candidates.mass[place] = mass_of_mine;
     }
     __syncthreads();
-    const float x = mine < count ? candidates.x[mine] : -kInfinity;
     int higher = 0;
     uint64_t above = 0;
-    if (mine < count) {
+    if (mine) {
       for (int i = 0; i < count; ++i) {
         if (!(candidates.x[i] > x)) continue;
         ++higher;
         above += candidates.mass[i];
       }
     }
-    bool kept = mine < count && higher < top_k && z(x) >= kept_z;
+    bool kept = mine && higher < top_k && z(x) >= kept_z;
     if (top_p < 1) {
       uint64_t all;
-      sum_before(mine < count && higher < top_k ? candidates.mass[mine] : uint64_t{0}, all);
+      sum_before(mine && higher < top_k ? mass_of_mine : uint64_t{0}, all);
       kept = kept && above < share(top_p, all);
     }
     Best best{-kInfinity, size_, 0.f};
     if (kept) {
-      const int id = candidates.id[mine];
       const PhiloxBlock words = shared_.noise.block(id / 4);
       best = {z(x) + noise_gumbel(choose(words.a, words.b, words.c, words.d, id % 4)), id, x};
     }
@@ -529,8 +529,10 @@ class Row {
     // Thread t sums the bins from the top to those of its own.
     uint32_t own[kBinsOfThread], sum = 0, total;
 #pragma unroll
-    for (int i = 0; i < kBinsOfThread; ++i)
-      sum += own[i] = shared_.bins[threadIdx.x * kBinsOfThread + i];
+    for (int i = 0; i < kBinsOfThread; ++i) {
+      const int bin = threadIdx.x * kBinsOfThread + i;
+      sum += own[i] = bin < kBins ? shared_.bins[bin] : 0;
+    }
     uint32_t before = above + sum_before(sum, total);
     if (before < target && before + sum >= target) {
       int bin = 0;
@@ -597,7 +599,9 @@ class Row {
     uint32_t* const bins = in_block(shared_.bins, threadIdx.x & (g_.blocks - 1));
 #pragma unroll
     for (int i = 0; i < kBinsOfThread; ++i) {
-      const int bin = (rank_ * kBins + i * kThreads + threadIdx.x) >> g_.log_blocks;
+      const int task = i * kThreads + threadIdx.x;
+      if (task >= kBins) break;  // all of a warp or none
+      const int bin = (rank_ * kBins + task) >> g_.log_blocks;
       uint32_t sum = bins[bin];
       for (int offset = 1; offset < g_.blocks; offset *= 2)
         sum += __shfl_xor_sync(kAll, sum, offset);
@@ -731,7 +735,7 @@ class Row {
 };
 
 template <typename data_t, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kPerSM)
     sample_kernel(const SampleParams p, const Geometry g) {
   extern __shared__ __align__(16) char memory[];
   Row<data_t, kAligned>(p, g, memory).run(p);
