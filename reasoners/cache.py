@@ -21,6 +21,12 @@ class CacheFull(RuntimeError):
     """No slot or too few pages are free now; they may be later."""
 
 
+def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device, without waiting for what the device has still to do."""
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
 @dataclass
 class Step:
     """One forward pass over packed tokens: which slots they extend and where they stand.
@@ -178,6 +184,7 @@ class Cache:
                     states.recent_dims = dims
                 self.layers.append(states)
 
+        # As of the last `apply`, like the states.
         self.page_table = torch.full((num_slots, max_pages), -1, dtype=torch.int32, device=device)
         self.lengths = [0] * num_slots
         self._pages: dict[int, list[int]] = {}  # alive slots
@@ -188,6 +195,7 @@ class Cache:
         self._fresh: set[int] = set()
         self._copies: dict[int, int] = {}  # child -> parent
         self._page_copies: list[tuple[int, int]] = []  # (target, source)
+        self._repaged: set[int] = set()  # slots that have other pages than the page table says
 
     def num_bytes(self) -> int:
         """Bytes of all pages and states."""
@@ -259,14 +267,21 @@ class Cache:
         return child
 
     def apply(self):
-        """Clear the states of allocated slots and copy those of forks, all of them at once.
+        """Write the page table, clear the states of allocated slots and copy those of forks, all at once.
 
-        `step` begins with it; whoever reads or feeds the layers without `step` calls it first.
+        `step` begins with it; whoever reads or feeds the layers without `step` calls it first. It does
+        not wait for the device.
         """
         device = self.page_table.device
 
         def index(values):
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
+            return to_device(list(values), torch.int64, device)
+
+        if self._repaged and self.paged:
+            width = self.page_table.shape[1]
+            held = (self._pages.get(slot, []) for slot in self._repaged)
+            rows = [pages + [-1] * (width - len(pages)) for pages in held]
+            self.page_table[index(self._repaged)] = to_device(rows, torch.int32, device)
 
         tensors = [
             t for layer in self.layers if isinstance(layer, States) for t in layer.slot_tensors()
@@ -291,12 +306,13 @@ class Cache:
         self._fresh.clear()
         self._copies.clear()
         self._page_copies.clear()
+        self._repaged.clear()
 
     def settle(self, slots: Sequence[int]):
         """Fold the recent tokens of slots into their scan states."""
         if self.period == 1:
             return
-        rows = torch.tensor(list(slots), dtype=torch.int32, device=self.page_table.device)
+        rows = to_device(list(slots), torch.int32, self.page_table.device)
         for layer in self.layers:
             if isinstance(layer, States) and layer.recent is not None:
                 # A token that adds nothing and forgets nothing.
@@ -320,7 +336,7 @@ class Cache:
         self.require_fit(capacity)
         pages = self._pages[slot]
         pages.extend(self._take_pages(self.pages_for(capacity) - len(pages)))
-        self._write_page_table(slot)
+        self._repaged.add(slot)
 
     def group(self, slots: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Who shares pages with whom: forks of one prompt, as long as two of them are alive.
@@ -379,10 +395,9 @@ class Cache:
             self.settle([slot for slot in slots if self.lengths[slot] > 0])
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
-        device = self.page_table.device
 
         def ints(values):
-            return torch.tensor(values, dtype=torch.int32, device=device)
+            return to_device(values, torch.int32, self.page_table.device)
 
         rows = ints(list(slots))
         return Step(
@@ -402,7 +417,7 @@ class Cache:
         for page in shared:
             self._owners[page] += 1
         self._pages[slot] = [*shared, *pages]
-        self._write_page_table(slot)
+        self._repaged.add(slot)
         return slot
 
     def _take_pages(self, count: int) -> list[int]:
@@ -412,8 +427,3 @@ class Cache:
         for page in pages:
             self._owners[page] = 1
         return pages
-
-    def _write_page_table(self, slot: int):
-        pages = self._pages[slot]
-        self.page_table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        self.page_table[slot, len(pages) :] = -1

@@ -3,7 +3,9 @@
 A prompt is prefilled once; its samples fork from that state and decode together with everybody
 else's. A sample leaves the batch the moment it ends and a waiting one takes its row. Nothing a sample
 computes depends on its neighbours: prompts are prefilled in pieces cut at fixed positions, every
-kernel treats rows apart, and random numbers are keyed by (seed, prompt, sample, position). What is
+kernel treats rows apart, and random numbers are keyed by (seed, prompt, sample, position). On CUDA the
+host is a window of steps behind the device: while one runs, it reads the one before, hands out what
+ended, and prepares the next, in which rows that ended meanwhile are idle. What is
 left to the BLAS library is the order of a matrix product's sums: `Linear` sees to it for MKL on AMD
 and for bfloat16; MKL on Intel needs MKL_CBWR=AVX512,STRICT in the environment for float32.
 """
@@ -18,8 +20,8 @@ import torch
 from torch import Tensor
 
 from reasoners import ops
-from reasoners.cache import Cache, CacheFull
-from reasoners.decode import ENDED, MAX_STOP_IDS, DecodeLoop, Row
+from reasoners.cache import Cache, CacheFull, to_device
+from reasoners.decode import ENDED, MAX_STOP_IDS, DecodeLoop, Drawn, Row
 from reasoners.model import HybridLM
 from reasoners.sampling import SamplingParams, prompt_key
 
@@ -73,22 +75,39 @@ class _Prompt:
 
 @dataclass
 class _Row:
+    """A sample and the slot that it has.
+
+    stop_ids: tokens that end it. loop_knows: whether the decode loop ends it by itself. last: its first
+    token, on the device. on_their_way: tokens that the device may have drawn and the host has not read.
+    place: where it was in the loop's last load.
+    """
+
     sample: Sample
     slot: int
     key: int
-
-    @property
-    def length(self) -> int:
-        """Tokens so far; the last of them is not in the cache yet."""
-        return len(self.sample.request.prompt) + len(self.sample.token_ids)
+    stop_ids: tuple[int, ...]
+    loop_knows: bool
+    last: Tensor | None = None
+    on_their_way: int = 0
+    place: int | None = None
 
     @property
     def remaining(self) -> int:
-        return self.sample.request.params.max_tokens - len(self.sample.token_ids)
+        drawn = len(self.sample.token_ids) + self.on_their_way
+        return self.sample.request.params.max_tokens - drawn
 
     @property
     def rng_name(self) -> tuple[int, int, int]:
         return self.sample.request.params.seed, self.key, self.sample.index
+
+
+@dataclass
+class _Window:
+    """What the device draws for some rows in some steps."""
+
+    rows: list[_Row]
+    steps: int
+    drawn: Drawn
 
 
 class Engine:
@@ -98,6 +117,8 @@ class Engine:
     max_bytes: of the cache, None for half of the memory that is free now. eos_token_ids: tokens that
     end an answer. ends_with_stop: called with (token_ids, stop strings) for requests that have stop
     strings; true ends the answer. prefill_chunk: prompts are fed in pieces of this many tokens.
+    look_every: steps of a window, None for 8 on CUDA and 1 elsewhere. ahead: windows that the device is
+    ahead of the host, 0 or 1, None for 1 on CUDA and 0 elsewhere.
     """
 
     def __init__(
@@ -112,6 +133,7 @@ class Engine:
         ends_with_stop: Callable[[Sequence[int], tuple[str, ...]], bool] | None = None,
         prefill_chunk: int = 512,
         look_every: int | None = None,
+        ahead: int | None = None,
         state_dtype: torch.dtype | None = None,
         period: int | None = None,
         stochastic_rounding: bool = False,
@@ -120,11 +142,14 @@ class Engine:
         cuda = model.device.type == "cuda"
         if max_rows < 1:
             raise ValueError(f"Engine: max_rows expected >= 1, got {max_rows}")
+        if ahead not in (None, 0, 1):
+            raise ValueError(f"Engine: ahead expected 0 or 1, got {ahead}")
         self.model = model
         self.max_rows = max_rows
         self.eos_token_ids = frozenset(eos_token_ids)
         self.ends_with_stop = ends_with_stop
         self.prefill_chunk = prefill_chunk
+        self.ahead = int(cuda) if ahead is None else ahead
         self.cache = Cache(
             model,
             num_slots=max_rows
@@ -176,18 +201,17 @@ class Engine:
         try:
             while not should_stop():
                 yield from run.admit()
-                if not run.rows:
-                    if run.done:
-                        return
-                    continue
-                yield from run.decode()
+                started = run.decode()
+                if run.done:
+                    return
+                yield from run.collect(self.ahead if started else 0)
                 yield None
         finally:
             run.release()
 
 
 class _Run:
-    """The state of one Engine.run: what waits, what is forked, what decodes."""
+    """The state of one Engine.run: what waits, what is forked, what decodes, what is yet to be read."""
 
     def __init__(self, engine: Engine, source: Iterator[Request]):
         self.engine, self.cache, self.model = engine, engine.cache, engine.model
@@ -197,10 +221,11 @@ class _Run:
         self.prompts: deque[_Prompt] = deque()
         self.rows: list[_Row] = []
         self.loaded: list[_Row] | None = None  # what the decode loop holds
+        self.windows: deque[_Window] = deque()  # not read yet, oldest first
 
     @property
     def done(self) -> bool:
-        return self.exhausted and not (self.held or self.prompts or self.rows)
+        return self.exhausted and not (self.held or self.prompts or self.rows or self.windows)
 
     def release(self):
         for holder in [*self.prompts, *self.rows]:
@@ -215,29 +240,57 @@ class _Run:
             started = self._fork()
             if not started:
                 return
-            logits = torch.stack([prompt.logits for prompt, _ in started])
             rows = [row for _, row in started]
             self.rows = [*self.rows, *rows]
-            yield from self._draw(rows, logits)
+            self._draw(rows, torch.stack([prompt.logits for prompt, _ in started]))
+            if self.engine.ahead:
+                return
+            yield from self.collect(0)
 
-    def decode(self) -> Iterator[Sample]:
-        """A few tokens for every row."""
+    def decode(self) -> bool:
+        """Start a few steps for every row; false if none of them can need any."""
         loop = self.engine.loop
+        steps = min(loop.max_steps, max((row.remaining for row in self.rows), default=0))
+        if steps < 1:
+            return False
         if self.rows is not self.loaded:
-            loop.load([self._loop_row(row) for row in self.rows])
+            loop.load([self._loop_row(row) if row.place is None else row.place for row in self.rows])
+            for place, row in enumerate(self.rows):
+                row.place, row.last = place, None
             self.loaded = self.rows
-        steps = min(loop.max_steps, max(row.remaining for row in self.rows))
-        tokens, logprobs = loop.run(steps)
-        tokens, logprobs = tokens.T.tolist(), logprobs.T.tolist()
-        for row, drawn, scores in zip(self.rows, tokens, logprobs, strict=True):
-            self.cache.lengths[row.slot] += drawn.index(ENDED) if ENDED in drawn else steps
-            self._take(row, drawn, scores)
-        yield from self._finish()
+        self._expect(self.rows, steps, loop.start(steps))
+        return True
+
+    def collect(self, keep: int) -> Iterator[Sample]:
+        """Read all windows but the latest `keep`, and yield the samples that ended in them."""
+        while len(self.windows) > keep:
+            window = self.windows.popleft()
+            tokens, logprobs = window.drawn.read()
+            no_number = bool((tokens == -1).any())
+            wanted = any(row.sample.logprobs is not None for row in window.rows)
+            tokens = tokens.T.tolist()
+            logprobs = logprobs.T.tolist() if wanted else [[]] * len(tokens)
+            for row, drawn, scores in zip(window.rows, tokens, logprobs, strict=True):
+                row.on_their_way -= window.steps
+                if row.sample.finish_reason:
+                    continue
+                if no_number:
+                    self._require_finite(row, drawn)
+                self._take(row, drawn, scores)
+            yield from self._finish()
+
+    def _expect(self, rows: list[_Row], steps: int, drawn: Drawn):
+        for row in rows:
+            row.on_their_way += steps
+        self.windows.append(_Window(rows, steps, drawn))
 
     def _loop_row(self, row: _Row) -> Row:
-        params = row.sample.request.params
-        last, stops = row.sample.token_ids[-1], self.engine.stop_ids(params)
-        return Row(row.slot, last, row.length, row.remaining, row.rng_name, stops, params)
+        """The row after its first token."""
+        sample = row.sample
+        length = len(sample.request.prompt) + 1
+        remaining = sample.request.params.max_tokens - 1
+        stops = row.stop_ids
+        return Row(row.slot, row.last, length, remaining, row.rng_name, stops, sample.request.params)
 
     def _next_request(self) -> Request | None:
         if self.held:
@@ -276,9 +329,8 @@ class _Run:
             for group in _groups(part, 4 * chunk, chunk):
                 pieces = [p.request.prompt[start : start + chunk] for p in group]
                 step = self.cache.step([p.slot for p in group], [len(piece) for piece in pieces])
-                tokens = torch.tensor(
-                    [token for piece in pieces for token in piece], device=self.model.device
-                )
+                tokens = [token for piece in pieces for token in piece]
+                tokens = to_device(tokens, torch.int64, self.model.device)
                 logits = self.model.extend(tokens, self.cache, step)
                 for prompt, last in zip(group, logits, strict=True):
                     prompt.logits = last
@@ -308,7 +360,9 @@ class _Run:
             index = prompt.waiting.popleft()
             logprobs = [] if request.params.logprobs else None
             sample = Sample(request, index, logprobs=logprobs, start_s=time.perf_counter())
-            started.append((prompt, _Row(sample, slot, prompt.key)))
+            stops = self.engine.stop_ids(request.params)
+            loop_knows = not request.params.stop and len(stops) <= MAX_STOP_IDS
+            started.append((prompt, _Row(sample, slot, prompt.key, stops, loop_knows)))
             if last:
                 self.prompts.popleft()
         return started
@@ -331,47 +385,54 @@ class _Run:
         self.cache.grow(prompt.slot, len(prompt.request.prompt) + prompt.request.params.max_tokens)
         return prompt.slot
 
-    def _draw(self, rows: list[_Row], logits: Tensor) -> Iterator[Sample]:
+    def _draw(self, rows: list[_Row], logits: Tensor):
         """Draw the first token of each of `rows` from its prompt's logits."""
-        device = logits.device
         params = [row.sample.request.params for row in rows]
-        keys = [(*row.rng_name, row.length) for row in rows]
+        keys = [(*row.rng_name, len(row.sample.request.prompt)) for row in rows]
+
+        def each(values, dtype):
+            return to_device(list(values), dtype, logits.device)
+
         tokens, logprobs = ops.sample(
             logits if logits.dtype in (torch.float32, torch.bfloat16) else logits.float(),
-            torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-            torch.tensor(keys, dtype=torch.int64, device=device),
+            each((p.temperature for p in params), torch.float32),
+            each((p.top_k for p in params), torch.int32),
+            each((p.top_p for p in params), torch.float32),
+            each((p.min_p for p in params), torch.float32),
+            each(keys, torch.int64),
         )
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            self._take(row, [token], [logprob])
-        yield from self._finish()
+        for row, token in zip(rows, tokens.unbind(), strict=True):
+            row.last = token
+        self._expect(rows, 1, Drawn(tokens[None], logprobs[None]))
+
+    def _require_finite(self, row: _Row, tokens: list[int]):
+        if -1 not in tokens:
+            return
+        sample = row.sample
+        raise FloatingPointError(
+            f"Engine: logits of sample {sample.index} of a prompt of {len(sample.request.prompt)} tokens "
+            f"are not finite after {len(sample.token_ids) + tokens.index(-1)} tokens"
+        )
 
     def _take(self, row: _Row, tokens: list[int], logprobs: list[float]):
         """Give a row its new tokens, up to the one that ends it.
 
         The decode loop has ended it there too, unless only the host knows why.
         """
-        sample, params = row.sample, row.sample.request.params
-        loop_knows = not params.stop and len(self.engine.stop_ids(params)) <= MAX_STOP_IDS
-        for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-            if token == ENDED:
+        sample = row.sample
+        if ENDED in tokens:
+            tokens = tokens[: tokens.index(ENDED)]
+        pieces = [tokens] if row.loop_knows else [[t] for t in tokens]
+        for piece in pieces:
+            if not piece:
                 return
-            if token < 0:
-                raise FloatingPointError(
-                    f"Engine: logits of sample {sample.index} of a prompt of "
-                    f"{len(sample.request.prompt)} tokens are not finite after "
-                    f"{len(sample.token_ids)} tokens"
-                )
-            sample.token_ids.append(token)
             if sample.logprobs is not None:
-                sample.logprobs.append(logprob)
-            last = i + 1 == len(tokens) or tokens[i + 1] == ENDED
-            if last or not loop_knows:
-                sample.finish_reason = self._finish_reason(sample)
-                if sample.finish_reason:
-                    return
+                sample.logprobs += logprobs[: len(piece)]
+                logprobs = logprobs[len(piece) :]
+            sample.token_ids += piece
+            sample.finish_reason = self._finish_reason(row)
+            if sample.finish_reason:
+                return
 
     def _finish(self) -> Iterator[Sample]:
         """Let go of the rows that are done, and yield their samples."""
@@ -385,9 +446,9 @@ class _Run:
             self.cache.free(row.slot)
         yield from (row.sample for row in finished)
 
-    def _finish_reason(self, sample: Sample) -> str:
-        params = sample.request.params
-        if sample.token_ids[-1] in self.engine.stop_ids(params):
+    def _finish_reason(self, row: _Row) -> str:
+        sample, params = row.sample, row.sample.request.params
+        if sample.token_ids[-1] in row.stop_ids:
             return "stop"
         if params.stop and self.engine.ends_with_stop(sample.token_ids, params.stop):
             return "stop"

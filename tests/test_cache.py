@@ -16,6 +16,7 @@ def fill(model, cache, slot, count):
 
 
 def pages_of(cache, slot):
+    cache.apply()
     return [p for p in cache.page_table[slot].tolist() if p >= 0]
 
 

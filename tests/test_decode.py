@@ -101,18 +101,62 @@ def test_an_engine_that_looks_seldom_draws_the_same(name):
     assert_all_free(seldom)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("rows", "steps"), [(1, 1), (3, 4), (6, 1), (6, 7), (20, 3)])
+def test_an_engine_that_is_a_window_behind_draws_the_same(name, rows, steps):
+    """Rows end, are replaced and regrouped while the next steps are under way already."""
+    model = tiny(name)
+    requests = [
+        Request(prompt, SamplingParams(n=4, max_tokens=most, seed=4, logprobs=most == 2))
+        for prompt, most in zip(PROMPTS, (21, 1, 2, 9, 20), strict=True)
+    ]
+
+    def run(**options):
+        options = {"max_length": 64, "page_size": 4, "eos_token_ids": {7, 30, 31}} | options
+        engine = Engine(model, **options)
+        found = {
+            (s.request.prompt, s.index): (s.token_ids, s.logprobs, s.finish_reason)
+            for s in engine.run(requests)
+            if s is not None
+        }
+        assert_all_free(engine)
+        return found
+
+    expected = run(max_rows=6)
+    assert len(expected) == 20
+    found = run(max_rows=rows, look_every=steps, ahead=1, period=2 if steps == 4 else 1)
+    assert {key: one[::2] for key, one in found.items()} == {
+        key: one[::2] for key, one in expected.items()
+    }
+    for key, (_, logprobs, _) in expected.items():
+        assert found[key][1] == pytest.approx(logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("pays", [1, 10**9])
+def test_rows_that_share_pages_go_on_where_they_are_put(pays, monkeypatch):
+    model = tiny("tiny-llama")
+    alone, _ = shared_prompts(model, 20, monkeypatch, 10**9)
+    tokens, _ = shared_prompts(model, 7, monkeypatch, pays, ahead=1, look_every=3)
+    assert tokens == alone
+
+
+def test_an_engine_is_one_window_ahead_at_most():
+    with pytest.raises(ValueError, match="ahead expected 0 or 1, got 2"):
+        Engine(tiny(), ahead=2)
+
+
 def test_stops_that_only_the_host_knows_cut_at_the_same_token():
     model = tiny()
     params = SamplingParams(n=3, max_tokens=20, stop=("x",), stop_token_ids=tuple(range(200, 240)))
 
-    def run(look_every):
+    def run(look_every, ahead=0):
         engine = Engine(
-            model, max_rows=3, max_length=64, look_every=look_every,
+            model, max_rows=3, max_length=64, look_every=look_every, ahead=ahead,
             ends_with_stop=lambda ids, _: len(ids) >= 3 and ids[-1] % 5 == 0,
         )  # fmt: skip
         return collect(engine, [Request(PROMPTS[2], params)])
 
-    assert run(1) == run(6)
+    assert run(1) == run(6) == run(1, ahead=1) == run(6, ahead=1)
 
 
 @pytest.mark.parametrize("name", ["tiny-llamba", "tiny-mamba2"])
@@ -299,6 +343,25 @@ def test_no_step_waits_for_the_device(name, graphs):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (loop.drawn[:8, :3] >= 0).all()
+
+
+@pytest.mark.cuda(*DECODE_OPERATORS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_engine_waits_only_for_what_it_reads(name):
+    """Prompts, forks, loads and first draws are enqueued while the window before still runs."""
+    model = tiny(name, torch.bfloat16).to("cuda")
+    params = SamplingParams(n=6, max_tokens=30, seed=9)
+    requests = [Request(p, params) for p in PROMPTS]
+    engine = Engine(model, max_rows=8, max_length=80, eos_token_ids={7, 30})
+    assert engine.ahead == 1
+    expected = collect(engine, requests)  # captures the graphs
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert collect(engine, requests) == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    plain = Engine(model, max_rows=3, max_length=80, eos_token_ids={7, 30}, ahead=0)
+    assert collect(plain, requests) == expected
 
 
 @pytest.mark.cuda(*DECODE_OPERATORS)

@@ -70,11 +70,13 @@ def naive(model, prompt, params, index):
     ],
     ids=["plain", "greedy", "filtered"],
 )
-def test_tokens_equal_a_naive_loop(name, params):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_tokens_equal_a_naive_loop(name, params, ahead):
     model = tiny(name, torch.float64)
     engine = Engine(
-        model, max_rows=4, max_length=64, eos_token_ids={7}, page_size=4, prefill_chunk=8
-    )
+        model, max_rows=4, max_length=64, eos_token_ids={7}, page_size=4, prefill_chunk=8,
+        ahead=ahead,
+    )  # fmt: skip
     found = collect(engine, [Request(p, params) for p in PROMPTS])
     assert len(found) == len(PROMPTS) * params.n
     for (prompt, index), tokens in found.items():
@@ -191,12 +193,13 @@ def test_logprobs_are_those_of_the_forward_pass():
 
 
 @pytest.mark.parametrize("num_pages", [12, 13, 16, 20, 40])
-def test_out_of_pages_waits_and_changes_no_token(num_pages):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_out_of_pages_waits_and_changes_no_token(num_pages, ahead):
     model = tiny("tiny-llama")
     params = SamplingParams(n=5, max_tokens=8)
     requests = [Request(p, params) for p in PROMPTS]  # the longest needs 12 pages of 4
     expected = collect(Engine(model, max_rows=25, max_length=64), requests)
-    engine = Engine(model, max_rows=8, max_length=64, page_size=4)
+    engine = Engine(model, max_rows=8, max_length=64, page_size=4, ahead=ahead)
     engine.cache = type(engine.cache)(
         model, num_slots=6, max_length=64, num_pages=num_pages, page_size=4
     )
