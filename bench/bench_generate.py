@@ -1,9 +1,18 @@
-"""16 samples of one 100-token prompt: our engine beside transformers' generate, in one run."""
+"""Whole answers out of the engine: prompts, forks, draws and the host's part of it.
 
+On the CPU beside transformers' generate, in one run. On CUDA with random weights, beside the same engine
+whose device waits while the host reads what was drawn; the roof is that of its decode steps alone.
+"""
+
+import random
+
+import cost
 import pytest
 import torch
+from bench_decode import our_model
 
 from reasoners.engine import Engine, Request
+from reasoners.model import CONFIGS
 from reasoners.sampling import SamplingParams
 
 PROMPT_TOKENS, NEW_TOKENS = 100, 64
@@ -51,3 +60,42 @@ def theirs(folder, dtype, samples):
 def bench_generate(measure, smollm2, samples, dtype, impl):
     generate = impl(smollm2, dtype, samples)
     measure(generate, tokens=samples * NEW_TOKENS, rounds=3, warmup_rounds=1)
+
+
+ROWS, GROUPS, SAMPLES = 512, 64, 32
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", ["reasoners", "in turns"])
+@pytest.mark.parametrize("config", ["llamba-1b", "llama-3.2-1b"])
+def bench_generate_cuda(measure, config, impl):
+    """64 prompts of 100 tokens, 32 samples each, 64 to 512 tokens long."""
+    dice = random.Random(0)
+    requests = [
+        Request(
+            tuple(dice.randrange(1000, 100_000) for _ in range(PROMPT_TOKENS)),
+            SamplingParams(n=SAMPLES, max_tokens=dice.randint(64, 512), temperature=0.8),
+        )
+        for _ in range(GROUPS)
+    ]
+    engine = Engine(
+        our_model(config), max_rows=ROWS, max_length=PROMPT_TOKENS + 512,
+        state_dtype=torch.bfloat16, ahead=int(impl == "reasoners"),
+    )  # fmt: skip
+    engine.loop.capture()
+    lengths = [request.params.max_tokens for request in requests]
+    tokens = SAMPLES * sum(lengths)
+
+    def generate():
+        found = sum(len(s.token_ids) for s in engine.run(requests) if s is not None)
+        assert found == tokens
+
+    mean = PROMPT_TOKENS + sum(n * n / 2 for n in lengths) / sum(lengths)
+    measure(
+        generate,
+        tokens=tokens,
+        roof_s=tokens / ROWS * cost.roof_s(CONFIGS[config], ROWS, mean, 2),
+        rounds=1,
+        warmup_rounds=0,
+        graph=False,
+    )

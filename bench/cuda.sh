@@ -35,7 +35,7 @@ table() {
 for topic in $topics; do
   case $topic in
     update) table update bench/bench_state_update.py bench/bench_mixer_update.py ;;
-    decode) table decode bench/bench_decode.py ;;
+    decode) table decode bench/bench_decode.py bench/bench_generate.py ;;
     attention) table attention bench/bench_paged_attention.py bench/bench_sample.py ;;
     scan) table scan bench/bench_ssd_scan.py bench/bench_mixer_scan.py bench/bench_mamba1.py ;;
     train) table train bench/bench_distill.py ;;

@@ -79,8 +79,12 @@ def sample(
     limit: Limit = None,
     shots: Annotated[int, typer.Option(help="Worked examples in the prompt.")] = 0,
     wave: Annotated[
-        int, typer.Option(help="Samples of a problem before the next has its turn.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Samples of a problem before the next has its turn.",
+            show_default="8 with a budget, else all",
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
@@ -306,7 +310,7 @@ def demo(
 
 
 def _sample(
-    folder, out, task, data, limit, params, *, samples, budget_s, shots=0, wave=8, max_rows=64,
+    folder, out, task, data, limit, params, *, samples, budget_s, shots=0, wave=None, max_rows=64,
     dtype="auto", device=None, verifiers=1, easiest=False,
 ):  # fmt: skip
     """Open everything that can be wrong before the model is loaded, then run.

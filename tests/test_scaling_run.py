@@ -118,6 +118,12 @@ def test_waves(store, grader):
     ]
 
 
+def test_without_a_budget_a_prompt_is_read_once(store, grader):
+    engine = Engine(slots=1, steps=1)
+    run(GSM8K, PROBLEMS, engine, store, grader, samples=11)
+    assert engine.asked == [(f"p/{i}", tuple(range(11))) for i in range(3)]
+
+
 def test_requests_are_prompts_and_are_taken_one_by_one(store, grader):
     taken = []
 

@@ -124,16 +124,17 @@ def run(
     samples: int | None = None,
     budget_s: float | None = None,
     shots: int = 0,
-    wave: int = 4,
+    wave: int | None = None,
     progress: bool = True,
 ) -> RunSummary:
     """Draw samples of every problem until there are enough or time is up.
 
-    Samples that the store has are not asked for again. Every problem gets `wave` samples before
-    any gets more, so that at any second the problems have had about equal shares. Generation goes
-    on while earlier samples are judged. When the budget ends, unfinished samples are dropped;
-    finished ones still get their verdict. So they do on Ctrl-C or when `generate` fails, before
-    the exception goes on its way; a second Ctrl-C strikes at once.
+    Samples that the store has are not asked for again. With a budget every problem gets `wave`
+    samples before any gets more, so that at any second the problems have had about equal shares;
+    without, it gets all of them at once, from one reading of its prompt. Generation goes on while
+    earlier samples are judged. When the budget ends, unfinished samples are dropped; finished ones
+    still get their verdict. So they do on Ctrl-C or when `generate` fails, before the exception
+    goes on its way; a second Ctrl-C strikes at once.
 
     Args:
         task: The task, for its prompts.
@@ -145,7 +146,8 @@ def run(
             budget allows.
         budget_s: Seconds of run time, with those that the store has seen; None for no limit.
         shots: Worked examples in the prompt.
-        wave: Samples of one problem that are asked for at a time.
+        wave: Samples of one problem that are asked for at a time; None for 8 with a budget, and
+            for all of them without.
         progress: Whether to show a progress bar, if stderr is a terminal.
 
     Returns:
@@ -165,6 +167,8 @@ def run(
         raise ValueError(f"run: samples expected at least 1, got {samples}")
     if budget_s is not None and not budget_s > 0:
         raise ValueError(f"run: budget_s expected more than 0, got {budget_s}")
+    if wave is None:
+        wave = samples if budget_s is None else 8
     if wave < 1:
         raise ValueError(f"run: wave expected at least 1, got {wave}")
 

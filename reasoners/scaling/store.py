@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,7 @@ class _Log:
         os.ftruncate(self._file, whole)
 
     def append(self, record: Any) -> None:
-        line = memoryview(json.dumps(asdict(record)).encode() + b"\n")
+        line = memoryview(json.dumps(vars(record)).encode() + b"\n")
         whole = os.fstat(self._file).st_size
         try:
             while line:  # a disk about to be full takes part of a line, and refuses the rest
