@@ -91,7 +91,10 @@ def sample(
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
     seed: Annotated[int, typer.Option(help="Of every random number.")] = 0,
-    max_rows: Annotated[int, typer.Option(help="Samples decoded together.")] = 64,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(help="Samples decoded together.", show_default="512 on CUDA, else 64"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="auto")] = None,
     verifiers: Annotated[int, typer.Option(help="Verifier processes.")] = 1,
@@ -310,7 +313,7 @@ def demo(
 
 
 def _sample(
-    folder, out, task, data, limit, params, *, samples, budget_s, shots=0, wave=None, max_rows=64,
+    folder, out, task, data, limit, params, *, samples, budget_s, shots=0, wave=None, max_rows=None,
     dtype="auto", device=None, verifiers=1, easiest=False,
 ):  # fmt: skip
     """Open everything that can be wrong before the model is loaded, then run.

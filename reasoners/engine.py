@@ -254,7 +254,9 @@ class _Run:
         if steps < 1:
             return False
         if self.rows is not self.loaded:
-            loop.load([self._loop_row(row) if row.place is None else row.place for row in self.rows])
+            loop.load(
+                [self._loop_row(row) if row.place is None else row.place for row in self.rows]
+            )
             for place, row in enumerate(self.rows):
                 row.place, row.last = place, None
             self.loaded = self.rows
@@ -290,7 +292,9 @@ class _Run:
         length = len(sample.request.prompt) + 1
         remaining = sample.request.params.max_tokens - 1
         stops = row.stop_ids
-        return Row(row.slot, row.last, length, remaining, row.rng_name, stops, sample.request.params)
+        return Row(
+            row.slot, row.last, length, remaining, row.rng_name, stops, sample.request.params
+        )
 
     def _next_request(self) -> Request | None:
         if self.held:
