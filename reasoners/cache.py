@@ -290,7 +290,7 @@ class Cache:
         if self._fresh:
             slots = index(self._fresh)
             for tensor in tensors:
-                tensor[slots] = 0
+                tensor.index_fill_(0, slots, 0)
         children = list(self._copies)
         for first in range(0, len(children), 64):  # bounds the memory of what is on its way
             part = children[first : first + 64]
@@ -324,7 +324,7 @@ class Cache:
                 keep = layer.recent_decay.new_zeros(len(rows), heads)
                 recent = (layer.recent, layer.recent_decay, self.pending)
                 ops.deferred_state_update(layer.scan, *recent, rows, x, keep, B, B)
-        self.pending[rows.long()] = 0
+        self.pending.index_fill_(0, rows.long(), 0)
 
     def count(self, step: Step):
         """After all layers of a decode step: its tokens are recent ones now, or folded in."""
