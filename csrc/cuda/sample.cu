@@ -260,18 +260,19 @@ class Row {
     const float bar = noise_gumbel(choose(words.a, words.b, words.c, words.d, summary_.id % 4));
     // The winner is in the nucleus if less than top_p of the mass is above it. If not, nor is
     // anything that is no higher than it.
-    for (int which = kOfAll;;) {
+    for (bool first = true;; first = false) {
       draw(kept, kept_z, bar);
       if (!(top_p < 1)) break;
       const float higher = nextafterf(winner(g_.blocks * kWarps).logit, kInfinity);
-#pragma unroll 1
-      for (; which <= kAbove; ++which) weigh(which, which == kAbove ? higher : kept);
+      if (first)
+        weigh<true>(kept, higher);
+      else
+        weigh<false>(kept, higher);
       if (threadIdx.x == 0) shared_.bar = __float_as_int(-kInfinity);
       sync();
       const double above = mass_of(kAbove);
       if (above == 0 || above < top_p * mass_of(kOfAll)) break;
       kept = higher;
-      which = kAbove;
     }
     if (rank_ == 0 && threadIdx.x < 32) write(p, winner(g_.blocks * kWarps));
   }
@@ -637,26 +638,34 @@ class Row {
     return i < 2 ? (i == 0 ? a : b) : (i == 2 ? c : d);
   }
 
-  // What the tokens at or above a logit weigh, exp(z) each, for mass_of() after a barrier. A lane
-  // adds a unit's weights as a tree and then its units of the group, a dozen additions in float32,
-  // and all else is added in float64: wrong by less than 1e-6 of the whole, and always in the same
-  // order.
-  __device__ void weigh(int which, float least) const {
+  // What the tokens at or above a logit weigh, exp(z) each, for mass_of() after a barrier; kOfAll:
+  // those from `kept` on too. A lane adds a unit's weights as a tree and then its units of the
+  // group, a dozen additions in float32, and all else is added in float64: wrong by less than 1e-6
+  // of the whole, and always in the same order.
+  template <bool kOfAllToo>
+  __device__ void weigh(float kept, float higher) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const float scale = scale_ * kLog2E;
+    const float scale = scale_ * kLog2E, least = kOfAllToo ? kept : higher;
     for_groups([&](int group) {
-      float sum = 0;
+      float of_all = 0, above = 0;
       for_units<1>(group, [&](int, const float (&x)[kUnit]) {
         if (maximum(x) < least) return;
-        float each[kUnit];
+        float each[kUnit], high[kUnit];
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i)
+        for (int i = 0; i < kUnit; ++i) {
           each[i] = x[i] < least ? 0.f : exp2_fast((x[i] - summary_.max) * scale);
-        sum += add(each);
+          high[i] = kOfAllToo && x[i] < higher ? 0.f : each[i];
+        }
+        above += add(high);
+        if (kOfAllToo) of_all += add(each);
       });
-      const double mass = combine_lanes(static_cast<double>(sum));
       const int place = group * kWarps + warp;
-      if (lane < g_.blocks) *in_block(&shared_.masses[which][place], lane) = mass;
+      const auto put = [&](int which, float sum) {
+        const double mass = combine_lanes(static_cast<double>(sum));
+        if (lane < g_.blocks) *in_block(&shared_.masses[which][place], lane) = mass;
+      };
+      if (kOfAllToo) put(kOfAll, of_all);
+      put(kAbove, above);
     });
   }
   __device__ double mass_of(int which) const {
