@@ -16,20 +16,32 @@ __device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" :
 // The next kernel may come. Its own wait_for_inputs still waits for the end of this one.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
+// The same in clusters of blocks.
 template <typename... Parameters, typename... Arguments>
-void launch_overlapping(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int shared_bytes,
-                        cudaStream_t stream, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(void (*kernel)(Parameters...), dim3 cluster, dim3 blocks, dim3 threads,
+                     int shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster.x;
+  attributes[1].val.clusterDim.y = cluster.y;
+  attributes[1].val.clusterDim.z = cluster.z;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_overlapping(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int shared_bytes,
+                        cudaStream_t stream, Arguments&&... arguments) {
+  launch_clusters(kernel, 1, blocks, threads, shared_bytes, stream,
+                  std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace reasoners

@@ -34,8 +34,10 @@
 #include <cmath>
 #include <cstddef>
 
+#include "cluster.cuh"
 #include "convert.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "philox.h"
 
 namespace reasoners {
@@ -44,7 +46,8 @@ namespace {
 constexpr int kThreads = 384;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLogMostBlocks = 3;
-constexpr int kMostBlocks = 1 << kLogMostBlocks;  // of a cluster; more are not portable
+constexpr int kMostBlocks = 1 << kLogMostBlocks;  // of a cluster
+static_assert(kMostBlocks <= kMostClusterBlocks);
 constexpr int kGroups = kMostBlocks;
 constexpr int kPartsOfWarp = 4;  // of what a warp reads of a group, for the bound of top-k
 constexpr int kParts = kGroups * kWarps * kPartsOfWarp;
@@ -155,20 +158,6 @@ __device__ inline void prefetch(const void* from, int bytes) {
 }
 __device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Barrier of one cluster's blocks. arrive_first tells only that the block runs.
-__device__ inline void arrive_first() {
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-__device__ inline void arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ inline void wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// What has the address `mine` in this block's shared memory, in that of another one.
-template <typename T>
-__device__ inline T* in_block(T* mine, int block) {
-  T* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(block));
-  return there;
-}
-
 // Integers in the order of the logits, and back. A bfloat16 is a float32 whose lower half is 0.
 template <typename data_t>
 struct Key {
@@ -238,7 +227,7 @@ class Row {
 
   __device__ void run(const SampleParams& p) {
     if (threadIdx.x == 0) shared_.bar = __float_as_int(-kInfinity);
-    if (g_.blocks > 1) arrive_first();
+    if (g_.blocks > 1) begin_in_cluster();
     const float temperature = p.temperature[row_], top_p = p.top_p[row_], min_p = p.min_p[row_];
     const int top_k = p.top_k[row_];
     summarize(p);
@@ -295,8 +284,8 @@ class Row {
 
   __device__ void sync() const {
     if (g_.blocks == 1) return __syncthreads();
-    arrive();
-    wait();
+    arrive_in_cluster();
+    wait_for_cluster();
   }
 
   // Past the row's end is -inf.
@@ -389,7 +378,7 @@ class Row {
       });
     }
     if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
-    if (g_.blocks > 1) wait();  // all blocks run
+    if (g_.blocks > 1) wait_for_cluster();  // all blocks run
     if constexpr (kAligned) {
       await_copies();
       prefetch_next(p);
@@ -747,6 +736,8 @@ template <typename data_t, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kPerSM)
     sample_kernel(const SampleParams p, const Geometry g) {
   extern __shared__ __align__(16) char memory[];
+  let_next_start();
+  wait_for_inputs();
   Row<data_t, kAligned>(p, g, memory).run(p);
 }
 
@@ -769,18 +760,8 @@ void dispatch(const SampleParams& p, cudaStream_t stream) {
 
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        kSharedBytes + kStageBytes);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = g.blocks;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = p.batch * g.blocks;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes + 16 * g.staged;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, p, g);
+  launch_clusters(kernel, g.blocks, p.batch * g.blocks, kThreads, kSharedBytes + 16 * g.staged,
+                  stream, p, g);
 }
 
 }  // namespace
