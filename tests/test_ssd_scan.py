@@ -167,6 +167,30 @@ def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, size
 
 
 @pytest.mark.cuda("ssd_scan_backward")
+def test_gradients_of_long_sequences_cuda():
+    """Those of more than 4,096 tokens are dealt to several blocks; beside float32 on the CPU."""
+    lengths, backward = [4097, 100, 9000], torch.ops.reasoners.ssd_scan_backward
+    sizes = {"H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "P": 64, "N": 64}
+    (dy, dfinal), inputs = backward_arguments_cuda(torch.bfloat16, lengths=lengths, **sizes)
+    found = backward(dy, dfinal, *inputs.values())
+    assert_equal(backward(dy, dfinal, *inputs.values()), found)
+
+    def wide(t):
+        return t.cpu().float() if t.is_floating_point() else t.cpu()
+
+    expected = backward(*map(wide, (dy, dfinal, *inputs.values())))
+    for ours, exact in zip(found, expected, strict=True):
+        ours = ours.cpu().float()
+        assert (ours - exact).square().mean().sqrt() < 0.01 * exact.square().mean().sqrt()
+    alone = {**inputs, "cu_seqlens": None, "initial_state": inputs["initial_state"][2:]}
+    for name in ("x", "log_decay", "B", "C", "scale"):
+        alone[name] = inputs[name][:, 4197:]
+    *tokens, _, dinitial = backward(dy[:, 4197:], dfinal[2:], *alone.values())
+    assert_equal(tokens, [gradient[:, 4197:] for gradient in found[:5]])
+    assert torch.equal(dinitial, found[6][2:])
+
+
+@pytest.mark.cuda("ssd_scan_backward")
 @pytest.mark.parametrize(("dtype", "sizes"), SIZES_CUDA)
 def test_minus_infinity_passes_nothing_back_cuda(dtype, sizes):
     (dy, dfinal), inputs = backward_arguments_cuda(dtype, length=150, batch=1, **sizes)

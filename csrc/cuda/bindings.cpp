@@ -630,7 +630,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ssd_scan_back
                {sequences, heads, x.size(3), B.size(3)}, "(batch or sequences, H, P, N)");
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dy = aligned_to_16(packed_rows(dy_in, 2)),
-               dfinal_state = dfinal_state_in.contiguous();
+               dfinal_whole = dfinal_state_in.contiguous(),
+               dfinal_state = is_aligned_to_16(dfinal_whole) ? dfinal_whole : dfinal_whole.clone();
   SsdScanTensors t(op, x, log_decay, B, C, scale, D, initial_state, cu_seqlens, sequences);
   auto dx = empty_like(x, x), dlog_decay = empty_like(log_decay, log_decay), dB = empty_like(B, x),
        dC = empty_like(C, x), dscale = empty_like(scale, log_decay), dD = empty_like(D, log_decay),

@@ -18,9 +18,12 @@
 // then segment by segment from the last, forwards once more, leaving the states between the
 // segment's chunks (they and the segment's x and B are still in the second-level cache), and
 // backwards with dS in fp32 registers. What is read for the next step is on its way while one is
-// computed. Nothing quadratic in the chunk leaves the multiprocessor. To cut a long sequence into
-// parts for several blocks, the two walks would start from states and gradients at the cuts; they
-// do not depend on anything else.
+// computed. Nothing quadratic in the chunk leaves the multiprocessor.
+//
+// A sequence of more than kRun segments is dealt to several blocks, a run of kRun each, whose two
+// walks begin at the state before the run and at the gradient of the state after it: a kernel finds
+// what each run adds to both, from zeros, another carries them from run to run. That depends on the
+// sequence's length alone, so that its gradients are the same bits in any company.
 //
 // Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
 // computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
@@ -43,10 +46,12 @@
 // sums. A third of the bandwidth: not profiled yet, instructions are the likely limit.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "async_copy.cuh"
 #include "convert.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "scan.cuh"
 #include "scan_backward.cuh"
 #include "ssd_chunk.cuh"
@@ -116,9 +121,78 @@ struct Tile {
   static constexpr int kStateValues = kRowTiles * kColumnTiles * 4;  // of a thread
 };
 
+// The longest walk: 4,096 tokens, so that 32,768 tokens of 32 heads are 256 blocks, in one sequence
+// or in eight. With shorter ones more would be read twice.
+constexpr int kRun = 16, kRunTokens = kRun * kSegment * kChunk;
+
 struct TileScratch : SsdScanScratch {
   int first_between;  // of the states between the chunks of a segment, among all states
   int between;        // how many a block keeps
+  // For runs of dealt sequences: the state before, the gradient of the state after; and before they
+  // are carried what the run adds to them, and its decay.
+  int64_t run_states, run_dstates, run_decays;
+};
+
+// The runs have places as checkpoints have, so that few blocks have none.
+inline int64_t count_runs(const SsdScanParams& f) {
+  return count_checkpoints(f.batch * f.length, f.sequences, kRunTokens);
+}
+// Those of dealt sequences have places of their own, two for what a run is long.
+inline int64_t count_dealt_runs(const SsdScanParams& f) {
+  return f.length > kRunTokens ? 2 * (f.batch * f.length / kRunTokens + 1) : 0;
+}
+
+// A head's run of a sequence.
+struct Run {
+  Sequence sequence;
+  int head, index, batch, begin, length;
+  int segments;                     // of the sequence
+  int first_segment, last_segment;  // of the run, and one past it
+  int first_chunk, last_chunk;
+  bool first, dealt;  // the first of the sequence; one of several
+  int place;          // among the runs of dealt sequences
+
+  __device__ Run(const SsdScanParams& f, int block) : head(block % f.heads) {
+    const int64_t at = block / f.heads;
+    const auto first_of = [&](int64_t index) {
+      return first_checkpoint(sequence_at(f.cu_seqlens, f.length, index), f.length, index,
+                              kRunTokens);
+    };
+    int64_t low = 0, high = f.sequences;  // the sequence is one of [low, high)
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (first_of(middle) <= at) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    // By shuffles, so that the compiler knows them to be the same for all lanes.
+    const int of = __shfl_sync(~0u, static_cast<int>(low), 0);
+    set(f, of, __shfl_sync(~0u, static_cast<int>(at - first_of(of)), 0));
+  }
+  __device__ Run(const SsdScanParams& f, int64_t index, int head, int run) : head(head) {
+    set(f, index, run);
+  }
+
+  __device__ void set(const SsdScanParams& f, int64_t of, int run) {
+    index = static_cast<int>(of);
+    sequence = sequence_at(f.cu_seqlens, f.length, of);
+    batch = static_cast<int>(sequence.batch);
+    begin = static_cast<int>(sequence.begin);
+    length = static_cast<int>(sequence.end - sequence.begin);
+    const int chunks = (length + kChunk - 1) / kChunk;
+    segments = (chunks + kSegment - 1) / kSegment;
+    first_segment = min(run * kRun, segments);
+    last_segment = min(first_segment + kRun, segments);
+    first_chunk = first_segment * kSegment;
+    last_chunk = min(last_segment * kSegment, chunks);
+    first = run == 0;
+    dealt = segments > kRun;
+    // Dealt sequences begin further apart than kRunTokens.
+    const int64_t whole = (sequence.batch * f.length + sequence.begin) / kRunTokens;
+    place = static_cast<int>((2 * whole + run) * f.heads + head);
+  }
 };
 
 // Sum over the four lanes that hold a row of D.
@@ -187,12 +261,12 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   auto& shared = *reinterpret_cast<typename T::Shared*>(shared_memory);
   auto& rest = shared.rest;
 
+  let_next_start();
+  wait_for_inputs();
   const SsdScanParams& f = p.forward;
   // Where the block is; offsets follow from it, in 64 bits, where they are needed.
-  const int index = blockIdx.x / f.heads, head = blockIdx.x % f.heads;
-  const Sequence sequence = sequence_at(f.cu_seqlens, f.length, index);
-  const int batch = static_cast<int>(sequence.batch), begin = static_cast<int>(sequence.begin),
-            length = static_cast<int>(sequence.end - sequence.begin);
+  const Run run(f, blockIdx.x);
+  const int head = run.head, batch = run.batch, begin = run.begin, length = run.length;
   const int x_offset = head / (f.heads / f.x_heads) * f.head_dim,
             b_offset = head / (f.heads / f.b_groups) * f.state_dim,
             c_offset = head / (f.heads / f.c_groups) * f.state_dim;
@@ -293,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
            int64_t(place) * kVectors * kThreads + threadIdx.x;
   };
   const int first_kept = static_cast<int>(
-      first_checkpoint(sequence, f.length, index, kSegment * kChunk) * f.heads + head);
+      first_checkpoint(run.sequence, f.length, run.index, kSegment * kChunk) * f.heads + head);
   const auto place_of = [&](int segment, int chunk) {  // of the state before a segment's chunk
     return chunk == 0 ? first_kept + segment * f.heads
                       : scratch.first_between + int(blockIdx.x) * scratch.between + chunk - 1;
@@ -328,8 +402,6 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   };
 
   // ---- The walks.
-  const int chunks = (length + kChunk - 1) / kChunk;
-  const int segments = (chunks + kSegment - 1) / kSegment;
   // One step forwards; `request_next` asks for what the step after this one reads.
   const auto step_forwards = [&](State& state, auto&& request_next) {
     put_scalars();
@@ -346,15 +418,23 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     }
   };
 
-  // Of the state in a state tensor.
-  const auto home = [&] { return int64_t(blockIdx.x) * f.head_dim * f.state_dim; };
+  const int chunks = run.last_chunk;
+  const auto of_run = [&](int64_t states) {
+    return p.scratch + states + int64_t(run.place) * f.head_dim * f.state_dim;
+  };
+  const auto home = [&] {  // in a state tensor
+    return (int64_t(run.index) * f.heads + head) * f.head_dim * f.state_dim;
+  };
   {
     State state;
-    read_state(f.initial_state ? f.initial_state + home() : nullptr, state);
-    if (segments > 0) request(0, chunks == 1);
-    for (int segment = 0; segment < segments; ++segment) {
+    read_state(run.dealt         ? of_run(scratch.run_states)
+               : f.initial_state ? f.initial_state + home()
+                                 : nullptr,
+               state);
+    if (run.first_chunk < chunks) request(run.first_chunk, run.first_chunk + 1 == chunks);
+    for (int segment = run.first_segment; segment < run.last_segment; ++segment) {
       keep(place_of(segment, 0), state);
-      if (segment + 1 == segments) break;
+      if (segment + 1 == run.last_segment) break;
 #pragma unroll 1
       for (int k = 0; k < kSegment; ++k) {
         // At the end of this walk that is where the other begins, backwards if it is the last.
@@ -365,9 +445,9 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   }
 
   State dstate;
-  read_state(p.dfinal_state + home(), dstate);
+  read_state(run.dealt ? of_run(scratch.run_dstates) : p.dfinal_state + home(), dstate);
   float dD = 0.f;
-  for (int segment = segments - 1; segment >= 0; --segment) {
+  for (int segment = run.last_segment - 1; segment >= run.first_segment; --segment) {
     const int count_of_chunks = min(kSegment, chunks - segment * kSegment);
     uint4 before[kVectors];
     {
@@ -393,7 +473,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
       const auto request_next = [&] {
         const int here = segment * kSegment + k;
         // From a segment's first chunk on to the first one of the segment before.
-        if (here > 0) request(k > 0 ? here - 1 : here - kSegment, k > 0);
+        if (here > run.first_chunk) request(k > 0 ? here - 1 : here - kSegment, k > 0);
       };
 
       // The states on both sides of the chunk, for the products with them.
@@ -661,7 +741,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     }
   }
 
-  if (p.dinitial_state) {
+  if (p.dinitial_state && run.first && !run.dealt) {
     each([&](int m, int n, int first_row, int first_column) {
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
@@ -682,31 +762,186 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   }
 }
 
-// What a shape runs on; the two uses are the launch and the size of its scratch memory.
-template <typename data_t, typename Use>
-void with_tile(const SsdScanParams& f, const Use& use) {
-  if (f.state_dim <= 64) {
-    if (f.head_dim <= 64)
-      return use(Tile<data_t, 64, 64>(), &ssd_scan_backward_kernel<data_t, 64, 64>);
-    if (f.head_dim <= 96)
-      return use(Tile<data_t, 96, 64>(), &ssd_scan_backward_kernel<data_t, 96, 64>);
-    return use(Tile<data_t, 128, 64>(), &ssd_scan_backward_kernel<data_t, 128, 64>);
+// ---- Dealt sequences
+
+// Leaves what a run adds to the state, or (odd blocks) to the gradient of the state before it; and
+// its decay. Warps as above.
+template <typename data_t, int kP, int kN>
+struct AddTile {
+  struct Inputs {
+    Matrix<data_t, kChunk, kP> rows;     // x or dy
+    Matrix<data_t, kChunk, kN> columns;  // B or C
+  };
+  struct Shared {
+    Inputs inputs[2];
+    Scalars scalars[2];
+  };
+};
+
+template <typename data_t, int kP, int kN>
+__global__ void __launch_bounds__(kThreads, 2)
+    add_kernel(const SsdScanBackwardParams p, const TileScratch scratch) {
+  using T = Tile<data_t, kP, kN>;
+  constexpr int kRowTiles = T::kRowTiles, kColumnTiles = T::kColumnTiles;
+  extern __shared__ float4 shared_memory[];
+  auto& shared = *reinterpret_cast<typename AddTile<data_t, kP, kN>::Shared*>(shared_memory);
+  let_next_start();
+  wait_for_inputs();
+  const SsdScanParams& f = p.forward;
+  const bool back = blockIdx.x % 2;
+  const Run run(f, blockIdx.x / 2);
+  const int count = run.last_chunk - run.first_chunk;
+  if (!run.dealt || count <= 0) return;
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int r = warp % kBlocks, n_half = warp / kBlocks * (kN / kHalves);
+
+  const auto chunk_at = [&](int step) {
+    return back ? run.last_chunk - 1 - step : run.first_chunk + step;
+  };
+  const auto copy_rows = [&](auto& to, const void* data, TokenStrides strides, int offset, int t,
+                             int width) {
+    constexpr int kVectors = sizeof(to.at[0]) / 16 - 1, kCopies = kChunk * kVectors / kThreads;
+    const auto* from = static_cast<const data_t*>(data) + run.batch * strides.batch +
+                       int64_t(run.begin + t) * strides.token + offset;
+#pragma unroll
+    for (int u = 0; u < kCopies; ++u) {
+      const int v = threadIdx.x + u * kThreads, i = v / kVectors, column = v % kVectors * 8;
+      const bool there = t + i < run.length && column < width;
+      copy_async_16_once(&to.at[i][column], there ? from + i * strides.token + column : from,
+                         there);
+    }
+  };
+  float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1, in the first warp
+  const auto request = [&](int step) {
+    const int t = chunk_at(step) * kChunk;
+    auto& in = shared.inputs[step % 2];
+    const int b_group = run.head / (f.heads / f.b_groups),
+              c_group = run.head / (f.heads / f.c_groups);
+    if (back) {
+      copy_rows(in.rows, p.dy, p.dy_strides, run.head * f.head_dim, t, f.head_dim);
+      copy_rows(in.columns, f.C, f.c_strides, c_group * f.state_dim, t, f.state_dim);
+    } else {
+      const int x_head = run.head / (f.heads / f.x_heads);
+      copy_rows(in.rows, f.x, f.x_strides, x_head * f.head_dim, t, f.head_dim);
+      copy_rows(in.columns, f.B, f.b_strides, b_group * f.state_dim, t, f.state_dim);
+    }
+    if (warp > 0) return;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = t + 2 * lane + k;
+      const auto read = [&](const float* data, TokenStrides strides) {
+        return data[run.batch * strides.batch + int64_t(run.begin + i) * strides.token + run.head];
+      };
+      next_decay[k] = i < run.length ? read(f.log_decay, f.log_decay_strides) : 0.f;
+      next_scale[k] = i < run.length && f.scale ? read(f.scale, f.scale_strides) : 1.f;
+    }
+  };
+  float state[kRowTiles][kColumnTiles][4] = {}, decay = 1.f;
+  request(0);
+#pragma unroll 1
+  for (int step = 0; step < count; ++step) {
+    Scalars& scalars = shared.scalars[step % 2];
+    if (warp == 0) put_scalars(scalars, next_decay, next_scale);
+    wait_copies();
+    __syncthreads();
+    const auto& in = shared.inputs[step % 2];
+    if (step + 1 < count) request(step + 1);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) state[m][n][v] *= scalars.whole;
+    add_outer_products<data_t, kP>(state, in.rows, back ? scalars.since : scalars.gain, in.columns,
+                                   r, n_half);
+    decay *= scalars.whole;
   }
-  if (f.head_dim <= 64)
-    return use(Tile<data_t, 64, 128>(), &ssd_scan_backward_kernel<data_t, 64, 128>);
-  use(Tile<data_t, 128, 128>(), &ssd_scan_backward_kernel<data_t, 128, 128>);
+  float* to = p.scratch + (back ? scratch.run_dstates : scratch.run_states) +
+              int64_t(run.place) * f.head_dim * f.state_dim;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = 16 * (r + kBlocks * m) + g + half * 8, j = n_half + 8 * n + 2 * q;
+        if (i < f.head_dim && j < f.state_dim)
+          *reinterpret_cast<float2*>(to + i * f.state_dim + j) = {state[m][n][2 * half],
+                                                                  state[m][n][2 * half + 1]};
+      }
+  if (threadIdx.x == 0 && !back) p.scratch[scratch.run_decays + run.place] = decay;
 }
 
-TileScratch scratch_of(const SsdScanParams& f, int state_values) {
+// What runs add becomes the states before them and the gradients of the states after them.
+constexpr int kCarryThreads = 128;
+
+__global__ void __launch_bounds__(kCarryThreads)
+    carry_kernel(const SsdScanBackwardParams p, const TileScratch scratch) {
+  let_next_start();
+  wait_for_inputs();
+  const SsdScanParams& f = p.forward;
+  const int64_t size = int64_t(f.head_dim) * f.state_dim;
+  const int64_t element = int64_t(blockIdx.y) * kCarryThreads + threadIdx.x;
+  const int head = blockIdx.x % f.heads, index = blockIdx.x / f.heads;
+  const Run first(f, index, head, 0);
+  if (!first.dealt || 4 * element >= size) return;
+  const auto vector = [&](const float* data, int64_t entry) {
+    return reinterpret_cast<float4*>(const_cast<float*>(data) + entry * size) + element;
+  };
+  const auto carry = [&](float4& state, int64_t states, int run) {
+    const int64_t place = first.place + int64_t(run) * f.heads;
+    float4* here = vector(p.scratch + states, place);
+    const float4 added = *here;
+    const float decay = p.scratch[scratch.run_decays + place];
+    *here = state;
+    state = {fmaf(decay, state.x, added.x), fmaf(decay, state.y, added.y),
+             fmaf(decay, state.z, added.z), fmaf(decay, state.w, added.w)};
+  };
+  const int64_t home = int64_t(index) * f.heads + head;
+  float4 state{}, dstate = *vector(p.dfinal_state, home);
+  if (f.initial_state) state = *vector(f.initial_state, home);
+  const int runs = (first.segments + kRun - 1) / kRun;
+  for (int run = 0; run < runs; ++run) {
+    carry(state, scratch.run_states, run);
+    carry(dstate, scratch.run_dstates, runs - 1 - run);
+  }
+  if (p.dinitial_state) *vector(p.dinitial_state, home) = dstate;
+}
+
+// ---- Launch
+
+// What a shape runs on; the two uses are the launch and the size of its scratch memory.
+template <typename Use>
+void with_tile(const SsdScanParams& f, const Use& use) {
+  using Of64 = std::integral_constant<int, 64>;
+  using Of96 = std::integral_constant<int, 96>;
+  using Of128 = std::integral_constant<int, 128>;
+  if (f.state_dim <= 64) {
+    if (f.head_dim <= 64) return use(Of64(), Of64());
+    if (f.head_dim <= 96) return use(Of96(), Of64());
+    return use(Of128(), Of64());
+  }
+  if (f.head_dim <= 64) return use(Of64(), Of128());
+  use(Of128(), Of128());
+}
+
+template <typename T>
+TileScratch scratch_of(const SsdScanParams& f) {
+  constexpr int kStateValues = T::kStateValues;
   TileScratch scratch{};
   const int64_t checkpoints =
       count_checkpoints(f.batch * f.length, f.sequences, kSegment * kChunk) * f.heads;
   const int64_t most = std::min((f.length + kChunk - 1) / kChunk, int64_t(kSegment));
   scratch.between = static_cast<int>(std::max(most - 1, int64_t(0)));
   scratch.first_between = static_cast<int>(checkpoints);
-  const int64_t states = checkpoints + f.sequences * f.heads * scratch.between;
-  scratch.states = scratch.take(states * (state_values / 2 * kThreads));  // of 16 bits
-  scratch.dD = scratch.take(f.D ? f.sequences * f.heads : 0);
+  const int64_t blocks = count_runs(f) * f.heads, dealt = count_dealt_runs(f) * f.heads;
+  const int64_t states = checkpoints + blocks * scratch.between;
+  scratch.states = scratch.take(states * (kStateValues / 2 * kThreads));  // of 16 bits
+  scratch.run_states = scratch.take(dealt * f.head_dim * f.state_dim);
+  scratch.run_dstates = scratch.take(dealt * f.head_dim * f.state_dim);
+  scratch.run_decays = scratch.take(dealt);
+  scratch.dD = scratch.take(f.D ? blocks : 0);
   scratch.dx = scratch.take_parts(f, f.heads / f.x_heads, f.x_heads, f.head_dim);
   scratch.dB = scratch.take_parts(f, f.heads / f.b_groups, f.b_groups, f.state_dim);
   scratch.dC = scratch.take_parts(f, f.heads / f.c_groups, f.c_groups, f.state_dim);
@@ -716,26 +951,40 @@ TileScratch scratch_of(const SsdScanParams& f, int state_values) {
 template <typename data_t>
 void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
   const SsdScanParams& f = p.forward;
-  with_tile<data_t>(f, [&](auto tile, auto* kernel) {
-    using T = decltype(tile);
+  with_tile(f, [&](auto rows, auto columns) {
+    constexpr int kP = rows(), kN = columns();
+    using T = Tile<data_t, kP, kN>;
     constexpr int kBytes = sizeof(typename T::Shared);
-    const TileScratch scratch = scratch_of(f, T::kStateValues);
+    const TileScratch scratch = scratch_of<T>(f);
+    const auto blocks = static_cast<unsigned>(f.sequences > 0 ? count_runs(f) * f.heads : 0);
+    if (blocks > 0 && count_dealt_runs(f) > 0) {
+      const auto add = add_kernel<data_t, kP, kN>;
+      constexpr int kAddBytes = sizeof(typename AddTile<data_t, kP, kN>::Shared);
+      cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kAddBytes);
+      launch_overlapping(add, 2 * blocks, kThreads, kAddBytes, stream, p, scratch);
+      const int vectors = f.head_dim * f.state_dim / 4;
+      const auto walks = static_cast<unsigned>(f.sequences * f.heads);
+      const dim3 grid(walks, (vectors + kCarryThreads - 1) / kCarryThreads);
+      launch_overlapping(carry_kernel, grid, kCarryThreads, 0, stream, p, scratch);
+    }
+    const auto kernel = ssd_scan_backward_kernel<data_t, kP, kN>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    const auto blocks = static_cast<unsigned>(f.sequences * f.heads);
-    if (blocks > 0) kernel<<<blocks, kThreads, kBytes, stream>>>(p, scratch);
+    if (blocks > 0) launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, scratch);
     sum_parts(scratch.dx, p, static_cast<data_t*>(p.dx), stream);
     sum_parts(scratch.dB, p, static_cast<data_t*>(p.dB), stream);
     sum_parts(scratch.dC, p, static_cast<data_t*>(p.dC), stream);
     if (p.dD != nullptr)
-      sum_partials(p.scratch + scratch.dD, f.heads, f.sequences, f.heads, p.dD, stream);
+      sum_partials(p.scratch + scratch.dD, f.heads, f.sequences > 0 ? count_runs(f) : 0, f.heads,
+                   p.dD, stream);
   });
 }
 
 template <typename data_t>
 int64_t count(const SsdScanParams& f) {
   int64_t floats = 0;
-  with_tile<data_t>(
-      f, [&](auto tile, auto*) { floats = scratch_of(f, decltype(tile)::kStateValues).size; });
+  with_tile(f, [&](auto rows, auto columns) {
+    floats = scratch_of<Tile<data_t, rows(), columns()>>(f).size;
+  });
   return floats;
 }
 
