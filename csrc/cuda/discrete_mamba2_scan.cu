@@ -16,6 +16,10 @@
 // Bytes that must move at Llamba-1B, a token and head: 514 in, 128 out, 225 us for 8 x 4096. A
 // warp's instructions a chunk are twice those of the scan alone: 780 of the convolution, 300 of the
 // gate. A head's blocks of one group each convolve its B and C.
+//
+// H100, bfloat16, us: 8 x 4096 430, 64 x 512 350, 1 x 2048 55; the operators one after the other
+// 713, 731 and 67. At 8 x 4096 two blocks are on a multiprocessor, and a chunk's products wait for
+// its convolution: warps that convolve beside warps that multiply are what to try next.
 
 #include "activation.cuh"
 #include "ssd_walk.cuh"

@@ -26,11 +26,14 @@
 // about a stage is found once. Found for each copy, it took 1,090, and the chain waited for them.
 //
 // One row, Llamba-1B's four products and its head, us on an H100 with cold weights:
-//              8224 x 2048   2048 x 2048   16384 x 2048   2048 x 8192   128256 x 2048
-//   here          12.8           5.8           23.9           15.5          180.8
-//   cuBLAS        14.3           6.4           25.1           15.5          187.7
-//   floor         11.1           2.8           22.1           11.1          173.4
-// Before loads and copies stood between the products, the chain of 512 took 20.2.
+//                     8224 x 2048   2048 x 2048   16384 x 2048   2048 x 8192   128256 x 2048
+//   alone                 12.8           5.8           23.9           15.5          180.8
+//   norm, sum, gate       13.0           5.0           24.4           13.7
+//   cuBLAS alone          14.3           6.4           25.1           15.5          187.7
+//   floor                 11.1           2.8           22.1           11.1          173.4
+// (alone: before pointers moved with the copies). All of a step's are 1058; with 8 stages of 256 as
+// well 1063, with 6 of them and three blocks 1151, with 3 of 512 1093. Before loads and copies
+// stood between the products, the chain of 512 took 20.2.
 // Tried: one bulk copy a row of W (issued one lane after the other: slower by the row of x); 16
 // rows of x (twice the shared memory: 2 to 3 times cuBLAS's time). With 5 rows and more cuBLAS is
 // as fast.

@@ -3,6 +3,9 @@
 // S = exp(-delta exp(A_log)) S + delta x B^T, y = S C + D x, g = y silu(z), and g normalised over
 // its head, in one pass. x and B belong to a kv head and serve its query heads: each of their
 // blocks convolves them again, out of the second-level cache.
+//
+// H100, MambaInLlama-1B, bfloat16, us: 8 x 4096 565, 64 x 512 410, 1 x 2048 65; the operators one
+// after the other 1560, 1574 and 131. ssd_walk.cuh says how, discrete_mamba2_scan.cu what limits.
 
 #include "activation.cuh"
 #include "ssd_walk.cuh"

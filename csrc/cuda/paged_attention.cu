@@ -8,10 +8,8 @@
 //
 // tensor: bfloat16 and float16 with head_dim 64, 96 or 128; attention_block.cuh says in which order
 //   a row is summed. Its splits of 256 positions are walked by one thread block that folds them as
-//   it goes, or, where the batch alone would not fill the machine, dealt to several: up to 16
-//   splits to a cluster, whose first block reads what the others found in their shared memory, more
-//   to blocks that leave them in memory for combine_kernel: two floats and D more for 256
-//   positions.
+//   it goes, or, where the batch alone would not fill the machine, dealt to several that leave them
+//   in memory for combine_kernel: two floats and D more for 256 positions of K and V.
 // prefix: rows that share their first pages. A thread block takes 32 columns, that is rows' query
 //   heads, over a split of the shared pages, so that K and V are read once for all of them. What it
 //   finds waits in memory until the rows' own thread blocks come to it: whole splits, and the whole
@@ -29,12 +27,14 @@
 // across splits, a prologue of fewer loads, own positions beside prefix_kernel's: 1 x 2048 in 6.8
 // and 8.9, 16 x 2048 in 30.7 and 56.7, but 512 x 1024 in 410 and 802 and the shared row in 97 and
 // 159: what goes through shared memory takes more instructions than a warp has time for.
+// Clusters whose first block folds what the others have in shared memory, instead of
+// combine_kernel: 1 x 2048 in 9.5 and 11.1, 16 x 2048 in 37.7 and 67.2, a decode step of
+// Llama-3.2-1B 1 % slower.
 
 #include <algorithm>
 
 #include "async_copy.cuh"
 #include "attention_block.cuh"
-#include "cluster.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "rows.cuh"
@@ -200,7 +200,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 // How the tensor path is dealt out, by shapes alone.
 struct Plan {
   int deals;          // thread blocks that walk the splits of one (token, kv head)
-  bool together;      // they are a cluster
   int splits;         // of a (token, head) that have room in memory
   int shared_blocks;  // of a row that are read with its group at most
   int slots;          // splits, then the shared blocks of the split in which the rows part
@@ -254,20 +253,17 @@ struct Places {
   }
 };
 
-// Of a block that walks alone, the splits folded so far; what changes is written beside what is
-// still read. Of a block of a cluster, its splits, for the first block.
-constexpr int kTurns = 2;
-
+// The splits folded so far. What changes is written beside what is still read.
 template <int kDim>
-struct Found {
-  float max[kTurns][kTileHeads], sum[kTurns][kTileHeads];
-  alignas(16) float values[kTurns][kTileHeads][kDim];
+struct Folded {
+  float max[2][kTileHeads], sum[2][kTileHeads];
+  alignas(16) float values[kTileHeads][kDim];
 
   __device__ Part<4> read(int turn, int head, int channel) const {
-    return {max[turn][head], sum[turn][head], load_vector<4>(&values[turn][head][channel])};
+    return {max[turn][head], sum[turn][head], load_vector<4>(&values[head][channel])};
   }
   __device__ void write(int turn, int head, int channel, const Part<4>& part) {
-    store_vector<4>(&values[turn][head][channel], part.values);
+    store_vector<4>(&values[head][channel], part.values);
     if (channel == 0) max[turn][head] = part.max, sum[turn][head] = part.sum;
   }
 };
@@ -277,22 +273,22 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
     tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
   __shared__ Partials<kWalkers, kTileHeads, kDim> partials;
-  __shared__ Found<kDim> found;
+  __shared__ Folded<kDim> folded;
   __shared__ alignas(16) data_t queries[kTileHeads][kDim + 8];  // padded, or heads share banks
   let_next_start();
   wait_for_inputs();
   const Work work = find_work<kTileHeads>(p);
-  const bool alone = plan.deals == 1, in_memory = !alone && !plan.together;
+  const bool alone = gridDim.y == 1;  // otherwise combine_kernel writes the result
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * kDim;
   if (work.visible <= 0) {
-    if (!in_memory && blockIdx.y == 0) write_zeros(out, work.heads * kDim);
+    if (alone) write_zeros(out, work.heads * kDim);
     return;
   }
   const int shared_blocks = count_shared_blocks(p, plan, work.row);
   const int first = shared_blocks / kWalkers, end = (work.visible + kSplit - 1) / kSplit;
   int split = first + blockIdx.y;
-  if (split >= end && !plan.together) return;
+  if (split >= end) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
   Places next;
@@ -314,25 +310,15 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
 #pragma unroll 1
     for (int i = threadIdx.x * 4; i < work.heads * kDim; i += kThreads * 4) f(i / kDim, i % kDim);
   };
-  // The splits that prefix_kernel read.
-  const auto prefix = [&](int head, int channel) {
-    const int64_t at = slots.at(work.token, work.first_head + head, 0);
-    auto all = nothing<4>();
-#pragma unroll 2
-    for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
-    return all;
-  };
-  const auto write_out = [&](int head, int channel, const Part<4>& row) {
-    const float inverse = 1.f / row.sum;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2)
-      *reinterpret_cast<uint32_t*>(out + head * kDim + channel + i) = pack<data_t>(
-          __fmul_rn(row.values.at[i], inverse), __fmul_rn(row.values.at[i + 1], inverse));
-  };
   int turn = 0;
   if (alone)
-    each_vector(
-        [&](int head, int channel) { found.write(turn, head, channel, prefix(head, channel)); });
+    each_vector([&](int head, int channel) {
+      const int64_t at = slots.at(work.token, work.first_head + head, 0);
+      auto all = nothing<4>();
+#pragma unroll 2
+      for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
+      folded.write(turn, head, channel, all);
+    });
 
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
@@ -372,11 +358,9 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
     each_vector([&](int head, int channel) {
       const auto part = partials.template merged<4>(head, channel);
       if (alone) {
-        auto all = found.read(turn, head, channel);
+        auto all = folded.read(turn, head, channel);
         fold(all, part);
-        found.write(turn ^ 1, head, channel, all);
-      } else if (plan.together) {
-        found.write(turn, head, channel, part);
+        folded.write(turn ^ 1, head, channel, all);
       } else {
         slots.write(slots.at(work.token, work.first_head + head, split), channel, part);
       }
@@ -385,29 +369,14 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
     __syncthreads();
   }
   if (alone)
-    each_vector(
-        [&](int head, int channel) { write_out(head, channel, found.read(turn, head, channel)); });
-  if (!plan.together) return;
-  arrive_in_cluster();
-  wait_for_cluster();
-  if (blockIdx.y == 0)
     each_vector([&](int head, int channel) {
-      auto all = prefix(head, channel);
-      for (int begin = first; begin < end; begin += kMostClusterBlocks) {
-        Part<4> parts[kMostClusterBlocks];
+      const auto row = folded.read(turn, head, channel);
+      const float inverse = 1.f / row.sum;
 #pragma unroll
-        for (int i = 0; i < kMostClusterBlocks; ++i) {
-          const int at = min(begin + i, end - 1) - first;
-          parts[i] = in_block(&found, at % plan.deals)->read(at / plan.deals, head, channel);
-        }
-#pragma unroll
-        for (int i = 0; i < kMostClusterBlocks; ++i)
-          if (begin + i < end) fold(all, parts[i]);
-      }
-      write_out(head, channel, all);
+      for (int i = 0; i < 4; i += 2)
+        *reinterpret_cast<uint32_t*>(out + head * kDim + channel + i) = pack<data_t>(
+            __fmul_rn(row.values.at[i], inverse), __fmul_rn(row.values.at[i + 1], inverse));
     });
-  arrive_in_cluster();
-  wait_for_cluster();
 }
 
 // Folds the splits of one (token, head), as tensor_kernel does when it walks alone. How much each
@@ -625,17 +594,11 @@ Plan make_plan(const PagedAttentionParams& p) {
   const int most_splits = divide_up(int64_t(p.max_pages) * p.page_size, kSplit);
   const int64_t room =
       kMostScratchBytes / (int64_t(p.tokens) * p.heads * (p.head_dim + 2) * sizeof(float));
-  Plan plan{1, false, 0, 0, 0};
-  if (blocks < kFull && most_splits > 1) {
+  Plan plan{1, 0, 0, 0};
+  if (blocks < kFull && most_splits > 1 && most_splits + kWalkers <= room) {
     const int each = std::max<int64_t>(1, (int64_t(blocks) * most_splits + kWave / 2) / kWave);
-    const int turns = divide_up(most_splits, kMostClusterBlocks);
-    if (turns <= kTurns && each <= turns) {
-      plan.together = true;
-      for (plan.deals = 2; plan.deals * turns < most_splits;) plan.deals *= 2;
-    } else if (most_splits + kWalkers <= room) {
-      plan.deals = divide_up(most_splits, each);
-      plan.splits = most_splits;
-    }
+    plan.deals = divide_up(most_splits, each);
+    plan.splits = most_splits;
   }
   if (p.shared) {
     // Alone, only what is shared waits; what has no room is read by every row for itself.
@@ -659,9 +622,8 @@ void launch_tensor(const PagedAttentionParams& p, cudaStream_t stream) {
                        plan);
   }
   const dim3 grid(num_blocks<kTileHeads>(p), plan.deals);
-  const dim3 cluster(1, plan.together ? plan.deals : 1);
-  launch_clusters(tensor_kernel<data_t, kDim>, cluster, grid, kThreads, 0, stream, p, pages, plan);
-  if (plan.deals > 1 && !plan.together)
+  launch_overlapping(tensor_kernel<data_t, kDim>, grid, kThreads, 0, stream, p, pages, plan);
+  if (plan.deals > 1)
     launch_overlapping(combine_kernel<data_t, kDim>, p.tokens * p.heads, kCombineThreads, 0, stream,
                        p, plan);
 }

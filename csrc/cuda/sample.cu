@@ -26,9 +26,16 @@
 // Neither token nor log-probability depends on the number of blocks: maxima and counts have no
 // order, candidates weigh in fixed point, and what else is added are always the same lanes of
 // kGroups parts of the row, in the same order.
-// Before, 512 rows of 128,256 took (us on an H100, float32 and bfloat16) 161 and 114 greedy, 222
-// and 170 unfiltered, with log-sum-exp in step 2 and nothing sent for ahead; 765 and 427 with top-p
-// 0.95, by a histogram of masses.
+// 384 threads let three blocks be on a multiprocessor. H100, rows of 128,256, us:
+//                       greedy   no filter   top-k 50   and top-p 0.95, min-p 0.05   top-p 0.95
+//   1, float32            5.2       10.6         9.6             10.0                    14.6
+//   512, float32        119        200         165              167                     280
+//   512, bfloat16        71        155         106              109                     224
+//   512, two blocks     122        223         184              191                     318
+//   (float32)
+// Before, 161 greedy and 222 unfiltered, with log-sum-exp in step 2 and nothing sent for ahead; 765
+// with top-p 0.95, by a histogram of masses. Without a filter Philox and its comparison are the
+// limit, 44 instructions a logit of random ones, nearly all of which could win.
 
 #include <algorithm>
 #include <cmath>

@@ -41,9 +41,10 @@
 // first walk, and 16 for states. Gradients that heads share go through fp32 sums of each head, 8
 // bytes an element and head more; a cluster of the heads that share could save that.
 //
-// H100, bfloat16, us: Llamba-1B 8 x 4096 936 and 64 x 512 902, Llamba-3B 1311, Llamba-8B 1664; 312
-// for 1 x 2048 and 5165 for 1 x 32768, for want of blocks; 5669 for 80 heads of one group, for the
-// sums. A third of the bandwidth: not profiled yet, instructions are the likely limit.
+// H100, bfloat16, us: Llamba-1B 8 x 4096 924, 64 x 512 883, 1 x 32768 1161 (5165 by one block a
+// head), Llamba-3B 1303, Llamba-8B 1664; 316 for 1 x 2048, for want of blocks; 5669 for 80 heads of
+// one group, for the sums. A third of the bandwidth: not profiled yet, instructions are the likely
+// limit.
 
 #include <algorithm>
 #include <type_traits>
