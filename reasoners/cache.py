@@ -102,6 +102,26 @@ def _recent_dims(shape: dict) -> tuple[int, int]:
     return x_heads * head_dim, b_groups * state_dim
 
 
+def bytes_to_hold(
+    model, page_size: int, state_dtype: torch.dtype | None = None, period: int = 1
+) -> tuple[int, int]:
+    """What a Cache takes for a page, and for a slot, of all layers."""
+    dtype = model.embedding.weight.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    page_bytes = slot_bytes = 0
+    for layer in model.layers:
+        shape = layer.mixer.cache_shapes()
+        if "kv" in shape:
+            page_bytes += 2 * page_size * math.prod(shape["kv"]) * dtype.itemsize
+            continue
+        slot_bytes += math.prod(shape["conv"]) * dtype.itemsize
+        slot_bytes += math.prod(shape["scan"]) * (state_dtype or wide).itemsize
+        if period > 1 and "recent" in shape:
+            token_bytes = sum(_recent_dims(shape)) * dtype.itemsize
+            slot_bytes += (period - 1) * (token_bytes + 2 * shape["scan"][0] * wide.itemsize)
+    return page_bytes, slot_bytes
+
+
 class Cache:
     """Slots and pages for the sequences of one model.
 
@@ -142,17 +162,7 @@ class Cache:
         self.paged = any(kind == "attention" for kind in model.config.mixers)
         max_pages = -(-max_length // page_size) if self.paged else 0
         shapes = [layer.mixer.cache_shapes() for layer in model.layers]
-        page_bytes = state_bytes = 0
-        for shape in shapes:
-            if "kv" in shape:
-                page_bytes += 2 * page_size * math.prod(shape["kv"]) * dtype.itemsize
-            else:
-                state_bytes += math.prod(shape["conv"]) * dtype.itemsize
-                state_bytes += math.prod(shape["scan"]) * state_dtype.itemsize
-                if period > 1 and "recent" in shape:
-                    token_bytes = sum(_recent_dims(shape)) * dtype.itemsize
-                    token_bytes += 2 * shape["scan"][0] * wide.itemsize
-                    state_bytes += (period - 1) * token_bytes
+        page_bytes, state_bytes = bytes_to_hold(model, page_size, state_dtype, period)
         most = num_slots * max_pages
         if max_bytes is not None:
             most = min(most, (max_bytes - num_slots * state_bytes) // max(page_bytes, 1))

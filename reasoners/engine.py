@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reasoners import ops
-from reasoners.cache import Cache, CacheFull, to_device
+from reasoners.cache import Cache, CacheFull, bytes_to_hold, to_device
 from reasoners.decode import ENDED, MAX_STOP_IDS, DecodeLoop, Drawn, Row
 from reasoners.model import HybridLM
 from reasoners.sampling import SamplingParams, prompt_key
@@ -113,7 +113,8 @@ class _Window:
 class Engine:
     """Generates for a HybridLM out of one Cache.
 
-    max_rows: samples decoded together. max_length: longest prompt plus answer, in tokens.
+    max_rows: samples decoded together; None for 512 on CUDA, or as many as whose states fit, and 64
+    elsewhere. max_length: longest prompt plus answer, in tokens.
     max_bytes: of the cache, None for half of the memory that is free now. eos_token_ids: tokens that
     end an answer. ends_with_stop: called with (token_ids, stop strings) for requests that have stop
     strings; true ends the answer. prefill_chunk: prompts are fed in pieces of this many tokens.
@@ -125,7 +126,7 @@ class Engine:
         self,
         model: HybridLM,
         *,
-        max_rows: int = 64,
+        max_rows: int | None = None,
         max_length: int = 2048,
         max_bytes: int | None = None,
         page_size: int = 16,
@@ -140,6 +141,12 @@ class Engine:
         graphs: bool | None = None,
     ):
         cuda = model.device.type == "cuda"
+        period = (8 if cuda else 1) if period is None else period
+        max_bytes = free_bytes(model.device) // 2 if max_bytes is None else max_bytes
+        if max_rows is None:
+            page_bytes, slot_bytes = bytes_to_hold(model, page_size, state_dtype, period)
+            fit = (max_bytes - page_bytes) // slot_bytes - 1 if slot_bytes else 512
+            max_rows = max(1, min(512 if cuda else 64, fit))
         if max_rows < 1:
             raise ValueError(f"Engine: max_rows expected >= 1, got {max_rows}")
         if ahead not in (None, 0, 1):
@@ -155,10 +162,10 @@ class Engine:
             num_slots=max_rows
             + 1,  # prompts come in as rows get free: one at most waits beside them all
             max_length=max_length,
-            max_bytes=free_bytes(model.device) // 2 if max_bytes is None else max_bytes,
+            max_bytes=max_bytes,
             page_size=page_size,
             state_dtype=state_dtype,
-            period=(8 if cuda else 1) if period is None else period,
+            period=period,
         )
         self.loop = DecodeLoop(
             model,

@@ -51,8 +51,7 @@ class LLM:
     tokenizer: a folder or a transformers tokenizer; None takes the model's folder.
     dtype: None for bfloat16 where the hardware multiplies it, else float32. device: None for CUDA if
     there is a GPU and a kernel for every operator, else the CPU. max_length: longest prompt plus answer, None
-    for the model's own limit or 4096, whichever is less. max_rows: samples decoded together, None for 512
-    on CUDA and 64 on a CPU. max_bytes, state_dtype: see Engine.
+    for the model's own limit or 4096, whichever is less. max_rows, max_bytes, state_dtype: see Engine.
     """
 
     def __init__(
@@ -76,8 +75,6 @@ class LLM:
             tokenizer = tokenizer if tokenizer is not None else model
         self.tokenizer = load_tokenizer(tokenizer)
         self.max_length = max_length or min(self.model.config.max_length, 4096)
-        if max_rows is None:
-            max_rows = 512 if self.model.device.type == "cuda" else 64
         self.engine = Engine(
             self.model,
             max_rows=max_rows,

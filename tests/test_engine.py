@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from reasoners import ops
+from reasoners.cache import Cache, bytes_to_hold
 from reasoners.decode import DecodeLoop
 from reasoners.engine import Engine, Request
 from reasoners.model import CONFIGS, HybridLM
@@ -206,6 +207,17 @@ def test_out_of_pages_waits_and_changes_no_token(num_pages, ahead):
     engine.loop = DecodeLoop(model, engine.cache, max_rows=8)
     assert collect(engine, requests) == expected
     assert_all_free(engine)
+
+
+def test_no_more_rows_than_states_fit():
+    model = tiny("tiny-llamba")
+    for period in (1, 8):
+        one = Cache(model, num_slots=1, max_length=64, period=period)
+        assert bytes_to_hold(model, 16, period=period) == (0, one.num_bytes())
+    _, slot = bytes_to_hold(model, 16)
+    assert Engine(model, max_length=64).max_rows == 64
+    assert Engine(model, max_length=64, max_bytes=10 * slot + 1).max_rows == 9
+    assert Engine(tiny("tiny-llama"), max_length=64, max_bytes=2**20).max_rows == 64
 
 
 def test_a_request_that_can_never_fit_names_the_numbers():
