@@ -40,14 +40,14 @@ struct alignas(16) RawChunk {
   }
 
   // The columns from kFirst on, of kMatrices like `to`: the second is `other`. Rows from `rows` on
-  // are zeros.
+  // are zeros. By kThreads threads, of which this is `thread`.
   template <bool kSilu, int kThreads, int kFirst, int kMatrices, int kWidth>
-  __device__ void convolve(int rows, Matrix<data_t, kChunk, kWidth>& to,
+  __device__ void convolve(int thread, int rows, Matrix<data_t, kChunk, kWidth>& to,
                            Matrix<data_t, kChunk, kWidth>& other) const {
     constexpr int kRows = 8, kVec = 4, kVectors = kMatrices * kWidth / kVec;
     constexpr int kTasks = kVectors * (kChunk / kRows);
 #pragma unroll 1
-    for (int task = threadIdx.x; task < kTasks; task += kThreads) {
+    for (int task = thread; task < kTasks; task += kThreads) {
       const int column = task % kVectors * kVec, first = task / kVectors * kRows;
       float taps[kMaxPast + 1][kVec], start[kVec], u[kMaxPast + kRows][kVec];
       const auto read = [&](const float* from, float (&values)[kVec]) {

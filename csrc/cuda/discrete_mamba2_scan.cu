@@ -3,23 +3,25 @@
 // one pass: ssd_walk.cuh says how.
 //
 //   P, N         64, 64   96, 64   128, 64   64, 128   128, 128      the next larger serves others
-//   parts           1        2        2         2          2         of 4 warps each
-//   shared, kB     76       95       112       121        165
-//   blocks per SM   3        2        2         1          1
+//   parts           1        2        2         2          2         of 4 warps each that multiply
+//   producers       4        0        0         0          0         warps that only convolve
+//   shared, kB    115       95       112       121        165
+//   blocks per SM   2        2        2         1          1
 //
-// A chunk is kept once as it came and once convolved, instead of twice: three blocks of 64 x 64 fit
-// only without gaps between the rows of what came and of z, and with one copy of the state. That
-// copy, the scalars and the convolution are written between two barriers, so that it costs no
-// third. The three inputs before a chunk are read again, out of the second-level cache: 5 % more
-// reads there, and a block may begin anywhere.
+// A 64 x 64 tile's chunk is kept once as it came and twice convolved, so that one is convolved
+// while another is multiplied; the scalars and the state's copy are there twice too, so that a
+// chunk costs the warps that multiply one barrier. Producers leave them registers, 88 a thread for
+// 168: what spills does so outside the walk. A larger tile is kept once each way, and its block
+// alternates. The three inputs before a chunk are read again, out of the second-level cache: 5 %
+// more reads there, and a block may begin anywhere.
 //
 // Bytes that must move at Llamba-1B, a token and head: 514 in, 128 out, 225 us for 8 x 4096. A
-// warp's instructions a chunk are twice those of the scan alone: 780 of the convolution, 300 of the
-// gate. A head's blocks of one group each convolve its B and C.
+// warp's instructions a chunk are 780 for the convolution and 250 around it; 1,000 for the products
+// and 300 for the gate. A head's blocks of one group each convolve its B and C.
 //
-// H100, bfloat16, us: 8 x 4096 430, 64 x 512 350, 1 x 2048 55; the operators one after the other
-// 713, 731 and 67. At 8 x 4096 two blocks are on a multiprocessor, and a chunk's products wait for
-// its convolution: warps that convolve beside warps that multiply are what to try next.
+// H100, bfloat16, us: 8 x 4096 296, 64 x 512 311, 1 x 2048 43; the operators one after the other
+// 713, 723 and 68. With four warps a block that did both in turn it was 430, 350 and 55: the same
+// instructions, issued by 8 warps a multiprocessor instead of 16.
 
 #include "activation.cuh"
 #include "ssd_walk.cuh"

@@ -4,8 +4,8 @@
 // its head, in one pass. x and B belong to a kv head and serve its query heads: each of their
 // blocks convolves them again, out of the second-level cache.
 //
-// H100, MambaInLlama-1B, bfloat16, us: 8 x 4096 565, 64 x 512 410, 1 x 2048 65; the operators one
-// after the other 1560, 1574 and 131. ssd_walk.cuh says how, discrete_mamba2_scan.cu what limits.
+// H100, MambaInLlama-1B, bfloat16, us: 8 x 4096 356, 64 x 512 372, 1 x 2048 49; the operators one
+// after the other 1560, 1578 and 133. ssd_walk.cuh says how, discrete_mamba2_scan.cu what limits.
 
 #include "activation.cuh"
 #include "ssd_walk.cuh"

@@ -18,15 +18,18 @@ struct WalkPlace {
 };
 
 // Columns of a chunk in shared memory are those of x, B, C, one after the other; kUsed of them are
-// needed.
+// needed. The block's threads from kFirstMaker on copy and convolve them, and call what is not
+// request_z.
 template <typename Tile, typename Params, int kP, int kN, int kUsed>
 struct ProjectedChunks {
   using data_t = typename Tile::data_t;
-  static constexpr int kThreads = Tile::kThreads, kColumns = kP + 2 * kN;
+  static constexpr int kThreads = Tile::kMakers, kColumns = kP + 2 * kN;
 
   const Params& params;
   typename Tile::Shared& shared;
   WalkPlace place;
+
+  __device__ static unsigned thread() { return threadIdx.x - Tile::kFirstMaker; }
 
   // A column of the head: its data at the first token of the sequence's batch row, and its channel
   // of the convolution, negative where there is none.
@@ -73,7 +76,7 @@ struct ProjectedChunks {
     };
     if constexpr (kThreads % kVectors == 0) {  // always the same columns
       constexpr int kStep = kThreads / kVectors;
-      const int i = threadIdx.x / kVectors, column = threadIdx.x % kVectors * 8;
+      const int i = thread() / kVectors, column = thread() % kVectors * 8;
       const Column mine = column_at(first + column);
       const data_t* from = mine.data + (place.begin + t + i) * stride;
 #pragma unroll
@@ -82,7 +85,7 @@ struct ProjectedChunks {
     } else {
 #pragma unroll
       for (int u = 0; u < kCopies; ++u) {
-        const int v = threadIdx.x + u * kThreads, i = v / kVectors, column = v % kVectors * 8;
+        const int v = thread() + u * kThreads, i = v / kVectors, column = v % kVectors * 8;
         const Column mine = column_at(first + column);
         copy(mine.data + (place.begin + t + i) * stride, mine.channel >= 0, i, column);
       }
@@ -95,8 +98,8 @@ struct ProjectedChunks {
     if (kUsed == kColumns) copy_columns<kN>(kP + kN, t);
     constexpr int kVectors = kUsed / 8;
     static_assert(kMaxPast * kVectors <= kThreads);
-    if (threadIdx.x < kMaxPast * kVectors) {
-      const int w = threadIdx.x / kVectors, column = threadIdx.x % kVectors * 8;
+    if (thread() < kMaxPast * kVectors) {
+      const int w = thread() / kVectors, column = thread() % kVectors * 8;
       const data_t* from = input_at(column_at(column), t - kMaxPast + w);
       copy_async_16_once(&shared.raw.at[w][column], from ? from : params.scan.x, from != nullptr);
     }
@@ -121,20 +124,21 @@ struct ProjectedChunks {
 
   template <typename Source>
   __device__ void put_constants(const Source& source) const {
-    for (int column = threadIdx.x; column < kUsed; column += kThreads)
+    for (int column = thread(); column < kUsed; column += kThreads)
       shared.raw.put_taps(column, static_cast<const data_t*>(params.conv_weight),
                           static_cast<const data_t*>(params.conv_bias), column_at(column).channel,
                           params.width);
-    for (int i = threadIdx.x; i < kP; i += kThreads)
+    for (int i = thread(); i < kP; i += kThreads)
       shared.constants[i] = i < params.scan.head_dim ? source.constant(i) : 0.f;
   }
   // x, B and C of the chunk at token t.
   template <bool kSilu>
-  __device__ void convolve(int t) const {
-    auto& in = shared.inputs[0];
+  __device__ void convolve(int t, typename Tile::Inputs& in) const {
+    const auto& raw = shared.raw;
     const int rows = place.length - t;
-    shared.raw.template convolve<kSilu, kThreads, 0, 1>(rows, in.x, in.x);
-    shared.raw.template convolve<kSilu, kThreads, kP, kUsed == kColumns ? 2 : 1>(rows, in.b, in.c);
+    raw.template convolve<kSilu, kThreads, 0, 1>(thread(), rows, in.x, in.x);
+    raw.template convolve<kSilu, kThreads, kP, kUsed == kColumns ? 2 : 1>(thread(), rows, in.b,
+                                                                          in.c);
   }
   // The sequence's last inputs, by the first of the heads that share them.
   __device__ void keep_last() const {
@@ -142,7 +146,7 @@ struct ProjectedChunks {
     const int history = params.width - 1;
     const auto owned = [&](int heads) { return place.head % (p.heads / heads) == 0; };
     const bool x_owned = owned(p.x_heads), b_owned = owned(p.b_groups), c_owned = owned(p.c_groups);
-    for (int v = threadIdx.x; v < history * (kColumns / 8); v += kThreads) {
+    for (int v = thread(); v < history * (kColumns / 8); v += kThreads) {
       const int w = v / (kColumns / 8), at = v % (kColumns / 8) * 8;
       const Column column = column_at(at);
       if (column.channel < 0 || !(at < kP ? x_owned : at < kP + kN ? b_owned : c_owned)) continue;

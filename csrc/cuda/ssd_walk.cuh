@@ -2,10 +2,28 @@
 // inputs that a mixer makes of in_proj's rows on the way. A Source says which, and what a token's
 // log_decay and scale are and what becomes of y.
 //
-// A mixer's chunk has two phases. In the first the block convolves x, B and C out of what was
-// copied into the tiles that the products read, and leaves scalars and the state there; in the
+// A mixer's chunk is convolved first: x, B and C out of what was copied, `raw`, into the tiles that
+// the products read. Who does it is Tile::kProducers:
+//
+// Of a small tile, four warps that do nothing else, the producers, for four that multiply. A chunk
+// is convolved while the one before it is multiplied, gated and written, and the one after it is on
+// its way:
+//
+//   producers: copies of chunk k are here | free | convolve k | full | nobody reads raw: copy k + 1
+//   others:    full | y, gated | state | free
+//
+// Chunk k is convolved into buffer k % 2, and the state before it put into copy k % 2. `full` of a
+// buffer waits for the producers, and for the others among themselves: so that copy is whole, and
+// nobody reads the one of chunk k - 1 once all have passed the next. `free` waits for all others to
+// have read chunk k - 2, and for the producers among themselves: so what they copied is whole.
+// Neither can be passed twice before the other: each has at most one round under way.
+//
+// Of a larger one, whose two buffers would leave one block on a multiprocessor at most, all warps,
+// in two phases: in the first the block convolves, and leaves scalars and the state there; in the
 // second it computes as for tensors, while the next chunk's inputs are on their way to where these
-// were. z is copied by the warp that needs it and waits for nobody else.
+// were.
+//
+// z is copied by the warp that needs it and waits for nobody else.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +35,7 @@
 #include "kernels.h"
 #include "launch.cuh"
 #include "projected_chunks.cuh"
+#include "roles.cuh"
 #include "scan.cuh"
 #include "ssd_chunk.cuh"
 
@@ -25,13 +44,21 @@ namespace {
 
 // What a block keeps in shared memory, and how many blocks a multiprocessor shall have. Without
 // Source::kConvolves the inputs are tensors: two chunks of them lie there, one in use and one on
-// its way. With it the next chunk is on its way to `raw` and is convolved into the place of this
-// one; and a chunk of z is there, or on its way, for the warps that gate with it.
+// its way. With it the next chunk is on its way to `raw` and is convolved into the other buffer,
+// or, without producers, into the place of this one; and a chunk of z is there, or on its way, for
+// the warps that gate with it.
 template <typename Source, int kP, int kN>
 struct Tile {
   using data_t = typename Source::data_t;
   static constexpr int kParts = kP * kN <= 64 * 64 ? 1 : 2;
-  static constexpr int kThreads = 32 * kBlocks * kParts;
+  static constexpr int kProducers = Source::kConvolves && kParts == 1 ? 4 : 0;  // warps
+  static constexpr int kWalkers = 32 * kBlocks * kParts;                        // threads
+  static constexpr int kThreads = kWalkers + 32 * kProducers;
+  // The threads that make a chunk of what a mixer copied.
+  static constexpr int kMakers = kProducers > 0 ? 32 * kProducers : kWalkers;
+  static constexpr int kFirstMaker = kThreads - kMakers;
+  // Registers of their threads, of 128 at two blocks a multiprocessor.
+  static constexpr int kProducerRegisters = 88, kWalkerRegisters = 168;
   struct Inputs {
     Matrix<data_t, kChunk, kP> x;
     Matrix<data_t, kChunk, kN> b, c;
@@ -39,20 +66,22 @@ struct Tile {
   static constexpr int kPerSM = 233472;  // bytes of a multiprocessor, 1024 of them for each block
   static constexpr int kMost = kParts == 1 ? 3 : kP * kN <= 128 * 64 ? 2 : 1;  // blocks on it
   static constexpr int kStates =  // with two, one barrier a chunk is enough
-      !Source::kConvolves && kMost * (2 * sizeof(Inputs) + 2 * sizeof(Matrix<data_t, kP, kN>) +
-                                      2 * sizeof(Scalars) + 1024) <=
-                                 kPerSM
+      kProducers > 0 || (!Source::kConvolves &&
+                         kMost * (2 * sizeof(Inputs) + 2 * sizeof(Matrix<data_t, kP, kN>) +
+                                  2 * sizeof(Scalars) + 1024) <=
+                             kPerSM)
           ? 2
           : 1;
+  static constexpr int kBuffers = Source::kConvolves && kProducers == 0 ? 1 : 2;  // of chunks
   struct OfTensors {
     Inputs inputs[2];
     Matrix<data_t, kP, kN> states[kStates];
     Scalars scalars[2];
   };
   struct OfMixer {
-    Inputs inputs[1];
-    Matrix<data_t, kP, kN> states[1];
-    Scalars scalars[1];
+    Inputs inputs[kBuffers];
+    Matrix<data_t, kP, kN> states[kStates];
+    Scalars scalars[kBuffers];
     RawChunk<data_t, kP + 2 * kN> raw;
     Swizzled<data_t, kP> z;
     float constants[kP];            // Source::constant of y's columns
@@ -63,11 +92,16 @@ struct Tile {
       Source::kConvolves && kMost > 1 && kMost * (sizeof(Shared) + 1024) > kPerSM ? kMost - 1
                                                                                   : kMost;
   static_assert(kWanted * (sizeof(Shared) + 1024) <= kPerSM);
+  static_assert(kProducers == 0 ||
+                kWanted * (kMakers * kProducerRegisters + kWalkers * kWalkerRegisters) <= 65536);
   // Of a warp: y's tiles of 8 columns; a state's rows 16 (r + 4 m) and tiles of 8 columns.
   static constexpr int kYTiles = kP / 8 / kParts;
   static constexpr int kRowTiles = (kP / 16 + kBlocks - 1) / kBlocks;
   static constexpr int kColumnTiles = kN / 8 / kParts;
 };
+
+// Barriers of producers and walkers, the first two for each buffer.
+constexpr int kFull = 1, kFree = 3, kProduced = 5;
 
 // How the segments of a sequence are dealt to blocks; `blocks` 0: one block has them all.
 struct Deal {
@@ -112,7 +146,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   const int x_offset = head / (p.heads / p.x_heads) * p.head_dim,
             b_offset = head / (p.heads / p.b_groups) * p.state_dim,
             c_offset = head / (p.heads / p.c_groups) * p.state_dim;
-  constexpr bool kConvolves = Source::kConvolves;
+  constexpr bool kConvolves = Source::kConvolves, kProduces = T::kProducers > 0;
   const ProjectedChunks<T, typename Source::Params, kP, kN, kAdds ? kP + kN : kP + 2 * kN>
       projected{params, shared, {head, index, batch, begin, length, x_offset, b_offset, c_offset}};
   // By the block of the last chunk, or of none; the inputs are in the second-level cache then.
@@ -120,7 +154,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     if constexpr (kConvolves && !kAdds) projected.keep_last();
   };
   if (deal.blocks > 0 && first >= last) {
-    if (first == 0) keep_last();
+    if (first == 0 && static_cast<int>(threadIdx.x) >= T::kFirstMaker) keep_last();
     return;
   }
   const int first_chunk = first * kSegment, last_chunk = min(last * kSegment, chunks);
@@ -135,8 +169,8 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   // ---- What the next chunk reads, on its way.
   const Source source(params, head);
   float next_decay[2],
-      next_scale[2];              // of tokens 2 lane and 2 lane + 1, in the warp that sums them
-  constexpr int kScalarWarp = 0;  // it has the fewest blocks of C B^T
+      next_scale[2];  // of tokens 2 lane and 2 lane + 1, in the warp that sums them
+  constexpr int kScalarWarp = T::kFirstMaker / 32;  // or 0, which has the fewest blocks of C B^T
   const auto copy_rows = [&](auto& to, const void* data, TokenStrides strides, int offset, int t,
                              int width) {
     constexpr int kVectors = sizeof(to.at[0]) / 16 - 1, kCopies = kChunk * kVectors / kThreads;
@@ -168,8 +202,9 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     read_scalars(t);
   };
 
-  // Of a mixer. The groups of copies alternate, one of what is convolved, one of z, and are there
-  // even where nothing is left to copy: so the one before the latest is what a warp waits for.
+  // Of a mixer. Without producers the groups of copies alternate, one of what is convolved, one of
+  // z, and are there even where nothing is left to copy: so the one before the latest is what a
+  // warp waits for.
   const auto request_raw = [&](int chunk) {
     if constexpr (kConvolves) {
       if (chunk < last_chunk) {
@@ -192,6 +227,40 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
 #pragma unroll
       for (int k = 0; k < 2; ++k) source.weigh(next_decay[k], next_scale[k]);
   };
+
+  // A barrier is named by a constant, so that no more of them are taken.
+  const auto at_buffer = [](int chunk, auto&& use) {
+    if (chunk & 1)
+      use(std::integral_constant<int, 1>());
+    else
+      use(std::integral_constant<int, 0>());
+  };
+  // The buffer of a chunk, which nobody reads any more.
+  const auto free_for = [&](int chunk) {
+    if constexpr (kProduces)
+      if (chunk < last_chunk) at_buffer(chunk, [](auto b) { arrive_at<kFree + b, T::kThreads>(); });
+  };
+  if constexpr (kProduces) {
+    if (warp >= kScalarWarp) {  // a producer
+      keep_registers<T::kProducerRegisters>();
+      request_raw(first_chunk);
+      projected.put_constants(source);
+#pragma unroll 1
+      for (int chunk = first_chunk; chunk < last_chunk; ++chunk) {
+        wait_copies();
+        if (warp == kScalarWarp) weigh();
+        at_buffer(chunk, [](auto b) { wait_at<kFree + b, T::kThreads>(); });
+        if (warp == kScalarWarp) put_scalars(shared.scalars[chunk & 1], next_decay, next_scale);
+        projected.template convolve<Source::kSilu>(chunk * kChunk, shared.inputs[chunk & 1]);
+        at_buffer(chunk, [](auto b) { arrive_at<kFull + b, T::kThreads>(); });
+        wait_at<kProduced, T::kMakers>();
+        request_raw(chunk + 1);
+      }
+      if (last == segments) keep_last();
+      return;
+    }
+    take_registers<T::kWalkerRegisters>();
+  }
 
   // ---- States in registers, shared and global memory.
   const auto each = [&](auto&& visit) {
@@ -258,7 +327,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   // A mixer's y: with D x, gated and, if Source says so, normalised over its head.
   const auto finish = [&](float (&d)[T::kYTiles][4], const Matrix<data_t, kChunk, kP>& x) {
     if constexpr (kConvolves) {
-      wait_for_copies<1>();
+      wait_for_copies<kProduces ? 0 : 1>();
       __syncwarp();  // z is here
       float squares[2] = {};
 #pragma unroll
@@ -397,34 +466,38 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   const int64_t home = (int64_t(index) * p.heads + head) * size;  // in a state tensor
   if (first_chunk < last_chunk) {
     if constexpr (kConvolves) {
-      request_raw(first_chunk);
+      if (!kProduces) request_raw(first_chunk);
       request_z(first_chunk);
     } else {
       request(first_chunk);
     }
   }
+  free_for(first_chunk);
+  free_for(first_chunk + 1);
   const float* from = deal.blocks > 0   ? p.scratch + deal.states + places.of(first) * size
                       : p.initial_state ? p.initial_state + home
                                         : nullptr;
   read_state(kAdds ? nullptr : from, carried);
   begin_segment();
-  if constexpr (kConvolves)
+  if constexpr (kConvolves && !kProduces)
     projected.put_constants(source);
   else if (!kAdds)
     put_state(shared.states[0]);
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < last_chunk; ++chunk) {
-    Scalars& scalars = shared.scalars[kConvolves ? 0 : chunk & 1];
-    const auto& in = shared.inputs[kConvolves ? 0 : chunk & 1];
+    Scalars& scalars = shared.scalars[chunk & (T::kBuffers - 1)];
+    auto& in = shared.inputs[chunk & (T::kBuffers - 1)];
     const auto& state = shared.states[(chunk - first_chunk) % T::kStates];
-    if constexpr (kConvolves) {
+    if constexpr (kProduces) {
+      at_buffer(chunk, [](auto b) { wait_at<kFull + b, T::kThreads>(); });
+    } else if constexpr (kConvolves) {
       // What the chunk before was computed from is free after the first barrier.
       wait_for_copies<1>();
       if (warp == kScalarWarp) weigh();
       __syncthreads();
       if (warp == kScalarWarp) put_scalars(scalars, next_decay, next_scale);
       if (!kAdds) put_state(shared.states[0]);
-      projected.template convolve<Source::kSilu>(chunk * kChunk);
+      projected.template convolve<Source::kSilu>(chunk * kChunk, in);
       __syncthreads();
       request_raw(chunk + 1);
     } else {
@@ -436,6 +509,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     if (!kAdds) draw_y(in, state, scalars, chunk * kChunk);
     if constexpr (kConvolves) request_z(chunk + 1);
     advance(in, scalars);
+    free_for(chunk + 2);
     if (chunk + 1 == last_chunk || (chunk + 1) % kSegment == 0) {
       if (kAdds) {
         const int64_t place = places.of(chunk / kSegment);
@@ -448,12 +522,12 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
       });
       begin_segment();
     }
-    if (kAdds || kConvolves || chunk + 1 == last_chunk) continue;
+    if (kAdds || (kConvolves && !kProduces) || chunk + 1 == last_chunk) continue;
     if (T::kStates == 1) __syncthreads();
     put_state(shared.states[(chunk + 1 - first_chunk) % T::kStates]);
   }
   if (!kAdds && deal.blocks == 0) write_state(carried, p.final_state + home);
-  if (last == segments) keep_last();
+  if (!kProduces && last == segments) keep_last();
 }
 
 // Turns what each segment adds into the state before it, and leaves the final state.
