@@ -91,7 +91,7 @@ def bench_distill(measure, stage, recompute):
     settings = (STAGES[stage], batch, "cuda", torch.bfloat16, recompute)
     step = training_step("llama-3.2-1b", "llamba-1b", *settings)
     flops = step_flops("llama-3.2-1b", "llamba-1b", batch.tokens.numel())
-    roof_s = flops / cost.H100_FLOPS_PER_S  # so that the share is MFU
+    roof_s = flops / cost.device().flops_per_s  # so that the share is MFU
     torch.cuda.reset_peak_memory_stats()
     measure(
         step, flops=flops, tokens=batch.tokens.numel(), rounds=5, warmup_rounds=1, graph=False,

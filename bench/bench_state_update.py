@@ -96,7 +96,10 @@ def ours(inputs):
     return partial(ops.state_update, **{k: v for k, v in inputs.items() if k != "A"})
 
 
-def deferred(inputs, period=8):
+PERIOD = 8
+
+
+def deferred(inputs, period=PERIOD):
     """The same with the state written every `period` tokens, the rows at random places of it."""
     batch, heads = inputs["scale"].shape
     dims = [inputs[n].shape[1] * inputs[n].shape[2] for n in ("x", "B")]
@@ -146,8 +149,9 @@ def bench_state_update_cuda(measure, shape, state, batch, impl):
     heads, head_dim, state_dim, kv_heads = SHAPES[shape]
     dtype = DTYPES[state]
     num_bytes = cost.state_update_bytes(
-        batch, heads, head_dim, state_dim, dtype.itemsize, data_bytes=2, kv_heads=kv_heads
-    )
+        batch, heads, head_dim, state_dim, dtype.itemsize, data_bytes=2, kv_heads=kv_heads,
+        period=PERIOD if impl == "deferred" else 1,
+    )  # fmt: skip
     prepare = implementation(impl)
     torch.manual_seed(0)
     sets = [make_cuda(batch, SHAPES[shape], dtype) for _ in range(cost.rotation(num_bytes / 2))]

@@ -91,7 +91,8 @@ def measure(request, benchmark):
     In rows marked cuda, fn may be a list of closures over different inputs, which together exceed the
     L2 cache (cost.rotation says how many); they are captured in one CUDA graph, or with graph=False
     just run. steps: how many calls' worth of work one closure is; bytes, FLOPs, tokens and all times
-    are those of one call. roof_s: its least time on an H100, by default num_bytes at the copy rate.
+    are those of one call. roof_s: its least time on this device, by default num_bytes at the copy rate.
+    target_us: of an H100, and so adapted to this device's copy rate.
 
     Returns the median seconds of one call. `extra_info` holds the roof's inputs first (bytes that must
     move, FLOPs), then what was reached.
@@ -118,7 +119,7 @@ def measure(request, benchmark):
             info["bytes"] = num_bytes
             info["gb_per_s"] = round(num_bytes / median_s / 1e9, 2)
             if roof_s is None:
-                roof_s = num_bytes / cost.H100_BYTES_PER_S
+                roof_s = num_bytes / cost.device().bytes_per_s
         if flops is not None:
             info["flops"] = flops
             info["gflop_per_s"] = round(flops / median_s / 1e9, 1)
@@ -128,7 +129,7 @@ def measure(request, benchmark):
             if roof_s is not None:
                 info["share_of_roof"] = round(roof_s / median_s, 4)
             if target_us is not None:
-                info["target_us"] = target_us
+                info["target_us"] = round(cost.target_here_us(target_us, num_bytes or 0), 1)
             row = (*split_name(request.node), median_s, dict(info))
             request.config.stash.setdefault(ROWS, []).append(row)
             if "OUT" in os.environ:  # a call that runs out of time has these
@@ -157,7 +158,9 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     ours = {(bench, case): s for bench, case, impl, s, _ in rows if impl == "reasoners"}
     write = terminalreporter.write_line
-    terminalreporter.section(f"{torch.cuda.get_device_name()}, roof 3.03 TB/s")
+    device = cost.device()
+    rates = f"{device.bytes_per_s / 1e12:.2f} TB/s, {device.flops_per_s / 1e12:.0f} TFLOP/s"
+    terminalreporter.section(f"{device.name}, roof {rates}")
     wide = max(len(case) for _, case, *_ in rows)
     order = {row[:2]: i for i, row in reversed(list(enumerate(rows)))}  # by first appearance
     order |= {row[0]: i for i, row in reversed(list(enumerate(rows)))}

@@ -1,32 +1,80 @@
 """Bytes that must move and FLOPs that must be done, as formulas: the roof under every measurement."""
 
 import math
+import statistics
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-# Measured on one H100 80GB HBM3: a device copy (read + write) and a bf16 8192^3 matmul.
-H100_BYTES_PER_S = 3.03e12
-H100_FLOPS_PER_S = 753e12
-H100_L2_BYTES = 50e6
+
+@dataclass(frozen=True)
+class Device:
+    """What a GPU does at most: bytes a second of a device copy (read + write), FLOPs a second of a bf16
+    8192^3 product of random matrices."""
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+    l2_bytes: float = 50e6
+
+
+H100 = Device("NVIDIA H100 80GB HBM3", 3.03e12, 753e12)  # measured; the targets are for it
+
+
+@lru_cache
+def device():
+    """This machine's GPU, measured now; an H100 where there is none."""
+    if not torch.cuda.is_available():
+        return H100
+
+    def median_s(run):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        for _ in range(15):
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+        return statistics.median(times[3:])
+
+    source, target = torch.empty(2, 2**31, dtype=torch.uint8, device="cuda").random_()
+    copy_s = median_s(lambda: target.copy_(source))
+    a, b, product = torch.randn(3, 8192, 8192, device="cuda").bfloat16()
+    product_s = median_s(lambda: torch.mm(a, b, out=product))
+    properties = torch.cuda.get_device_properties(0)
+    return Device(
+        properties.name, 2 * source.numel() / copy_s, 2 * 8192**3 / product_s,
+        properties.L2_cache_size,
+    )  # fmt: skip
+
+
+def target_here_us(target_us, num_bytes):
+    """A target for an H100 on this device: what it allows beside the bytes' time stays the same."""
+    change_s = num_bytes / device().bytes_per_s - num_bytes / H100.bytes_per_s
+    return target_us + change_s * 1e6
 
 
 def rotation(footprint, past=4):
     """How many input sets of `footprint` bytes exceed the L2 `past` times: each call finds its own cold."""
-    return max(2, math.ceil(past * H100_L2_BYTES / footprint))
+    return max(2, math.ceil(past * device().l2_bytes / footprint))
 
 
 def state_update_bytes(
-    batch, heads, head_dim, state_dim, state_bytes=4, data_bytes=4, kv_heads=None
+    batch, heads, head_dim, state_dim, state_bytes=4, data_bytes=4, kv_heads=None, period=1
 ):
     """The state is read and written once; x, B, C come in and y goes out once.
 
-    C is per head; x and B have kv_heads heads, or one per head if None.
+    C is per head; x and B have kv_heads heads, or one per head if None. period: the state is written
+    every so many tokens; x and B of those since then are read, and this one's are written.
     """
     kv_heads = heads if kv_heads is None else kv_heads
-    state = 2 * heads * head_dim * state_dim * state_bytes
+    state = heads * head_dim * state_dim * state_bytes * (1 + 1 / period)
     data = (heads + kv_heads) * (head_dim + state_dim) * data_bytes
-    return batch * (state + data)
+    recent = kv_heads * (head_dim + state_dim) * data_bytes + 8 * heads
+    recent *= (period - 1) / 2 + (period - 1) / period
+    return round(batch * (state + data + recent))
 
 
 def ssd_scan_bytes(tokens, heads, head_dim, state_dim, data_bytes=4):
@@ -118,11 +166,12 @@ def decode_step_flops(config, batch):
 
 
 def roof_s(config, batch, length, state_bytes=4, weight_bytes=2):
-    """Seconds of one decode step on an H100 at its measured copy and matmul rates.
+    """Seconds of one decode step at the copy and matmul rates of this machine's GPU.
 
     The weights' traffic hides behind their products, or these behind it; what else moves is added.
     """
+    on = device()
     weights = decode_weight_bytes(config, weight_bytes)
     other = decode_step_bytes(config, batch, length, state_bytes, weight_bytes) - weights
-    products = decode_step_flops(config, batch) / H100_FLOPS_PER_S
-    return max(weights / H100_BYTES_PER_S, products) + other / H100_BYTES_PER_S
+    products = decode_step_flops(config, batch) / on.flops_per_s
+    return max(weights / on.bytes_per_s, products) + other / on.bytes_per_s

@@ -29,7 +29,7 @@ table() {
   shift
   $measure "$@" ${ROWS:+-k "$ROWS"} --benchmark-json="$OUT/$name.json" >"$OUT/$name.log" 2>&1 ||
     tail -20 "$OUT/$name.log"
-  sed -n '/roof 3.03/,$p' "$OUT/$name.log"
+  sed -n '/, roof /,$p' "$OUT/$name.log"
 }
 
 for topic in $topics; do

@@ -11,6 +11,11 @@ LLAMA_1B = 16 * 60_817_408 + 128_256 * 2048
 LLAMBA_1B = 16 * 71_368_704 + 128_256 * 2048
 
 
+@pytest.fixture(autouse=True)
+def on_an_h100(monkeypatch):
+    monkeypatch.setattr(cost, "device", lambda: cost.H100)
+
+
 def test_matrices():
     assert LLAMA_1B == 1_235_746_816  # 2.47 GB
     assert cost.decode_weight_bytes(CONFIGS["llama-3.2-1b"]) == 2 * LLAMA_1B
@@ -78,6 +83,17 @@ def test_state_update_bytes():
     # x and B of 8 heads, y and C of 24.
     shared = cost.state_update_bytes(2, 24, 128, 128, 2, data_bytes=2, kv_heads=8)
     assert shared == 2 * (2 * 24 * 128 * 128 * 2 + (24 + 24 + 8 + 8) * 128 * 2)
+    # Written every 8th token: of 7 recent ones half are read, of 8 tokens 7 are kept.
+    late = cost.state_update_bytes(1, 32, 64, 64, data_bytes=2, period=8)
+    recent = 2 * 32 * 64 * 2 + 2 * 32 * 4
+    assert late == 524_288 * 9 / 8 + 4 * 32 * 64 * 2 + (3.5 + 7 / 8) * recent
+
+
+def test_targets_keep_what_they_allow_beside_the_bytes(monkeypatch):
+    assert cost.target_here_us(184, 500_000_000) == 184
+    faster = cost.Device("of twice the rate", 2 * 3.03e12, 753e12)
+    monkeypatch.setattr(cost, "device", lambda: faster)
+    assert cost.target_here_us(184, 303_000_000) == pytest.approx(184 - 50)
 
 
 def test_rotation():
