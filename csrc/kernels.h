@@ -30,9 +30,10 @@ struct StateUpdateParams {
   const float* D;          // (heads) or null
   const int64_t* rng_key;  // (batch, 4) or null
   void* y;                 // (batch, heads, head_dim), dtype
+  uint32_t* tickets;       // (heads), zeros, and zeros again afterwards
   RecentTokens recent;
   int64_t x_stride, log_decay_stride, b_stride, c_stride, scale_stride;  // of the batch dimension
-  int batch, heads, x_heads, b_groups, c_groups, head_dim, state_dim;
+  int num_slots, batch, heads, x_heads, b_groups, c_groups, head_dim, state_dim;
   DType dtype, state_dtype;
 };
 void launch_state_update(const StateUpdateParams& params, cudaStream_t stream);
@@ -53,10 +54,11 @@ struct MixerUpdateParams {
   const void* norm_weight;  // (heads * head_dim), dtype; mamba2 only
   const int64_t* rng_key;   // (batch, 4) or null
   void* y;                  // (batch, heads * head_dim), dtype
+  uint32_t* tickets;        // (heads), zeros, and zeros again afterwards
   RecentTokens recent;
   int64_t projected_stride;             // of the batch dimension
   int conv_offset, z_offset, a_offset;  // in a projected row: [x, B, C], z, and a or dt
-  int batch, heads, x_heads, b_groups, c_groups, head_dim, state_dim, width;
+  int num_slots, batch, heads, x_heads, b_groups, c_groups, head_dim, state_dim, width;
   float eps;
   DType dtype, state_dtype;
 };

@@ -283,3 +283,92 @@ def test_compiles_whole_with_dynamic_shapes():
         other = inputs | {name: inputs[name].clone() for name in HELD}
         assert torch.equal(compiled(inputs), step(other))
         assert all(same(inputs[name], other[name]) for name in HELD)
+
+
+# ---- many rows on CUDA: blocks that stay draw them by tickets, and look at slots early
+
+
+def many_rows(batch, seed=0):
+    """Of the kernel whose blocks stay, at every place of the period."""
+    count = batch + 2
+    inputs = deferred_state_update_inputs(
+        batch=batch, H=8, Hx=8, Gb=8, Gc=8, P=64, N=64, dtype=torch.bfloat16, slots=range(batch),
+        period=8, pending=[(5 * i + i // 7) % 8 for i in range(count)], seed=seed,
+    )  # fmt: skip
+    return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def copied(inputs):
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+@pytest.mark.cuda("deferred_state_update")
+def test_tickets_are_left_for_the_next_launch_cuda():
+    """Launches after each other, of several graphs in turn and on two streams give the same."""
+    batches = (150, 700)
+    starts = [many_rows(batch) for batch in batches]
+    expected = [copied(inputs) for inputs in starts]
+    expected = [
+        (inputs, [ops.deferred_state_update(**inputs) for _ in range(3)]) for inputs in expected
+    ]
+
+    graphs = []
+    for start in starts:
+        held, graph = copied(start), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = ops.deferred_state_update(**held)
+        for name in HELD:
+            held[name].copy_(start[name])
+        graphs.append((held, graph, y))
+    for turn in range(3):
+        for (_, graph, y), (_, ys) in zip(graphs, expected, strict=True):
+            graph.replay()
+            assert torch.equal(y, ys[turn])
+    streams = [torch.cuda.Stream() for _ in batches]
+    both = [copied(inputs) for inputs in starts]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        for stream, inputs in zip(streams, both, strict=True):
+            with torch.cuda.stream(stream):
+                ops.deferred_state_update(**inputs)
+    torch.cuda.synchronize()
+    for (held, *_), inputs, (after, _) in zip(graphs, both, expected, strict=True):
+        for name in HELD:
+            assert same(held[name], after[name]) and same(inputs[name], after[name]), name
+
+
+@pytest.mark.cuda("deferred_state_update", "state_update", "advance")
+@pytest.mark.parametrize("batch", [2, 700])
+def test_slots_that_the_launch_before_changes_cuda(batch):
+    """A launch may look at slots while the one before it, here `advance`, still moves them on."""
+    steps = 12
+    inputs = many_rows(batch + steps)
+    rows = {k: v[:batch] if k in ("slots", *TOKEN) and k != "D" else v for k, v in inputs.items()}
+    plain = {k: v for k, v in rows.items() if k not in (*HELD[1:], "period")}
+
+    def run(op, held, replays, launches):
+        """Every y of a graph of so many launches, replayed so many times from `rows`."""
+        counter = reference.advance_inputs(rows=batch, steps=2 * steps, t=0, alive=1.0)
+        counter = {k: v.cuda() for k, v in counter.items()} | {"lengths": held["slots"]}
+        counter["remaining"] += 1000
+        counter["token"], counter["stop_ids"] = counter["token"].abs(), counter["stop_ids"] * 0 - 1
+        graph, ys = torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graph):
+            chain = []
+            for _ in range(launches):
+                ops.advance(**counter)  # every row's next slot
+                chain.append(op(**held))
+        for _ in range(replays):
+            graph.replay()
+            torch.cuda.synchronize()
+            ys += [y.clone() for y in chain]
+        return ys
+
+    for op, arguments in ((ops.deferred_state_update, rows), (ops.state_update, plain)):
+        apart, chained = copied(arguments), copied(arguments)
+        expected, ys = run(op, apart, steps, 1), run(op, chained, 1, steps)
+        assert torch.equal(apart["slots"], rows["slots"] + steps)
+        for t in range(steps):
+            assert torch.equal(ys[t], expected[t]), t
+        for name in set(HELD) & set(apart):
+            assert same(apart[name], chained[name]), name

@@ -60,6 +60,13 @@ __device__ inline void wait_for(uint64_t* barrier, int parity) {
       "r"(parity)
       : "memory");
 }
+// Into the second-level cache alone: a line; and a multiple of 16 bytes, as aligned.
+__device__ inline void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+__device__ inline void prefetch_bulk(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // Read once: it shall leave the second-level cache first.
 __device__ inline void copy_bulk_once(void* shared, const void* global, int bytes,
                                       uint64_t* barrier) {

@@ -1,5 +1,5 @@
-// Tensors to params to a launch on the current stream; registers the CUDA operators. The only file
-// that includes both torch and CUDA headers.
+// Tensors to params to a launch on the current stream; registers the CUDA operators. Only this file
+// and tickets.h include both torch and CUDA headers.
 
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "kernels.h"
 #include "rows.h"
+#include "tickets.h"
 
 namespace reasoners {
 namespace {
@@ -89,6 +90,8 @@ Tensor update_states(const Tensor& state, const RecentTokens& recent, const Tens
   p.D = D ? D->const_data_ptr<float>() : nullptr;
   p.rng_key = data_or_null<int64_t>(rng_key);
   p.y = y.mutable_data_ptr();
+  p.tickets = tickets_for(at::cuda::getCurrentCUDAStream(), log_decay.size(1));
+  p.num_slots = state.size(0);
   p.x_stride = x.stride(0);
   p.log_decay_stride = log_decay.stride(0);
   p.b_stride = B.stride(0);
@@ -172,6 +175,8 @@ struct MixerTensors {
     p.D = D.const_data_ptr<float>();
     p.rng_key = data_or_null<int64_t>(rng_key);
     p.y = y.mutable_data_ptr();
+    p.tickets = tickets_for(at::cuda::getCurrentCUDAStream(), p.heads);
+    p.num_slots = state.size(0);
     p.dtype = dtype_of(projected);
     p.state_dtype = dtype_of(state);
   }

@@ -54,11 +54,31 @@ struct ProjectedInputs {
   __device__ data_t* ring(int64_t slot) const {
     return static_cast<data_t*>(p.conv_state) + slot * p.width * channels();
   }
-  __device__ Past past(int64_t row, int64_t slot, const HeadPlace& place, int i) const {
-    return past_inputs(ring(slot) + channel(place, i), channels(), p.width, length(row));
+  // A channel's entries, read before it is known which is the oldest.
+  struct Ring {
+    data_t at[kMaxConvWidth];
+  };
+  __device__ Ring ring_inputs(int64_t slot, const HeadPlace& place, int i) const {
+    const data_t* mine = ring(slot) + channel(place, i);
+    Ring inputs;
+#pragma unroll
+    for (int w = 0; w < kMaxConvWidth; ++w)
+      if (w < p.width) inputs.at[w] = mine[w * channels()];
+    return inputs;
+  }
+  __device__ Past past(const Ring& inputs, int entry) const {
+    Past past;
+#pragma unroll
+    for (int w = 0; w < kMaxPast; ++w) {
+      const int from = entry + 1 + w < p.width ? entry + 1 + w : entry + 1 + w - p.width;
+#pragma unroll
+      for (int k = 0; k < kMaxConvWidth; ++k)
+        if (from == k) past.at[w] = inputs.at[k];
+    }
+    return past;
   }
 
-  // The same from a copy of the head's entries, oldest first, `stride` apart.
+  // From a copy of the head's entries, oldest first, `stride` apart.
   __device__ Past past_of(const data_t* copy, int stride) const {
     Past past;
 #pragma unroll

@@ -2,13 +2,14 @@
 // the row's slot: the body that state_update.cu, discrete_mamba2_update.cu and mamba2_update.cu
 // share.
 //
-// The state is all that moves, so its loads are issued first, 16 bytes a thread and kPasses deep,
-// and everything else (the mixer's convolution, the recent tokens, decays) is fetched in their
-// shadow. A block owns the whole (P, N) state of a head: with 2 P threads, kLanes neighbours on a
-// row of P and kPasses rows a thread, the block's addresses are one linear stream. y is reduced
-// over a row's lanes by shuffles in a fixed order and leaves through shared memory, so that gates
-// and norms see whole heads. A `Mixer` says where x, B, C, decay and scale come from and what
-// becomes of y.
+// The state is all that moves. Where it is depends on the row's slot, which is read while the
+// kernel before still runs; whoever does not find it changed later has waited for memory once
+// instead of twice. Everything else (the mixer's inputs and its convolution's ring, decays) is
+// asked for at the same time. A block owns the whole (P, N) state of a head: with 2 P threads,
+// kLanes neighbours on a row of P and kPasses rows a thread, the block's addresses are one linear
+// stream. y is reduced over a row's lanes by shuffles in a fixed order and leaves through shared
+// memory, so that gates and norms see whole heads. A `Mixer` says where x, B, C, decay and scale
+// come from and what becomes of y.
 //
 // Deferred writes. A slot may hold `pending` recent tokens that its stored state S0 does not
 // contain yet. With w_j = exp(sum of the decays after j) scale_j, all the tokens together are
@@ -23,6 +24,8 @@
 //   64         16, 8                     8, 4
 //   128        32, 16                   16, 8
 #pragma once
+
+#include <algorithm>
 
 #include "activation.cuh"
 #include "async_copy.cuh"
@@ -158,6 +161,10 @@ struct HeadToken {
 template <typename Token>
 __device__ inline void weigh(const Token& token, float decay, float scale, float log_decay) {
   const int lane = threadIdx.x;
+  if (token.pending == 0) {
+    if (lane == 0) *token.kept = expf(log_decay), *token.weight = token.scale;
+    return;
+  }
   float total = lane < token.pending ? decay : lane == token.pending ? log_decay : 0.f;
 #pragma unroll
   for (int offset = 1; offset <= kMaxRecent; offset *= 2) {
@@ -170,11 +177,14 @@ __device__ inline void weigh(const Token& token, float decay, float scale, float
   if (lane == 0) *token.kept = expf(total);
 }
 
-// S from S0 = load(pass) and all tokens, to store(pass, S); y = S C.
-template <typename state_t, int kStateDim, typename Token, typename Load, typename Store>
-__device__ inline void write_state(const Token& token, const Load& load, const Store& store) {
+// S from S0 = load(pass) and all tokens, to store(pass, S); y = S C. A recent token's B is read
+// once for kTogether passes.
+template <typename state_t, int kStateDim, typename data_t, typename Load, typename Store>
+__device__ inline void write_state(const HeadToken<data_t, kStateDim>& token, const Load& load,
+                                   const Store& store) {
   constexpr int kVec = 16 / sizeof(state_t), kLanes = kStateDim / kVec;
   constexpr int kPasses = kStateDim / (2 * kVec);
+  constexpr int kTogether = std::min(kPasses, kVec * kStateDim > 512 ? 2 : 4);  // as registers hold
   const int lane = threadIdx.x % kLanes, step = token.threads / kLanes;
   const float kept = *token.kept;
   float b[kVec], c[kVec];
@@ -184,26 +194,36 @@ __device__ inline void write_state(const Token& token, const Load& load, const S
     c[k] = token.c()[lane * kVec + k];
   }
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = pass * step + threadIdx.x / kLanes;
-    auto s = widen(load(pass), state_t{});
-    const float x = token.x()[row];
+  for (int first = 0; first < kPasses; first += kTogether) {
+    const int row = first * step + threadIdx.x / kLanes;
+    Floats<kVec> s[kTogether];
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) s.at[k] = kept * s.at[k] + x * b[k];
-    for (int j = 0; j < token.pending; ++j) {
-      const float gain = token.weight[j] * to_float(token.recent_x(j)[row]);
-      const auto* old = token.recent_b(j) + lane * kVec;
+    for (int u = 0; u < kTogether; ++u) {
+      s[u] = widen(load(first + u), state_t{});
+      const float x = token.x()[row + u * step];
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) s.at[k] += gain * to_float(old[k]);
+      for (int k = 0; k < kVec; ++k) s[u].at[k] = kept * s[u].at[k] + x * b[k];
     }
-    float sum = 0.f;
+    for (int j = 0; j < token.pending; ++j) {
+      const auto old = *reinterpret_cast<const Vec<data_t, kVec>*>(token.recent_b(j) + lane * kVec);
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) sum += s.at[k] * c[k];
-    store(pass, s);
+      for (int u = 0; u < kTogether; ++u) {
+        const float gain = token.weight[j] * to_float(token.recent_x(j)[row + u * step]);
 #pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2)
-      sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
-    if (lane == 0) token.y[row] = sum;
+        for (int k = 0; k < kVec; ++k) s[u].at[k] += gain * to_float(old.at[k]);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      float sum = 0.f;
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) sum += s[u].at[k] * c[k];
+      store(first + u, s[u]);
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
+      if (lane == 0) token.y[row + u * step] = sum;
+    }
   }
 }
 
@@ -270,6 +290,14 @@ __device__ inline float finished(const Token& token, bool writes, float skip) {
   return y;
 }
 
+// A row's slot before wait_for_inputs, when it may still change; negative: none that there is. The
+// first-level cache, which would keep it, is passed by.
+template <typename Params>
+__device__ inline int guess_slot(const Params& p, int64_t row) {
+  const int slot = __ldcg(&p.slots[row]);
+  return slot < p.num_slots ? slot : -1;
+}
+
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mixer mixer) {
   constexpr int kVec = 16 / sizeof(state_t), kPasses = kStateDim / (2 * kVec);
@@ -283,27 +311,66 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mi
   const int head = unit % p.heads, thread = threadIdx.x, threads = blockDim.x;
   const HeadPlace place = place_of(p, head);
   const int first = tile * kMaxHeadDim, rows = min(p.head_dim - first, kMaxHeadDim);
+  const int count = rows + 2 * kStateDim;
 
+  // While the kernel before still runs: where the slot is, unless that kernel moves it, and what
+  // depends on weights alone.
   let_next_start();
+  int64_t slot = guess_slot(p, row);
+  const auto state_of = [&](int64_t slot) {
+    return static_cast<state_t*>(p.state) +
+           ((slot * p.heads + head) * p.head_dim + first) * kStateDim;
+  };
+  if (slot >= 0 && thread == 0)
+    prefetch_bulk(state_of(slot), rows * kStateDim * int(sizeof(state_t)));
+  typename Mixer::Constants constants[2];
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+    constants[t] = mixer.constants(place, min(thread + t * threads, count - 1));
+  const auto output_constants = mixer.output_constants(head, min(thread, rows - 1));
+  const float skip = mixer.skip(head);
   wait_for_inputs();
-  const int64_t slot = p.slots[row];
+
+  // All that is read of the row, and of the slot if it is where it was.
+  const int64_t true_slot = __ldcg(&p.slots[row]);
   const int entry = mixer.entry(row);
   const float log_decay = mixer.log_decay(row, head), scale = mixer.scale(row, head);
+  const auto input_of = [&](int i) {
+    return i < rows               ? mixer.x(row, place)[first + i]
+           : i < rows + kStateDim ? mixer.B(row, place)[i - rows]
+                                  : mixer.C(row, place)[i - rows - kStateDim];
+  };
+  data_t inputs[2];
+#pragma unroll
+  for (int t = 0; t < 2; ++t) inputs[t] = input_of(min(thread + t * threads, count - 1));
+  float z = 0.f;
+  if constexpr (Mixer::kGates)
+    if (thread < rows) z = to_float(mixer.z(row, head)[thread]);
+  uint4 raw[kPasses];
+  typename Mixer::Ring rings[2];
+  int pending = 0;
+  const auto inside = [&](int pass) { return (pass * threads + thread) * kVec < rows * kStateDim; };
+#pragma unroll 1
+  while (true) {
+    if (slot >= 0) {
+      const state_t* state = state_of(slot) + thread * kVec;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass)
+        raw[pass] = inside(pass) ? load_state(state + pass * threads * kVec) : uint4{};
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+        rings[t] = mixer.ring_inputs(slot, place, min(thread + t * threads, count - 1));
+      if (p.recent.pending) pending = p.recent.pending[slot];
+    }
+    if (slot == true_slot) break;
+    slot = true_slot;
+  }
   if (slot < 0) {
     if (thread < rows) mixer.store(row, head, first + thread, 0.f);
     return;
   }
+  state_t* state = state_of(slot) + thread * kVec;
 
-  // The stream of state: nothing below waits for it until everything else is in place.
-  auto* state = static_cast<state_t*>(p.state) +
-                ((slot * p.heads + head) * p.head_dim + first) * kStateDim + thread * kVec;
-  const auto inside = [&](int pass) { return (pass * threads + thread) * kVec < rows * kStateDim; };
-  uint4 raw[kPasses];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass)
-    raw[pass] = inside(pass) ? load_state(state + pass * threads * kVec) : uint4{};
-
-  const int pending = p.recent.pending ? p.recent.pending[slot] : 0;
   const bool writes = p.recent.pending == nullptr || pending + 1 >= p.recent.period;
   float old_decay = 0.f, old_scale = 0.f;
   if (pending > 0) {
@@ -324,37 +391,16 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mi
     }
   }
 
-  // Two values a thread at a time, all of their loads before their stores.
-  const int count = rows + 2 * kStateDim;
-  for (int start = thread; start < count; start += 2 * threads) {
-    data_t input[2];
-    typename Mixer::Constants constants[2];
-    typename Mixer::Past past[2];
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const int i = start + t * threads;
-      if (i >= count) break;
-      input[t] = i < rows               ? mixer.x(row, place)[first + i]
-                 : i < rows + kStateDim ? mixer.B(row, place)[i - rows]
-                                        : mixer.C(row, place)[i - rows - kStateDim];
-      constants[t] = mixer.constants(place, i);
-      past[t] = mixer.past(row, slot, place, i);
-    }
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const int i = start + t * threads;
-      if (i >= count) break;
-      values[i] = mixer.value(constants[t], input[t], past[t], entry, slot);
-    }
-  }
+  for (int t = 0; t < 2; ++t)
+    if (const int i = thread + t * threads; i < count)
+      values[i] = mixer.value(constants[t], inputs[t], mixer.past(rings[t], entry), entry, slot);
+  for (int i = thread + 2 * threads; i < count; i += threads)
+    values[i] = mixer.value(mixer.constants(place, i), input_of(i),
+                            mixer.past(mixer.ring_inputs(slot, place, i), entry), entry, slot);
   const HeadToken<data_t, kStateDim> token{values, recent, outputs, weight,  coefficient,
                                            &kept,  rows,   pending, threads, scale};
   if (thread < 32) weigh(token, old_decay, old_scale, log_decay);
-  float z = 0.f;
-  if constexpr (Mixer::kGates)
-    if (thread < rows) z = to_float(mixer.z(row, head)[thread]);
-  const auto output_constants = mixer.output_constants(head, min(thread, rows - 1));
-  const float skip = mixer.skip(head);
   wait_copies();
   __syncthreads();
 

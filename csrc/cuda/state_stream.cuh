@@ -1,17 +1,22 @@
 // The body of state_step.cuh for many rows: blocks that stay, and a producer that runs ahead of
 // them.
 //
-// A block takes one head and as many rows in a row as make its share of the bytes: a state that is
-// written moves twice those of one that is only read. Its last warp fetches: the (P, N) state by
-// one bulk copy, the recent tokens, the convolution's ring and the projected inputs by 16-byte
-// asynchronous copies, all of one row into one stage of shared memory, kStages rows ahead; an
-// mbarrier a stage says when it is there, another when it may be filled again. The other 2 P
-// threads compute as in state_step.cuh, a few values at a time, so that registers do not limit the
-// blocks on a multiprocessor. What a head keeps for all rows (taps, biases) stays in registers.
+// A block serves one head. Its last warp fetches: the (P, N) state by one bulk copy, the recent
+// tokens, the convolution's ring and the projected inputs by 16-byte asynchronous copies, all of
+// one row into one stage of shared memory, two or three rows ahead; an mbarrier a stage says when
+// it is there, another when it may be filled again. The other 2 P threads compute as in
+// state_step.cuh, a few values at a time, so that registers do not limit the blocks on a
+// multiprocessor. What a head keeps for all rows (taps, biases) stays in registers.
+//
+// Each block's first rows are dealt; the others are drawn, by a ticket, from a list in
+// which rows whose states are written come first, for they take twice as long. While the kernel
+// before still runs, the first rows' states are fetched into the second-level cache.
 //
 // Why: one block a (row, head) reached 96 % of a copy's rate with 16 KB of state but 79 % with 8 KB
 // and 40 to 64 % with deferred writes or a convolution in front (H100, batch 512), for it lives
 // through slot -> state -> sums -> y alone and has loads in flight for a fraction of that time.
+// Rows all dealt in advance, by their bytes, left some blocks done when half of the time was gone
+// (equal bytes take some multiprocessors longer), and a tenth of it went by with few at work.
 #pragma once
 
 #include <type_traits>
@@ -20,107 +25,177 @@
 
 namespace reasoners {
 
-constexpr int kStages = 3;
+// Rows under way to a block. Two, of larger states, where three would leave a multiprocessor two
+// blocks (H100, 32 kB written late: 168 us and 226).
+constexpr int kMaxStages = 3;
+constexpr int kFewStagesState = 24 << 10;
 // Bytes of a head's state above which blocks of one head do as well (H100, batch 512): 16 kB of
 // fp32 bare, 188 us there and 196 here; 64 kB with a convolution or recent tokens beside it.
 constexpr int kMaxBareState = 8 << 10;
 constexpr int kMaxStreamedState = 32 << 10;
-constexpr int kMaxStreamWarps = 2 * kMaxHeadDim / 32 + 1;
+constexpr int kMaxConsumerWarps = 2 * kMaxHeadDim / 32;
 
-// Byte offsets within a stage, from shapes alone.
+// The stages, and byte offsets within one, from shapes alone.
 struct StageLayout {
-  int recent, ring, inputs, bytes;
+  int stages, recent, ring, inputs, bytes;
+};
+
+// The stage at hand, and the parity of how often all of them have been.
+struct Turn {
+  int stage = 0, parity = 0;
+  __device__ void move_on(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
 };
 
 struct StageFacts {
-  int slot, pending, entry;
+  int row, slot, pending, entry;  // row < 0: there are no more
   float log_decay, scale;
   float decays[kMaxRecent], gains[kMaxRecent];
 };
 
 template <int kStateDim>
 struct StreamShared {
-  uint64_t full[kStages], empty[kStages];
-  StageFacts facts[kStages];
+  uint64_t full[kMaxStages], empty[kMaxStages];
+  StageFacts facts[kMaxStages];
   // Of the row at hand and, since some threads may be done with it before others, the next.
   alignas(16) float values[2][kMaxHeadDim + 2 * kStateDim];  // x, B, C
   float y[2][kMaxHeadDim];
   float weight[2][kMaxRecent + 1], coefficient[2][kMaxRecent + 1], kept[2];
   float partial[2][8];
-  int first, last;  // the block's rows
-  int costs[kMaxStreamWarps];
+  int writing[kMaxConsumerWarps];
 };
 
 // Of the threads that compute; the producer takes no part.
 struct ConsumersSync {
   int threads;
   __device__ void operator()() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+  // The producer waits until all of them have told.
+  __device__ void tell_producer() const {
+    asm volatile("bar.arrive 2, %0;" ::"r"(threads + 32) : "memory");
+  }
+  __device__ void wait_as_producer() const {
+    asm volatile("bar.sync 2, %0;" ::"r"(threads + 32) : "memory");
+  }
 };
 
-// Deals the rows to the blocks of a head, one after the other, by what they cost. Rows that write
-// are at any place, and a tenth of the time went by at the end, when few blocks were still at it
-// (H100, 512 rows, an eighth of them written).
+// How the rows of a head come to its blocks.
+struct Draw {
+  int walkers, walker;  // blocks of the head, and this one
+  int dealt;            // rows, as many to each block as it has stages; the others are drawn
+
+  template <typename Params>
+  __device__ Draw(const Params& p, int stages)
+      : walkers(gridDim.x / p.heads),
+        walker(blockIdx.x / p.heads),
+        dealt(min(p.batch, stages * walkers)) {}
+  __device__ int row(int turn) const { return walker + turn * walkers; }
+};
+
+// A row on the list of those that are drawn.
+struct Listed {
+  int slot;
+  uint16_t row, pending;
+};
+constexpr int kPendingBits = 4;
+static_assert(kMaxRecent < 1 << kPendingBits);
+constexpr int kMaxEach = 64 / kPendingBits;  // that a thread puts there
+
+// The list, rows that write first, is made by the threads that compute; all blocks of a head make
+// the same.
+template <typename Params>
+__device__ bool lists_rows(const Params& p, const Draw& draw) {
+  return p.recent.pending && draw.dealt < p.batch;
+}
 template <typename Params, typename Shared>
-__device__ void deal_rows(const Params& p, Shared& shared) {
-  const int walkers = gridDim.x / p.heads, walker = blockIdx.x / p.heads;
+__device__ void list_rows(const Params& p, const Draw& draw, Shared& shared, Listed* list,
+                          const ConsumersSync& sync) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int each = (p.batch + blockDim.x - 1) / blockDim.x;
-  if (p.recent.pending == nullptr || each > 32) {  // all cost the same, or are too many to look at
-    shared.first = int64_t(p.batch) * walker / walkers;
-    shared.last = int64_t(p.batch) * (walker + 1) / walkers;
-    return;
-  }
-  if (thread == 0) shared.first = 0;  // of the first walker
-  const int begin = min(thread * each, p.batch), count = min(each, p.batch - begin);
-  uint32_t real = 0, writes = 0;
+  const int rows = p.batch - draw.dealt, each = (rows + sync.threads - 1) / sync.threads;
+  const int begin = min(thread * each, rows), count = min(each, rows - begin);
+  const auto writes = [&](int pending) { return pending + 1 >= p.recent.period; };
+  uint64_t all_pending = 0;
+  int own = 0;
 #pragma unroll 4
   for (int k = 0; k < count; ++k) {
-    const int slot = p.slots[begin + k];
-    if (slot < 0) continue;
-    real |= 1u << k;
-    if (p.recent.pending[slot] + 1 >= p.recent.period) writes |= 1u << k;
+    const int slot = p.slots[draw.dealt + begin + k];
+    const int pending = slot < 0 ? 0 : p.recent.pending[slot];
+    all_pending |= uint64_t(pending) << k * kPendingBits;
+    own += writes(pending);
   }
-  const auto cost = [&](int k) { return 1 + 15 * (real >> k & 1) + 16 * (writes >> k & 1); };
-  int sum = count + 15 * __popc(real) + 16 * __popc(writes);
-  const int own = sum;
+  int before = own;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    const int other = __shfl_up_sync(~0u, sum, offset);
-    if (lane >= offset) sum += other;
+    const int other = __shfl_up_sync(~0u, before, offset);
+    if (lane >= offset) before += other;
   }
-  if (lane == 31) shared.costs[warp] = sum;
-  __syncthreads();
-  int before = sum - own, total = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
-    if (w < warp) before += shared.costs[w];
-    total += shared.costs[w];
+  if (lane == 31) shared.writing[warp] = before;
+  before -= own;
+  sync();
+  int total = 0;
+  for (int w = 0; w < sync.threads / 32; ++w) {
+    if (w < warp) before += shared.writing[w];
+    total += shared.writing[w];
   }
-  // A walker ends with the row that completes its share of the total.
-  const auto complete = [&](int cost, int shares) {
-    return int64_t(cost) * walkers >= int64_t(shares) * total;
-  };
   for (int k = 0; k < count; ++k) {
-    const int after = before + cost(k), row = begin + k;
-    if (!complete(before, walker) && complete(after, walker)) shared.first = row + 1;
-    if (!complete(before, walker + 1) && complete(after, walker + 1)) shared.last = row + 1;
-    before = after;
+    const int i = begin + k;
+    const int pending = all_pending >> k * kPendingBits & ((1 << kPendingBits) - 1);
+    const int place = writes(pending) ? before : total + i - before, row = draw.dealt + i;
+    list[place] = {p.slots[row], uint16_t(row), uint16_t(pending)};
+    before += writes(pending);
   }
 }
 
-// What the producer must know of a row before it can fetch it, itself fetched a row earlier.
+// The states and recent tokens of a block's first rows, to be in the second-level cache when they
+// are fetched, while the kernel before still runs: what is read of slots and pending may be changed
+// by it, and then lines were fetched in vain. The first-level cache, which would keep it, is passed
+// by.
+template <typename Mixer, typename data_t, typename state_t, int kStateDim>
+__device__ void prefetch_early(const Mixer& mixer, const StageLayout& layout,
+                               const HeadPlace& place) {
+  const auto& p = mixer.p;
+  const Draw draw(p, layout.stages);
+  const int lane = threadIdx.x % 32;
+  int slot = -1, pending = 0;
+  if (lane < layout.stages && draw.row(lane) < p.batch) {
+    slot = guess_slot(p, draw.row(lane));
+    if (slot >= 0) {
+      const int64_t head = int64_t(slot) * p.heads + place.head;
+      prefetch_bulk(static_cast<const state_t*>(p.state) + head * p.head_dim * kStateDim,
+                    p.head_dim * kStateDim * sizeof(state_t));
+      if (p.recent.pending) pending = min(__ldcg(&p.recent.pending[slot]), p.recent.capacity);
+    }
+  }
+  const int b_at = p.x_heads * p.head_dim;
+  for (int k = 0; k < layout.stages; ++k) {
+    const int64_t first = int64_t(__shfl_sync(~0u, slot, k)) * p.recent.capacity + lane;
+    if (lane >= __shfl_sync(~0u, pending, k)) continue;
+    const auto* token =
+        static_cast<const data_t*>(p.recent.tokens) + first * (b_at + p.b_groups * kStateDim);
+    prefetch_bulk(token + place.x * p.head_dim, p.head_dim * sizeof(data_t));
+    prefetch_bulk(token + b_at + place.b * kStateDim, kStateDim * sizeof(data_t));
+  }
+}
+
+// What the producer must know of a row before it can fetch it.
 struct RowFacts {
-  int slot = -1, pending = 0, length = 0;
+  int row, slot = -1, pending = 0, length = 0;
   float log_decay = 0.f, scale = 0.f;
+
+  __device__ RowFacts of_lane(int lane) const {
+    const auto take = [&](auto v) { return __shfl_sync(~0u, v, lane); };
+    return {take(row), take(slot), take(pending), take(length), take(log_decay), take(scale)};
+  }
 };
 
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, char* stages,
-                        const StageLayout& layout, const HeadPlace& place) {
+                        const StageLayout& layout, const Listed* list, const HeadPlace& place) {
   constexpr int kChunk = 16 / sizeof(data_t), kStateChunks = kStateDim / kChunk;
   constexpr int kTurns = (kMaxHeadDim + 2 * kStateDim + 32 * kChunk - 1) / (32 * kChunk);
   const auto& p = mixer.p;
   const int head = place.head;
-  const int lane = threadIdx.x % 32, last = shared.last;
+  const int lane = threadIdx.x % 32;
   const int x_chunks = p.head_dim / kChunk;
   const int row_size = p.x_heads * p.head_dim + p.b_groups * kStateDim;
   const int token_chunks = x_chunks + kStateChunks, input_chunks = token_chunks + kStateChunks;
@@ -134,27 +209,38 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
 #pragma unroll
   for (int t = 0; t < kTurns; ++t) channels[t] = mixer.channel(place, (lane + 32 * t) * kChunk);
 
-  const auto look_at = [&](int row, int slot) {
-    RowFacts facts;
-    facts.slot = slot;
-    if (slot >= 0 && p.recent.pending) facts.pending = p.recent.pending[slot];
-    if (row < last) {
+  const auto look_at = [&](int row, int slot, int pending) {
+    RowFacts facts{row, slot, pending};
+    if (row < p.batch) {
       facts.length = mixer.length(row);
       facts.log_decay = mixer.log_decay(row, head);
       facts.scale = mixer.scale(row, head);
     }
     return facts;
   };
-  const auto slot_of = [&](int row) { return row < last ? p.slots[row] : -1; };
-  int row = shared.first;
-  RowFacts next = look_at(row, slot_of(row));
-  int slot_after = slot_of(row + 1);
-  for (int turn = 0; row < last; ++row, ++turn) {
-    const RowFacts now = next;
-    next = look_at(row + 1, slot_after);
-    slot_after = slot_of(row + 2);
-    const int stage = turn % kStages;
-    if (turn >= kStages) wait_for(&shared.empty[stage], (turn / kStages - 1) & 1);
+  const Draw draw(p, layout.stages);
+  // Of the dealt row of each turn, a lane's, so that all of them are asked for at once.
+  RowFacts dealt;
+  {
+    const int row = lane < layout.stages ? draw.row(lane) : p.batch;
+    const int slot = row < p.batch ? p.slots[row] : -1;
+    dealt = look_at(row, slot, slot >= 0 && p.recent.pending ? p.recent.pending[slot] : 0);
+  }
+  // A head's tickets start at 0, and as each block draws one too many, the last one drawn leaves 0.
+  // One is drawn ahead.
+  const int drawn = p.batch - draw.dealt;
+  const ConsumersSync sync{static_cast<int>(blockDim.x) - 32};
+  const auto draw_ticket = [&] {
+    return lane == 0 ? static_cast<int>(atomicInc(&p.tickets[head], drawn + draw.walkers - 1)) : 0;
+  };
+  int ticket = 0;
+  RowFacts next;
+  Turn at;
+  for (int turn = 0;; ++turn) {
+    const int stage = at.stage;
+    const RowFacts now = turn < layout.stages ? dealt.of_lane(turn) : next;
+    if (turn >= layout.stages) wait_for(&shared.empty[stage], at.parity ^ 1);
+    at.move_on(layout.stages);
 
     char* base = stages + stage * layout.bytes;
     auto& facts = shared.facts[stage];
@@ -170,17 +256,17 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
 #pragma unroll
       for (int t = 0; t < kTurns; ++t) {
         const int i = lane + 32 * t;
-        const data_t* from = mixer.C(row, place) + (i - token_chunks) * kChunk;
+        const data_t* from = mixer.C(now.row, place) + (i - token_chunks) * kChunk;
         if (i < x_chunks)
-          from = mixer.x(row, place) + i * kChunk;
+          from = mixer.x(now.row, place) + i * kChunk;
         else if (i < token_chunks)
-          from = mixer.B(row, place) + (i - x_chunks) * kChunk;
+          from = mixer.B(now.row, place) + (i - x_chunks) * kChunk;
         if (i < input_chunks) copy_async_16(inputs + i * kChunk, from);
       }
       if constexpr (Mixer::kGates)
         if (lane < x_chunks)
           copy_async_16(inputs + (input_chunks + lane) * kChunk,
-                        mixer.z(row, head) + lane * kChunk);
+                        mixer.z(now.row, head) + lane * kChunk);
       if constexpr (Mixer::kConvolves) {
         auto* past = reinterpret_cast<data_t*>(base + layout.ring) + lane * kChunk;
         const data_t* ring = mixer.ring(slot);
@@ -210,6 +296,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
       }
     }
     if (lane == 0) {
+      facts.row = now.row < p.batch ? now.row : -1;
       facts.slot = slot;
       facts.pending = now.pending;
       facts.entry = entry;
@@ -220,18 +307,42 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
       arrive(&shared.full[stage]);
     }
     arrive_after_copies(&shared.full[stage]);
+    if (now.row >= p.batch) return;
+    if (turn + 1 < layout.stages) continue;
+    if (drawn > 0 && turn + 1 == layout.stages) {
+      ticket = draw_ticket();
+      if (lists_rows(p, draw)) sync.wait_as_producer();
+    }
+    const int i = __shfl_sync(~0u, ticket, 0);
+    if (i >= drawn) {
+      next = look_at(p.batch, -1, 0);
+      continue;
+    }
+    if (p.recent.pending) {
+      const auto [slot, row, pending] = list[i];
+      next = look_at(row, slot, pending);
+    } else {
+      const int row = draw.dealt + i;
+      next = look_at(row, p.slots[row], 0);
+    }
+    ticket = draw_ticket();
   }
 }
 
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 __device__ void consume(const Mixer& mixer, StreamShared<kStateDim>& shared, char* stages,
-                        const StageLayout& layout, const HeadPlace& place) {
+                        const StageLayout& layout, Listed* list, const HeadPlace& place) {
   constexpr int kVec = 16 / sizeof(state_t), kTurns = 2;  // values that a thread makes of a token
   const auto& p = mixer.p;
   const int head = place.head;
   const int threads = blockDim.x - 32, thread = threadIdx.x, P = p.head_dim;
   const int count = P + 2 * kStateDim;
   const ConsumersSync sync{threads};
+  const Draw draw(p, layout.stages);
+  if (lists_rows(p, draw)) {
+    list_rows(p, draw, shared, list, sync);
+    sync.tell_producer();
+  }
   const float skip = mixer.skip(head);
   const auto output_constants = mixer.output_constants(head, min(thread, P - 1));
   typename Mixer::Constants constants[kTurns];
@@ -240,10 +351,12 @@ __device__ void consume(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
     if (thread + t * threads < count) constants[t] = mixer.constants(place, thread + t * threads);
 
   int live = 0;  // rows so far that are no padding
-  for (int row = shared.first, last = shared.last, turn = 0; row < last; ++row, ++turn) {
-    const int stage = turn % kStages;
-    wait_for(&shared.full[stage], turn / kStages % 2);
+  for (Turn at;; at.move_on(layout.stages)) {
+    const int stage = at.stage;
+    wait_for(&shared.full[stage], at.parity);
     const auto& facts = shared.facts[stage];
+    const int row = facts.row;
+    if (row < 0) return;
     const int64_t slot = facts.slot;
     if (slot < 0) {
       if (thread < P) mixer.store(row, head, thread, 0.f);
@@ -311,26 +424,28 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim + 32, 2)
   auto& shared = *reinterpret_cast<StreamShared<kStateDim>*>(memory);
   char* stages = memory + (sizeof(shared) + 127) / 128 * 128;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < layout.stages; ++stage) {
       init_barrier(&shared.full[stage], 64);  // every lane of the producer, twice
       init_barrier(&shared.empty[stage], blockDim.x / 32 - 1);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  let_next_start();
-  wait_for_inputs();
-  deal_rows(mixer.p, shared);
-  __syncthreads();
   const HeadPlace place = place_of(mixer.p, blockIdx.x % mixer.p.heads);
-  if (threadIdx.x >= blockDim.x - 32)
-    produce<Mixer, data_t, state_t, kStateDim>(mixer, shared, stages, layout, place);
+  const bool produces = threadIdx.x >= blockDim.x - 32;
+  let_next_start();
+  if (produces) prefetch_early<Mixer, data_t, state_t, kStateDim>(mixer, layout, place);
+  wait_for_inputs();
+  __syncthreads();
+  auto* list = reinterpret_cast<Listed*>(stages + layout.stages * layout.bytes);
+  if (produces)
+    produce<Mixer, data_t, state_t, kStateDim>(mixer, shared, stages, layout, list, place);
   else
-    consume<Mixer, data_t, state_t, kStateDim>(mixer, shared, stages, layout, place);
+    consume<Mixer, data_t, state_t, kStateDim>(mixer, shared, stages, layout, list, place);
 }
 
-// False if the rows would not fill the blocks more than once, if something is not where 16-byte
-// copies want it, or if states are rounded at random, whose Philox rounds cost this body its
-// registers: state_step.cuh serves these.
+// False if the rows would not fill the blocks more than once or are too many for a list, if
+// something is not where 16-byte copies want it, or if states are rounded at random, whose Philox
+// rounds cost this body its registers: state_step.cuh serves these.
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 bool launch_state_stream(const Mixer& mixer, cudaStream_t stream) {
   const auto& p = mixer.p;
@@ -351,7 +466,11 @@ bool launch_state_stream(const Mixer& mixer, cudaStream_t stream) {
   layout.ring = place(at, Mixer::kConvolves ? Mixer::kMaxPast * inputs * sizeof(data_t) : 0);
   layout.inputs = place(at, (inputs + (Mixer::kGates ? p.head_dim : 0)) * sizeof(data_t));
   layout.bytes = (at + 127) / 128 * 128;
-  const int bytes = (sizeof(StreamShared<kStateDim>) + 127) / 128 * 128 + kStages * layout.bytes;
+  layout.stages = p.head_dim * kStateDim * sizeof(state_t) > kFewStagesState ? 2 : kMaxStages;
+  const bool lists = p.recent.pending != nullptr;
+  if (lists && p.batch > min(1 << 16, kMaxEach * (threads - 32))) return false;
+  const int bytes = (sizeof(StreamShared<kStateDim>) + 127) / 128 * 128 +
+                    layout.stages * layout.bytes + (lists ? p.batch * sizeof(Listed) : 0);
   const auto kernel = state_stream_kernel<Mixer, data_t, state_t, kStateDim>;
   static const int limit = [] {
     int device, bytes;

@@ -36,13 +36,15 @@ struct Bare {
   // No convolution: a value is its input.
   struct Nothing {};
   using Constants = Nothing;
+  using Ring = Nothing;
   using Past = Nothing;
   __device__ int entry(int64_t) const { return 0; }
   __device__ int channel(const HeadPlace&, int) const { return 0; }
   __device__ Nothing constants(const HeadPlace&, int) const { return {}; }
   static constexpr int kMaxPast = 0;
   __device__ int length(int64_t) const { return 0; }
-  __device__ Nothing past(int64_t, int64_t, const HeadPlace&, int) const { return {}; }
+  __device__ Nothing ring_inputs(int64_t, const HeadPlace&, int) const { return {}; }
+  __device__ Nothing past(Nothing, int) const { return {}; }
   __device__ Nothing past_of(const data_t*, int) const { return {}; }
   __device__ float value(Nothing, data_t input, Nothing, int, int64_t) const {
     return to_float(input);
