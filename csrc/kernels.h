@@ -378,7 +378,7 @@ struct PagedAttentionParams {
   void* out;                       // (tokens, heads, head_dim), dtype
   float* scratch;                  // as many as count_paged_attention_scratch says
   int64_t q_stride, table_stride;  // of tokens, rows
-  int tokens, rows, max_pages, heads, kv_heads, page_size, head_dim;
+  int tokens, rows, max_pages, num_pages, heads, kv_heads, page_size, head_dim;
   float scale;
   DType dtype;
 };

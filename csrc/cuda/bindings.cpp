@@ -1078,6 +1078,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   p.tokens = q.size(0);
   p.rows = lengths.numel();
   p.max_pages = page_table.size(1);
+  p.num_pages = k_cache.size(0);
   p.heads = q.size(1);
   p.kv_heads = k_cache.size(1);
   p.page_size = k_cache.size(2);

@@ -48,12 +48,13 @@ static_assert(kWarps == kWalkers);
 
 // What a block works on.
 struct Work {
-  int token, row, kv_head, visible;  // the query sees positions below `visible`; padding: none
-  int first_head, heads;             // of the query heads
+  int token, kv_head;
+  int first_head, heads;       // of the query heads
+  int row = -1, visible = -1;  // the query sees positions below `visible`; padding: none
 };
 
 template <int kHeads>
-__device__ inline Work find_work(const PagedAttentionParams& p) {
+__device__ inline Work work_of_block(const PagedAttentionParams& p) {
   const int group = p.heads / p.kv_heads;
   const int slices = (group + kHeads - 1) / kHeads;
   const int slice = blockIdx.x % slices;
@@ -62,17 +63,20 @@ __device__ inline Work find_work(const PagedAttentionParams& p) {
   work.token = blockIdx.x / slices / p.kv_heads;
   work.first_head = work.kv_head * group + slice * kHeads;
   work.heads = min(kHeads, group - slice * kHeads);
+  return work;
+}
+__device__ inline void find_row(const PagedAttentionParams& p, Work& work) {
   const RowPosition at = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, work.token);
   work.row = at.row;
   work.visible = at.position + 1;
-  return work;
 }
 
 // Where a position of a row is in the caches, counted in vectors: 2^31 of them are more than fit.
+// The first-level cache is passed by, for those that come here before wait_for_inputs.
 __device__ inline int locate_vector(const PagedAttentionParams& p, const PageSize& pages, int row,
                                     int kv_head, int position) {
   const int turn = pages.page(position);
-  const int page = p.page_table[row * p.table_stride + turn];
+  const int page = __ldcg(&p.page_table[row * p.table_stride + turn]);
   return (page * p.kv_heads + kv_head) * p.page_size + (position - turn * p.page_size);
 }
 
@@ -92,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Chunk = Vec<data_t, kVec>;
   let_next_start();
   wait_for_inputs();
-  const Work work = find_work<kHeads>(p);
+  Work work = work_of_block<kHeads>(p);
+  find_row(p, work);
   const int head_dim = kWhole ? kDim : p.head_dim;
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * head_dim;
@@ -203,6 +208,7 @@ struct Plan {
   int splits;         // of a (token, head) that have room in memory
   int shared_blocks;  // of a row that are read with its group at most
   int slots;          // splits, then the shared blocks of the split in which the rows part
+  bool few;           // thread blocks: all of them are on the machine at once
 };
 
 // Results that wait in memory, plan.slots for each (token, head).
@@ -251,7 +257,32 @@ struct Places {
       place[r] = locate_vector(p, pages, row, kv_head, position);
     }
   }
+  // In two steps, so that it can begin before it is known where the row ends: of a row's first
+  // max_pages pages, and then those past the end become the last.
+  __device__ void guess(const PagedAttentionParams& p, const PageSize& pages, int row, int kv_head,
+                        int begin) {
+    look_up(p, pages, row, kv_head, begin, p.max_pages * p.page_size);
+  }
+  __device__ void end_at(int count) {  // positions from `begin` on, at least one
+    const int lane = threadIdx.x % 32;
+    const int last = __shfl_sync(kAll, of(count - 1), (count - 1) % 32);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (32 * r + lane >= count) place[r] = last;
+  }
 };
+
+// Four channels of the result; zeros for padding.
+template <typename data_t>
+__device__ inline void write_row(data_t* out, const Part<4>& row, bool is_row) {
+  const float inverse = 1.f / row.sum;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2)
+    *reinterpret_cast<uint32_t*>(out + i) =
+        is_row ? pack<data_t>(__fmul_rn(row.values.at[i], inverse),
+                              __fmul_rn(row.values.at[i + 1], inverse))
+               : 0;
+}
 
 // The splits folded so far. What changes is written beside what is still read.
 template <int kDim>
@@ -268,16 +299,57 @@ struct Folded {
   }
 };
 
+// The lines of K and V that a warp reads first, to be in the second-level cache when it does: found
+// before wait_for_inputs, when rows, pages and lengths may still change, and then fetched in vain.
 template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
+__device__ void prefetch_early(const PagedAttentionParams& p, const PageSize& pages, Work work,
+                               int begin) {
+  find_row(p, work);
+  if (work.visible <= begin || work.visible > p.max_pages * p.page_size) return;
+  Places places;
+  places.look_up(p, pages, work.row, work.kv_head, begin, work.visible);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (places.place[r] < 0 || places.place[r] >= p.num_pages * p.kv_heads * p.page_size) continue;
+    const int64_t at = int64_t(places.place[r]) * kDim;
+#pragma unroll
+    for (int channel = 0; channel < kDim; channel += 128 / sizeof(data_t)) {
+      prefetch(static_cast<const data_t*>(p.k_cache) + at + channel);
+      prefetch(static_cast<const data_t*>(p.v_cache) + at + channel);
+    }
+  }
+}
+
+// kFew: thread blocks, which have registers for all of a block's K and V then.
+template <typename data_t, int kDim, bool kFew>
+__global__ void __launch_bounds__(kThreads, kFew         ? 1
+                                            : kDim == 64 ? 3
+                                                         : 2)
     tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
+  constexpr int kVectors = kDim / 8;
   __shared__ Partials<kWalkers, kTileHeads, kDim> partials;
   __shared__ Folded<kDim> folded;
   __shared__ alignas(16) data_t queries[kTileHeads][kDim + 8];  // padded, or heads share banks
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
   let_next_start();
+  Work work = work_of_block<kTileHeads>(p);
+  if (kFew) prefetch_early<data_t, kDim>(p, pages, work, begin_of(blockIdx.y));
   wait_for_inputs();
-  const Work work = find_work<kTileHeads>(p);
+
+  // The places of K and V, the queries and where the row ends are asked for at the same time, as a
+  // token of decode is in the row of its number.
+  const int row = min(work.token, p.rows - 1);
+  Places next;
+  if (!p.shared) next.guess(p, pages, row, work.kv_head, begin_of(blockIdx.y));
+  static_assert(kTileHeads * kVectors <= kThreads);
+  const int head = threadIdx.x / kVectors, channel = threadIdx.x % kVectors * 8;
+  KChunk q{};  // heads past the group
+  if (head < work.heads)
+    q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) + work.token * p.q_stride +
+                                         (work.first_head + head) * kDim + channel);
+  find_row(p, work);
   const bool alone = gridDim.y == 1;  // otherwise combine_kernel writes the result
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * kDim;
@@ -289,21 +361,11 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
   const int first = shared_blocks / kWalkers, end = (work.visible + kSplit - 1) / kSplit;
   int split = first + blockIdx.y;
   if (split >= end) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
-  Places next;
-  next.look_up(p, pages, work.row, work.kv_head, begin_of(split), work.visible);
-
-  constexpr int kVectors = kDim / 8;
-  for (int i = threadIdx.x; i < kTileHeads * kVectors; i += kThreads) {
-    const int head = i / kVectors, channel = i % kVectors * 8;
-    KChunk q{};  // heads past the group
-    if (head < work.heads)
-      q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
-                                           work.token * p.q_stride +
-                                           (work.first_head + head) * kDim + channel);
-    *reinterpret_cast<KChunk*>(&queries[head][channel]) = q;
-  }
+  if (p.shared || work.row != row)
+    next.look_up(p, pages, work.row, work.kv_head, begin_of(split), work.visible);
+  else if (work.visible > begin_of(split))
+    next.end_at(min(work.visible - begin_of(split), kBlock));
+  if (head < kTileHeads) *reinterpret_cast<KChunk*>(&queries[head][channel]) = q;
   __syncthreads();
   const Slots<kDim> slots(p, plan);
   const auto each_vector = [&](const auto& f) {  // always the same thread's
@@ -337,16 +399,20 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
       tile.clear();
       const int visible = work.visible - begin_of(split);
       if (visible > 0) {
-        // Two steps are on their way at a time. No conditions, or the compiler waits at each: a
+        // Several steps are on their way at a time. No conditions, or the compiler waits at each: a
         // step past the end adds nothing.
-        StepLoads<data_t, kDim> loads[2];
-        loads[0].read(k_cache, v_cache, places.of(0), 0);
+        constexpr int kLoads = kFew && kDim == 64 ? 4 : 2;
+        StepLoads<data_t, kDim> loads[kLoads];
+        const auto request = [&](int begin) {
+          loads[begin / kStep % kLoads].read(k_cache, v_cache, places.of(begin), begin % 32);
+        };
+#pragma unroll
+        for (int step = 0; step < kLoads - 1; ++step) request(step * kStep);
 #pragma unroll
         for (int begin = 0; begin < kBlock; begin += kStep) {
-          const int ahead = begin + kStep;
-          if (ahead < kBlock)
-            loads[ahead / kStep % 2].read(k_cache, v_cache, places.of(ahead), ahead % 32);
-          tile.take(StepFragments<data_t, kDim>(loads[begin / kStep % 2]), visible - begin,
+          const int ahead = begin + (kLoads - 1) * kStep;
+          if (ahead < kBlock) request(ahead);
+          tile.take(StepFragments<data_t, kDim>(loads[begin / kStep % kLoads]), visible - begin,
                     p.scale * kLog2E, [&](int c) {
                       return *reinterpret_cast<const KChunk*>(&queries[g][t * 8 + c * 32]);
                     });
@@ -370,68 +436,119 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
   }
   if (alone)
     each_vector([&](int head, int channel) {
-      const auto row = folded.read(turn, head, channel);
-      const float inverse = 1.f / row.sum;
-#pragma unroll
-      for (int i = 0; i < 4; i += 2)
-        *reinterpret_cast<uint32_t*>(out + head * kDim + channel + i) = pack<data_t>(
-            __fmul_rn(row.values.at[i], inverse), __fmul_rn(row.values.at[i + 1], inverse));
+      write_row<data_t>(out + head * kDim + channel, folded.read(turn, head, channel), true);
     });
 }
 
-// Folds the splits of one (token, head), as tensor_kernel does when it walks alone. How much each
-// step of the fold keeps and takes is known beforehand, so that the chain is short.
-constexpr int kCombineThreads = 256;
+// What combine_kernels do: they fold the splits of a (token, head) as tensor_kernel does when it
+// walks alone. Splits are asked for before it is known how many the row has; those past its end are
+// not folded.
+
+// Few splits: a thread has four channels.
+constexpr int kCombineThreads = 128, kFewSplits = 16;
 
 template <typename data_t, int kDim>
 __global__ void __launch_bounds__(kCombineThreads)
+    combine_few_kernel(const PagedAttentionParams p, const Plan plan) {
+  constexpr int kTogether = 8;
+  let_next_start();
+  const int place = blockIdx.x * kCombineThreads + threadIdx.x;
+  const int channel = place % (kDim / 4) * 4, index = place / (kDim / 4);
+  if (index >= p.tokens * p.heads) return;
+  const Slots<kDim> slots(p, plan);
+  const int64_t at = int64_t(index) * plan.slots;
+  wait_for_inputs();
+  Part<4> parts[kTogether];
+  const auto request = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      parts[i] = slots.read(at + min(begin + i, plan.splits - 1), channel);
+  };
+  request(0);
+  const int token = index / p.heads;
+  const int visible = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, token).position + 1;
+  const int end = (visible + kSplit - 1) / kSplit;
+  auto all = nothing<4>();
+  for (int begin = 0; begin < end; begin += kTogether) {
+    if (begin > 0) request(begin);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (begin + i < end) fold(all, parts[i]);
+  }
+  write_row<data_t>(static_cast<data_t*>(p.out) + int64_t(index) * kDim + channel, all,
+                    visible > 0);
+}
+
+// Many splits: kParts blocks have the channels. How much each step of the fold keeps and takes is
+// known beforehand, so that the chain is short.
+template <typename data_t, int kDim, int kParts>
+__global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const PagedAttentionParams p, const Plan plan) {
-  constexpr int kBatch = 8192 / kDim;  // splits in shared memory
-  static_assert(kBatch <= kCombineThreads);
-  __shared__ float4 values[kBatch * kDim / 4];
+  constexpr int kChannels = kDim / kParts;
+  constexpr int kBatch = kParts == 1 ? 8192 / kDim : kCombineThreads;  // splits in shared memory
+  constexpr int kEarly = kBatch / 4;  // that are asked for before it is known how many there are
+  static_assert(kBatch <= kCombineThreads && kChannels <= kCombineThreads && kChannels % 4 == 0);
+  __shared__ float4 values[kBatch * kChannels / 4];
   __shared__ float4 folds[kBatch];  // keep, take, sum of the split, maximum so far
-  __shared__ float max[kBatch];
+  __shared__ float max[kCombineThreads / 32];
+  const int first = blockIdx.x % kParts * kChannels, index = blockIdx.x / kParts;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const Slots<kDim> slots(p, plan);
+  const int64_t at = int64_t(index) * plan.slots;
+  const auto request = [&](int begin, int from, int to) {
+    for (int i = from * kChannels / 4 + thread; i < to * kChannels / 4; i += kCombineThreads) {
+      const int split = begin + i / (kChannels / 4), channel = first + i % (kChannels / 4) * 4;
+      copy_async_16(&values[i], slots.values + (at + split) * kDim + channel);
+    }
+  };
   let_next_start();
   wait_for_inputs();
-  const int head = blockIdx.x % p.heads, token = blockIdx.x / p.heads, thread = threadIdx.x;
-  auto* out = static_cast<data_t*>(p.out) + (int64_t(token) * p.heads + head) * kDim;
+  const int early = min(plan.splits, kEarly);
+  request(0, 0, early);
+  float2 stats = thread < min(plan.splits, kBatch) ? slots.stats[at + thread] : float2{};
+  auto* out = static_cast<data_t*>(p.out) + int64_t(index) * kDim + first;
+  const int token = index / p.heads;
   const int visible = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, token).position + 1;
-  if (visible <= 0) return write_zeros(out, kDim);
+  if (visible <= 0) {
+    wait_copies();
+    return write_zeros(out, kChannels);
+  }
   const int end = (visible + kSplit - 1) / kSplit;
-  const Slots<kDim> slots(p, plan);
-  const int64_t at = slots.at(token, head, 0);
   float top = kMinusInfinity, sum = 0.f, value = 0.f;
   for (int begin = 0; begin < end; begin += kBatch) {
     const int count = min(kBatch, end - begin);
-    const auto* stored = reinterpret_cast<const float4*>(slots.values + (at + begin) * kDim);
-    for (int i = thread; i < count * kDim / 4; i += kCombineThreads)
-      copy_async_16(&values[i], stored + i);
-    float2 stats{};
-    if (thread < count) {
-      stats = slots.stats[at + begin + thread];
-      max[thread] = stats.x;
+    request(begin, begin == 0 ? early : 0, count);
+    if (begin > 0 && thread < count) stats = slots.stats[at + begin + thread];
+    // The largest maximum before each split, of its warp and then of the warps before.
+    float largest = thread < count ? stats.x : kMinusInfinity;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const float other = __shfl_up_sync(kAll, largest, offset);
+      if (lane >= offset) largest = fmaxf(largest, other);
     }
+    if (lane == 31) max[warp] = largest;
+    float before = __shfl_up_sync(kAll, largest, 1);
+    before = lane == 0 ? top : fmaxf(top, before);
     __syncthreads();
     if (thread < count) {
-      float before = top;
-#pragma unroll 8
-      for (int i = 0; i < thread; ++i) before = fmaxf(before, max[i]);
+      for (int w = 0; w < warp; ++w) before = fmaxf(before, max[w]);
       const float now = fmaxf(before, stats.x);
       folds[thread] = make_float4(weight(before, now), weight(stats.x, now), stats.y, now);
     }
     wait_copies();
     __syncthreads();
-    if (thread < kDim)
-#pragma unroll 4
+    if (thread < kChannels)
+#pragma unroll 8
       for (int i = 0; i < count; ++i) {
         const auto [keep, take, part, now] = folds[i];
         sum = fold(sum, keep, part, take);
-        value = fold(value, keep, reinterpret_cast<const float*>(values)[i * kDim + thread], take);
+        value =
+            fold(value, keep, reinterpret_cast<const float*>(values)[i * kChannels + thread], take);
       }
     top = folds[count - 1].w;
     __syncthreads();
   }
-  if (thread < kDim) out[thread] = from_float<data_t>(__fmul_rn(value, 1.f / sum));
+  if (thread < kChannels) out[thread] = from_float<data_t>(__fmul_rn(value, 1.f / sum));
 }
 
 // ---- prefix
@@ -582,6 +699,7 @@ bool is_vectorised(const PagedAttentionParams& p) {
   return all % 16 == 0 && (p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128);
 }
 
+constexpr int kFew = 264;                         // thread blocks, two on a multiprocessor
 constexpr int kFull = 352;                        // thread blocks that keep the memory busy
 constexpr int kWave = 1056;                       // as many as a machine of 132 SMs likes to get
 constexpr int kPrefixWave = 528;                  // of the larger ones of prefix_kernel
@@ -594,7 +712,7 @@ Plan make_plan(const PagedAttentionParams& p) {
   const int most_splits = divide_up(int64_t(p.max_pages) * p.page_size, kSplit);
   const int64_t room =
       kMostScratchBytes / (int64_t(p.tokens) * p.heads * (p.head_dim + 2) * sizeof(float));
-  Plan plan{1, 0, 0, 0};
+  Plan plan{1, 0, 0, 0, false};
   if (blocks < kFull && most_splits > 1 && most_splits + kWalkers <= room) {
     const int each = std::max<int64_t>(1, (int64_t(blocks) * most_splits + kWave / 2) / kWave);
     plan.deals = divide_up(most_splits, each);
@@ -606,6 +724,7 @@ Plan make_plan(const PagedAttentionParams& p) {
     plan.splits = std::max(plan.splits, 0);
     plan.shared_blocks = plan.splits * kWalkers;
   }
+  plan.few = blocks * plan.deals <= kFew;
   plan.slots = plan.splits == 0 ? 0 : plan.splits + (p.shared ? kWalkers - 1 : 0);
   return plan;
 }
@@ -622,10 +741,20 @@ void launch_tensor(const PagedAttentionParams& p, cudaStream_t stream) {
                        plan);
   }
   const dim3 grid(num_blocks<kTileHeads>(p), plan.deals);
-  launch_overlapping(tensor_kernel<data_t, kDim>, grid, kThreads, 0, stream, p, pages, plan);
-  if (plan.deals > 1)
-    launch_overlapping(combine_kernel<data_t, kDim>, p.tokens * p.heads, kCombineThreads, 0, stream,
-                       p, plan);
+  launch_overlapping(
+      plan.few ? tensor_kernel<data_t, kDim, true> : tensor_kernel<data_t, kDim, false>, grid,
+      kThreads, 0, stream, p, pages, plan);
+  if (plan.deals == 1) return;
+  const int rows = p.tokens * p.heads;
+  if (plan.splits <= kFewSplits)
+    launch_overlapping(combine_few_kernel<data_t, kDim>,
+                       divide_up(int64_t(rows) * (kDim / 4), kCombineThreads), kCombineThreads, 0,
+                       stream, p, plan);
+  else if (rows < kFew)
+    launch_overlapping(combine_kernel<data_t, kDim, 4>, 4 * rows, kCombineThreads, 0, stream, p,
+                       plan);
+  else
+    launch_overlapping(combine_kernel<data_t, kDim, 1>, rows, kCombineThreads, 0, stream, p, plan);
 }
 
 template <typename data_t>
