@@ -1,5 +1,5 @@
 // Tensors to params to a launch on the current stream; registers the CUDA operators. Only this file
-// and tickets.h include both torch and CUDA headers.
+// and its own two, tickets.h and unsplit_product.h, include both torch and CUDA headers.
 
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "rows.h"
 #include "tickets.h"
+#include "unsplit_product.h"
 
 namespace reasoners {
 namespace {
@@ -382,16 +383,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_
   const c10::cuda::CUDAGuard guard(x.device());
   const LinearRows rows(x, weight, weight.size(0));
   if (!rows.stream()) {
-    // cuBLAS splits long sums where few rows would leave the device idle, which changes their
-    // order. With this many rows it does not (H100, shapes of tests/test_linear.py), so there are
-    // as many; what stands in the others is no matter.
-    const int64_t count = rows.x.size(0), depth = rows.x.size(1), columns = weight.size(0);
-    const int64_t whole = depth >= 2 * columns ? 192 : depth >= columns ? 24 : 0;
-    if (x.scalar_type() == at::kFloat || count >= whole || count == 0)
-      return at::linear(rows.x, weight, bias_in).reshape(rows.sizes);
-    auto padded = at::empty({whole, depth}, x.options());
-    padded.narrow(0, 0, count).copy_(rows.x);
-    return at::linear(padded, weight, bias_in).narrow(0, 0, count).reshape(rows.sizes);
+    const auto y = at::empty({rows.x.size(0), weight.size(0)}, x.options());
+    const bool whole = y.numel() > 0 && x.size(-1) > 0 && x.scalar_type() != at::kFloat &&
+                       multiply_unsplit(y, rows.x, weight.contiguous(), contiguous(bias_in));
+    return (whole ? y : at::linear(rows.x, weight, bias_in)).reshape(rows.sizes);
   }
   const OptionalTensor bias = contiguous(bias_in);
   auto y = at::empty(rows.sizes, x.options());
