@@ -703,7 +703,8 @@ inline void check_rotate_append_kv(const Tensor& k_cache, const Tensor& v_cache,
 
 inline void check_paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                   const Tensor& page_table, const Tensor& cu_seqlens_q,
-                                  const Tensor& kv_lengths, const OptionalTensor& shared) {
+                                  const Tensor& kv_lengths, int64_t max_queries,
+                                  const OptionalTensor& shared) {
   check_pages("paged_attention", k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths);
   const Check check{"paged_attention"};
   check.tensor("q", q, k_cache, k_cache.scalar_type(), {kAny, kAny, k_cache.size(3)},
@@ -712,12 +713,29 @@ inline void check_paged_attention(const Tensor& q, const Tensor& k_cache, const 
   TORCH_CHECK_NOT_IMPLEMENTED(!q.is_cuda() || q.size(2) <= 256,
                               "paged_attention: head_dim expected at most 256 on CUDA, got ",
                               q.size(2));
+  const int64_t rows = kv_lengths.numel();
   if (shared) {
-    const int64_t rows = kv_lengths.numel();
     check.tensor("shared", *shared, k_cache, at::kInt, {rows, 2}, "(rows, 2)");
     TORCH_CHECK_VALUE(q.size(0) == rows, "paged_attention: shared expected with one query a row, ",
                       "got ", q.size(0), " queries of ", rows, " rows");
+    TORCH_CHECK_VALUE(max_queries == 1, "paged_attention: shared expected with max_queries = 1, ",
+                      "got ", max_queries);
   }
+  TORCH_CHECK_VALUE(max_queries >= 1, "paged_attention: max_queries expected at least 1, got ",
+                    max_queries);
+  TORCH_CHECK_VALUE(max_queries > 1 || q.size(0) == rows,
+                    "paged_attention: max_queries = 1 expected with one query a row, got ",
+                    q.size(0), " queries of ", rows, " rows");
+}
+
+// What a row may ask, read on the host: CPU only, CUDA kernels trust their caller.
+inline void check_max_queries(const Tensor& cu_seqlens_q, int64_t max_queries) {
+  const auto* starts = cu_seqlens_q.const_data_ptr<int32_t>();
+  for (int64_t row = 0; row + 1 < cu_seqlens_q.numel(); ++row)
+    TORCH_CHECK_VALUE(starts[row + 1] - starts[row] <= max_queries,
+                      "paged_attention: max_queries expected at least the ",
+                      starts[row + 1] - starts[row], " queries of row ", row, ", got ",
+                      max_queries);
 }
 
 // Who shares what, read on the host: CPU only, CUDA kernels trust their caller.

@@ -94,7 +94,12 @@ TORCH_LIBRARY(reasoners, m) {
       "Tensor page_table, Tensor cu_seqlens_q, Tensor kv_lengths) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
-      "Tensor cu_seqlens_q, Tensor kv_lengths, float scale, Tensor? shared) -> Tensor");
+      "Tensor cu_seqlens_q, Tensor kv_lengths, float scale, SymInt max_queries, Tensor? shared) -> "
+      "Tensor");
+  m.def(
+      "paged_attention_lse(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
+      "Tensor cu_seqlens_q, Tensor kv_lengths, float scale, SymInt max_queries, Tensor? shared) -> "
+      "(Tensor y, Tensor lse)");
   // From logits to a token, and from a token to the next step.
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "

@@ -360,8 +360,12 @@ class Attention(nn.Module):
             where = (step.page_table, step.cu_seqlens, step.lengths)
             ops.rotate_append_kv(cached.k, cached.v, qkv[0], this.inv_freq, *where)
             q = qkv[0, :, : self.num_heads]
-            y = ops.paged_attention(q, cached.k, cached.v, *where, shared=step.shared)[None]
-            return self.out_proj(y.flatten(-2), onto)
+            # One token that ends a prompt is no decode: it gets the bits of a prompt in one piece.
+            most = 1 if step.decode else max(2, q.shape[0])
+            y = ops.paged_attention(
+                q, cached.k, cached.v, *where, max_queries=most, shared=step.shared
+            )
+            return self.out_proj(y[None].flatten(-2), onto)
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = qkv.split(heads, -2)
         q, k = (ops.rotated(t, this.positions, this.inv_freq) for t in (q, k))

@@ -889,35 +889,55 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     kv_lengths: Tensor,
     scale: float | None = None,
+    max_queries: int | None = None,
     shared: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of each row's last tokens over the row's pages.
 
     y_i = sum_j softmax_j(scale q_i . k_j) v_j   over positions j <= position of i
+    lse_i = log sum_j exp(scale q_i . k_j)
 
     q: (tokens, heads, head_dim); the queries of a row are its last positions. heads is a multiple of
         kv_heads, and query head h reads kv head h // (heads / kv_heads).
     k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths: as in append_kv, which comes first: a
         row's length includes its queries. The queries of a padding row give zeros.
     scale: of the scores; None means head_dim ** -0.5.
+    max_queries: what no row's count of queries exceeds. 1 means decode, which other kernels serve than
+        prefill, and needs as many tokens as rows: it is to be said, as a prompt's last piece may be
+        one token long and must get the bits of any other piece, so anything above 1. None means 1
+        if there are as many tokens as rows.
     shared: (rows, 2) int32, which rows begin with the same pages, so that they are read once for all
         of them: [first row of the group, tokens it shares]. The rows of a group are neighbours and
         carry the same pair, a row by itself [its own number, 0]; tokens are whole pages and fewer
         than any row's length, padding rows apart; the pages are those of the first row, padding or
-        not. Needs one query a row. Changes no bit of the result. None means that no rows share.
-    Returns (tokens, heads, head_dim) in q's dtype. Sums and softmax are kept in float32. On one
-    device the result of a row is the same bit for bit whatever the other rows, the numbering of its
-    pages and the number of threads. On CUDA head_dim is at most 256.
-    Source: Kwon et al. 2023 (PagedAttention); Dao 2023 (FlashAttention-2).
+        not. Needs max_queries = 1. Changes no bit of the result. None means that no rows share.
+    return_lse: return (y, lse), with which results over disjoint positions can be merged.
+    Returns y (tokens, heads, head_dim) in q's dtype, and lse (tokens, heads) float32 (float64 for
+    float64), -inf for padding rows. Sums and softmax are kept in float32; CUDA prefill in 16 bits
+    rounds the weights once to the data type. On one device the result of a row is the same bit for
+    bit whatever the other rows, the numbering of its pages and the number of threads, and in CUDA
+    prefill the result of a query whatever the pieces its prompt was cut into. On CUDA head_dim is at
+    most 256. Source: Kwon et al. 2023 (PagedAttention); Dao 2023 (FlashAttention-2).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if max_queries is None:
+        tokens = q.shape[0]
+        max_queries = 1 if tokens == kv_lengths.shape[0] else max(2, tokens)
+    op = _ops.paged_attention_lse if return_lse else _ops.paged_attention
     where = page_table, cu_seqlens_q, kv_lengths
-    return _ops.paged_attention(q, k_cache, v_cache, *where, scale, shared)
+    return op(q, k_cache, v_cache, *where, scale, max_queries, shared)
 
 
 @torch.library.register_fake("reasoners::paged_attention")
-def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, shared):
+def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, max_queries, shared):
     return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("reasoners::paged_attention_lse")
+def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, max_queries, shared):
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
 
 
 def sample(

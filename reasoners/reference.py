@@ -281,11 +281,13 @@ def append_kv(k_cache, v_cache, k, v, page_table, cu_seqlens_q, kv_lengths):
 
 
 def paged_attention(
-    q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None, shared=None
-):
+    q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale=None, max_queries=None,
+    shared=None, return_lse=False,
+):  # fmt: skip
     """Gathers each row's pages, repeats heads, masks, softmax: one row after the other."""
     heads, head_dim = q.shape[1:]
     page_size, starts, y = k_cache.shape[2], cu_seqlens_q.tolist(), torch.zeros_like(q)
+    lse = q.new_full(q.shape[:2], float("-inf"))
     for row, length in enumerate(kv_lengths.tolist()):
         if length <= 0:
             continue
@@ -296,14 +298,15 @@ def paged_attention(
         scores = scores * (head_dim**-0.5 if scale is None else scale)
         queries = scores.shape[1]
         future = torch.ones(queries, length).triu(length - queries + 1).bool()
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-        y[mine] = torch.einsum("hqk,khd->qhd", weights, share(v, heads, 1))
-    return y
+        scores = scores.masked_fill(future, float("-inf"))
+        y[mine] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), share(v, heads, 1))
+        lse[mine] = scores.logsumexp(-1).T
+    return (y, lse) if return_lse else y
 
 
 def paged_attention_inputs(
     lengths=(37, 5, 64), queries=(1, 1, 1), heads=6, kv_heads=2, head_dim=64, page_size=16,
-    dtype=torch.float32, scale=None, magnitude=1.0, seed=0, groups=None,
+    dtype=torch.float32, scale=None, magnitude=1.0, seed=0, groups=None, max_queries=None,
 ):  # fmt: skip
     """Everything that must not be read is poison: pages of nobody, the rest of a row's last page,
     and table entries past a row's length. groups: (rows, tokens they share) of neighbouring rows,
@@ -341,6 +344,7 @@ def paged_attention_inputs(
         "cu_seqlens_q": torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32),
         "kv_lengths": torch.tensor(lengths, dtype=torch.int32),
         "scale": scale,
+        "max_queries": max_queries,
         "shared": None if groups is None else torch.tensor(shared, dtype=torch.int32),
     }
 

@@ -113,6 +113,57 @@ PAGED_ATTENTION_CASES = {
         "lengths": (67,), "queries": (67,), "heads": 14, "head_dim": 19, "page_size": 5,
     },
     "prefill, large scores": {"lengths": (130,), "queries": (130,), "magnitude": 30.0},
+    # What a tensor core kernel tiles: 128 queries and heads by 64 positions.
+    "prefill, prime lengths": {
+        "lengths": (127, 61, 131), "queries": (127, 61, 131), "dtype": torch.bfloat16,
+    },
+    "prefill, cached pages and a piece": {
+        "lengths": (331, 257), "queries": (131, 64), "dtype": torch.bfloat16,
+    },
+    "prefill, a piece of one token": {
+        "lengths": (130, 77), "queries": (1, 1), "max_queries": 2, "dtype": torch.bfloat16,
+    },
+    "prefill, ragged and padding rows": {
+        "lengths": (0, 65, 9, -5, 200, 64, 0), "queries": (0, 65, 1, 140, 7, 0, 3),
+        "dtype": torch.bfloat16,
+    },
+    "prefill, many rows": {
+        "lengths": tuple(3 + 5 * i % 90 for i in range(75)),
+        "queries": tuple(i % 4 for i in range(75)), "dtype": torch.bfloat16,
+    },
+    "prefill, group 1": {
+        "lengths": (197,), "queries": (150,), "heads": 2, "dtype": torch.bfloat16,
+    },
+    "prefill, group 4, D 128": {
+        "lengths": (150,), "queries": (101,), "heads": 8, "head_dim": 128, "dtype": torch.bfloat16,
+    },
+    "prefill, group 3, D 128": {
+        "lengths": (150,), "queries": (101,), "head_dim": 128, "dtype": torch.bfloat16,
+    },
+    "prefill, group 8, D 96": {
+        "lengths": (150,), "queries": (101,), "heads": 16, "head_dim": 96, "dtype": torch.bfloat16,
+    },
+    "prefill, group 20": {
+        "lengths": (70,), "queries": (50,), "heads": 40, "dtype": torch.bfloat16,
+    },
+    "prefill, pages of 7": {
+        "lengths": (150,), "queries": (90,), "page_size": 7, "dtype": torch.bfloat16,
+    },
+    "prefill, pages of 64": {
+        "lengths": (150, 64), "queries": (90, 64), "page_size": 64, "dtype": torch.bfloat16,
+    },
+    "prefill, pages of 1000": {
+        "lengths": (150,), "queries": (90,), "page_size": 1000, "dtype": torch.bfloat16,
+    },
+    "prefill, large scores, bf16": {
+        "lengths": (130,), "queries": (130,), "magnitude": 30.0, "dtype": torch.bfloat16,
+    },
+    "prefill, negative scale": {
+        "lengths": (130,), "queries": (130,), "scale": -0.3, "dtype": torch.bfloat16,
+    },
+    "prefill, scale 0": {
+        "lengths": (130,), "queries": (130,), "scale": 0.0, "dtype": torch.bfloat16,
+    },
     "prefill and decode mixed": {
         "lengths": (70, 33, 0, 129), "queries": (70, 1, 3, 2), "dtype": torch.bfloat16,
     },

@@ -1,5 +1,7 @@
 """append_kv and paged_attention."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,12 @@ CASES = pytest.mark.parametrize(
 # What CUDA has instead of float64 is float16.
 ON_CUDA = {k: v for k, v in PAGED_ATTENTION_CASES.items() if v.get("dtype") != torch.float64} | {
     f"{k}, fp16": {**PAGED_ATTENTION_CASES[k], "dtype": torch.float16}
-    for k in ("base", "group 5", "D 128, Llama-3.2-3B", "D 96", "odd D", "prefill after a prefix")
-}
+    for k in (
+        "base", "group 5", "D 128, Llama-3.2-3B", "D 96", "odd D", "prefill after a prefix",
+        "prefill, prime lengths", "prefill, ragged and padding rows", "prefill, group 3, D 128",
+        "prefill, group 8, D 96", "prefill, large scores, bf16",
+    )
+}  # fmt: skip
 CUDA_CASES = pytest.mark.parametrize("case", ON_CUDA.values(), ids=ON_CUDA.keys())
 
 
@@ -30,6 +36,20 @@ def check(case, device="cpu"):
     y = ops.paged_attention(**to_device(inputs, device))
     assert y.dtype == inputs["q"].dtype
     assert_close(y, oracle, plain, "y")
+
+    same, lse = ops.paged_attention(**to_device(inputs, device), return_lse=True)
+    assert torch.equal(same, y)
+    # Always in float32, so plain PyTorch is given that too.
+    wide = torch.promote_types(y.dtype, torch.float32)
+    exact, close = (
+        reference.paged_attention(
+            **{k: v.to(t) if k in ("q", "k_cache", "v_cache") else v for k, v in inputs.items()},
+            return_lse=True,
+        )[1]
+        for t in (torch.float64, wide)
+    )
+    assert lse.dtype == wide
+    assert_close(lse, exact, close, "lse", floor=1e-5)
 
 
 @CASES
@@ -67,7 +87,9 @@ LENGTHS, QUERIES = (700, 33, 0, 129, 17, 300), (1, 1, 1, 100, 2, 1)
 
 
 def mixed_inputs(**change):
-    return paged_attention_inputs(lengths=LENGTHS, queries=QUERIES, **change)
+    return paged_attention_inputs(
+        lengths=LENGTHS, queries=QUERIES, max_queries=max(QUERIES), **change
+    )
 
 
 def row_of(inputs, row):
@@ -130,6 +152,141 @@ def test_a_row_is_the_same_bits_at_any_batch_size_cuda(dtype, heads, kv_heads, h
         assert torch.equal(together, y[begin:end])
 
 
+# heads, kv heads, head_dim of what CUDA prefills on tensor cores
+PREFILL_SHAPES = pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 32, "kv_heads": 8, "dtype": torch.bfloat16},
+        {"heads": 6, "kv_heads": 2, "head_dim": 128, "dtype": torch.bfloat16},
+        {"heads": 6, "kv_heads": 2, "head_dim": 96, "page_size": 64, "dtype": torch.float16},
+        {"heads": 2, "kv_heads": 2, "head_dim": 128, "page_size": 7, "dtype": torch.float16},
+        {"heads": 16, "kv_heads": 2, "page_size": 24, "dtype": torch.bfloat16},
+    ],
+    ids=["32/8 D 64", "6/2 D 128", "6/2 D 96", "2/2 D 128", "16/2 D 64"],
+)
+
+
+def piece_of(inputs, begin, end):
+    """Queries [begin, end) of a lone row, as they come before what follows is in the cache."""
+    table, page_size = inputs["page_table"][0], inputs["k_cache"].shape[2]
+    caches = {k: inputs[k].clone() for k in ("k_cache", "v_cache")}
+    pages = -(-int(inputs["kv_lengths"][0]) // page_size)
+    for cache in caches.values():
+        cache[table[end // page_size + 1 : pages].long()] = float("nan")
+        if end // page_size < pages:
+            cache[table[end // page_size], :, end % page_size :] = float("nan")
+    return {
+        **inputs,
+        **caches,
+        "q": inputs["q"][begin:end],
+        "cu_seqlens_q": ints(0, end - begin).to(table.device),
+        "kv_lengths": ints(end).to(table.device),
+        "max_queries": max(2, end - begin),
+    }
+
+
+@pytest.mark.cuda("paged_attention", "paged_attention_lse")
+@PREFILL_SHAPES
+def test_where_a_prompt_is_cut_changes_no_bit_cuda(shape):
+    length = 331
+    inputs = paged_attention_inputs(lengths=(length,), queries=(length,), **shape)
+    inputs = to_device(inputs, "cuda")
+    whole, lse = ops.paged_attention(**inputs, return_lse=True)
+    for cuts in ((1, 330), (64,), (63, 65, 66), (127, 128, 129), (7, 20, 21, 150), (320,)):
+        for begin, end in pairwise((0, *cuts, length)):
+            piece = piece_of(inputs, begin, end)
+            y, part = ops.paged_attention(**piece, return_lse=True)
+            assert torch.equal(y, whole[begin:end]) and torch.equal(part, lse[begin:end])
+
+
+@pytest.mark.cuda("paged_attention")
+@PREFILL_SHAPES
+def test_prefill_in_any_company_is_the_same_bits_cuda(shape):
+    """Of 70 rows of 0 to 90 queries, some of them padding."""
+    lengths = tuple(0 if i % 11 == 5 else 95 + 37 * i % 300 for i in range(70))
+    queries = tuple(13 * i % 91 for i in range(70))
+    inputs = paged_attention_inputs(lengths=lengths, queries=queries, max_queries=90, **shape)
+    y = ops.paged_attention(**to_device(inputs, "cuda"))
+    for row in (0, 1, 2, 5, 31, 32, 33, 34, 63, 64, 69):
+        alone, mine = row_of(inputs, row)
+        assert torch.equal(ops.paged_attention(**to_device(alone, "cuda")), y[mine])
+    moved = to_device(permuted(inputs), "cuda")
+    assert torch.equal(ops.paged_attention(**moved), y)
+    heads = shape["heads"]
+    qkv = torch.cat([inputs["q"], inputs["q"][:, : heads // 2]], 1).cuda()
+    assert torch.equal(ops.paged_attention(**{**moved, "q": qkv[:, :heads]}), y)
+
+
+@pytest.mark.cuda("paged_attention", "paged_attention_lse")
+@PREFILL_SHAPES
+def test_prefill_is_decode_but_for_rounding_cuda(shape):
+    inputs = paged_attention_inputs(lengths=(1, 64, 65, 700), queries=(1,) * 4, **shape)
+    inputs = to_device(inputs, "cuda")
+    y, lse = ops.paged_attention(**inputs, max_queries=1, return_lse=True)
+    other, other_lse = ops.paged_attention(**inputs | {"max_queries": 2}, return_lse=True)
+    torch.testing.assert_close(other, y, rtol=0.016, atol=0.005)
+    torch.testing.assert_close(other_lse, lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda("paged_attention")
+def test_captured_graph_follows_the_rows_of_a_prefill_cuda():
+    """How the tokens are dealt to rows changes between capture and replay, which shapes do not say."""
+    inputs = paged_attention_inputs(
+        lengths=(400, 200, 300), queries=(50, 50, 50), heads=32, kv_heads=8, dtype=torch.bfloat16
+    )
+    inputs = to_device(inputs, "cuda")
+    ops.paged_attention(**inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.paged_attention(**inputs)
+    for starts, lengths in (
+        ((0, 150, 150, 150), (399, 0, 0)), ((0, 1, 2, 150), (17, 200, 148)),
+        ((0, 0, 64, 150), (5, 64, 300)), ((0, 50, 100, 150), (50, 0, 51)),
+    ):  # fmt: skip
+        inputs["cu_seqlens_q"].copy_(ints(*starts))
+        inputs["kv_lengths"].copy_(ints(*lengths))
+        graph.replay()
+        replayed = y.clone()
+        assert torch.equal(ops.paged_attention(**inputs), replayed)
+        on_cpu = to_device(inputs, "cpu")
+        oracle = reference.paged_attention(**{k: widen(v) for k, v in on_cpu.items()})
+        assert_close(replayed, oracle, reference.paged_attention(**on_cpu), "y")
+
+
+def check_halves(device="cpu", **change):
+    """A query over the first pages and over the rest, merged: as if over all of them."""
+    lengths, cut, page_size = (700, 300, 513), 256, 16
+    inputs = paged_attention_inputs(lengths=lengths, queries=(1,) * 3, **change)
+    inputs = to_device(inputs, device)
+    whole, lse = ops.paged_attention(**inputs, return_lse=True)
+    first = {**inputs, "kv_lengths": torch.full_like(inputs["kv_lengths"], cut)}
+    second = {
+        **inputs,
+        "page_table": inputs["page_table"][:, cut // page_size :],
+        "kv_lengths": inputs["kv_lengths"] - cut,
+    }
+    halves = [ops.paged_attention(**half, return_lse=True) for half in (first, second)]
+    together = torch.logaddexp(halves[0][1], halves[1][1])
+    torch.testing.assert_close(together, lse, rtol=1e-5, atol=1e-5)
+    merged = sum(y * (part - together).exp()[..., None] for y, part in halves)
+    tight = {"rtol": 0.016, "atol": 2e-3} if whole.element_size() == 2 else {}
+    torch.testing.assert_close(merged.to(whole.dtype), whole, **tight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_halves_merge_by_their_lse(dtype):
+    check_halves(dtype=dtype)
+
+
+@pytest.mark.cuda("paged_attention_lse")
+@pytest.mark.parametrize("max_queries", [1, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_halves_merge_by_their_lse_cuda(dtype, head_dim, max_queries):
+    check_halves("cuda", dtype=dtype, head_dim=head_dim, max_queries=max_queries)
+
+
 # lengths, groups of (rows, tokens they share)
 SHARED = {
     "one group": ((600, 560, 530, 700), ((4, 512),)),
@@ -151,8 +308,9 @@ def check_shared(lengths, groups, device="cpu", **change):
     )
     if device == "cuda":
         inputs = to_device(inputs, device)
-    together = ops.paged_attention(**inputs)
-    assert torch.equal(ops.paged_attention(**{**inputs, "shared": None}), together)
+    together, lse = ops.paged_attention(**inputs, return_lse=True)
+    for same in ops.paged_attention(**{**inputs, "shared": None}, return_lse=True):
+        assert torch.equal(same, together if same.ndim == 3 else lse)
     if device == "cuda":  # splits are dealt out otherwise
         longer = F.pad(inputs["page_table"], (0, 3000))
         assert torch.equal(ops.paged_attention(**{**inputs, "page_table": longer}), together)
@@ -277,8 +435,8 @@ def test_threads_change_nothing():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_permuted_pages_change_nothing():
-    inputs = mixed_inputs()
+def permuted(inputs):
+    """The same on pages with other numbers."""
     num_pages = inputs["k_cache"].shape[0]
     new_place = torch.randperm(num_pages)
     moved = {k: torch.empty_like(inputs[k]) for k in ("k_cache", "v_cache")}
@@ -287,7 +445,12 @@ def test_permuted_pages_change_nothing():
     table = inputs["page_table"].clone()
     real = (table >= 0) & (table < num_pages)
     table[real] = new_place[table[real].long()].int()
-    y = ops.paged_attention(**{**inputs, **moved, "page_table": table})
+    return {**inputs, **moved, "page_table": table}
+
+
+def test_permuted_pages_change_nothing():
+    inputs = mixed_inputs()
+    y = ops.paged_attention(**permuted(inputs))
     assert torch.equal(y, ops.paged_attention(**inputs))
 
 
@@ -423,7 +586,8 @@ def test_errors(change, error, words):
     with pytest.raises(error, match=f"paged_attention: .*{words}"):
         ops.paged_attention(**inputs)
     k = torch.randn(3, 2, 64)
-    inputs = {name: value for name, value in inputs.items() if name not in ("q", "scale", "shared")}
+    mine = ("q", "scale", "max_queries", "shared")
+    inputs = {name: value for name, value in inputs.items() if name not in mine}
     before = inputs["k_cache"].clone(), inputs["v_cache"].clone()
     with pytest.raises(error, match=f"append_kv: .*{words}"):
         ops.append_kv(**inputs, k=k, v=k)
@@ -468,13 +632,30 @@ def test_shared_needs_one_query_a_row():
         ops.paged_attention(**paged_attention_inputs(queries=(1, 1, 5)) | {"shared": pairs})
     with pytest.raises(ValueError, match="one query a row, got 2 queries of row 0"):
         ops.paged_attention(**paged_attention_inputs(queries=(2, 0, 1)) | {"shared": pairs})
+    with pytest.raises(ValueError, match="shared expected with max_queries = 1, got 2"):
+        ops.paged_attention(**paged_attention_inputs(max_queries=2) | {"shared": pairs})
+
+
+def test_errors_of_max_queries():
+    for queries, max_queries, words in (
+        ((1, 1, 1), 0, "max_queries expected at least 1, got 0"),
+        ((1, 1, 5), 1, "max_queries = 1 expected with one query a row, got 7 queries of 3 rows"),
+        ((2, 0, 1), None, "max_queries expected at least the 2 queries of row 0, got 1"),
+        ((2, 3, 1), 2, "max_queries expected at least the 3 queries of row 1, got 2"),
+    ):
+        inputs = paged_attention_inputs(queries=queries, max_queries=max_queries)
+        with pytest.raises(ValueError, match=f"paged_attention: {words}"):
+            ops.paged_attention(**inputs)
 
 
 def test_opcheck():
     op = torch.ops.reasoners
-    inputs = paged_attention_inputs(scale=0.125)
-    inputs["k_cache"], inputs["v_cache"] = (inputs[k].nan_to_num() for k in ("k_cache", "v_cache"))
-    torch.library.opcheck(op.paged_attention.default, tuple(inputs.values()))
+    for queries in ((1, 1, 1), (5, 1, 64)):
+        inputs = paged_attention_inputs(scale=0.125, queries=queries, max_queries=max(queries))
+        for k in ("k_cache", "v_cache"):
+            inputs[k] = inputs[k].nan_to_num()
+        torch.library.opcheck(op.paged_attention.default, tuple(inputs.values()))
+        torch.library.opcheck(op.paged_attention_lse.default, tuple(inputs.values()))
     inputs = append_kv_inputs()
     inputs["k_cache"], inputs["v_cache"] = (inputs[k].nan_to_num() for k in ("k_cache", "v_cache"))
     torch.library.opcheck(op.append_kv.default, tuple(inputs.values()))

@@ -15,7 +15,7 @@
 // Split units run by position, then row, then kv head: rows forked from one prompt read its pages
 // while they are in cache. Tried: kv head outermost, slower in every shape with and without sharing
 // (2 to 40 %); 512 positions a unit, no faster. Hence `shared`, which says as much, changes
-// nothing.
+// nothing; nor does `max_queries`, as the rows' own counts are at hand here.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -30,6 +30,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -123,11 +124,12 @@ class PagedAttention {
  public:
   PagedAttention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& page_table, const Tensor& cu_seqlens_q, const Tensor& kv_lengths,
-                 double scale, Tensor& out)
+                 double scale, Tensor& out, Tensor& lse)
       : q_(q.const_data_ptr<scalar_t>()),
         k_(k_cache.const_data_ptr<scalar_t>()),
         v_(v_cache.const_data_ptr<scalar_t>()),
         out_(out.mutable_data_ptr<scalar_t>()),
+        lse_(lse.defined() ? lse.mutable_data_ptr<acc_t>() : nullptr),
         table_(page_table.const_data_ptr<int32_t>()),
         starts_(cu_seqlens_q.const_data_ptr<int32_t>()),
         lengths_(kv_lengths.const_data_ptr<int32_t>()),
@@ -181,6 +183,8 @@ class PagedAttention {
       if (length <= 0) {
         std::fill(out_ + starts_[row] * heads_ * head_dim_,
                   out_ + starts_[row + 1] * heads_ * head_dim_, scalar_t(0));
+        if (lse_ != nullptr)
+          std::fill(lse_ + starts_[row] * heads_, lse_ + starts_[row + 1] * heads_, kMinusInfinity);
       } else if (queries == 1 && whole_vectors) {
         splits[row] = ceil_div(length, kSplit);
         first_partial_[row] = partials;
@@ -255,7 +259,7 @@ class PagedAttention {
           });
       });
     }
-    if (--unfinished_[row * kv_heads_ + unit.kv_head] == 0) combine(row, unit.kv_head, first);
+    if (--unfinished_[row * kv_heads_ + unit.kv_head] == 0) combine(row, unit.kv_head);
   }
 
   // f(constant) with the constant min(extent, limit).
@@ -321,8 +325,9 @@ class PagedAttention {
       for (int i = 0; i < width; ++i) sums[h][i].store(y + h * head_dim_ + i * kLanes);
   }
 
-  void combine(int64_t row, int64_t kv_head, int64_t first) const {
+  void combine(int64_t row, int64_t kv_head) const {
     const int64_t splits = ceil_div(lengths_[row], kSplit);
+    const int64_t first = starts_[row] * heads_ + kv_head * group_;
     acc_t* parts = partials_.get() + (first_partial_[row] + kv_head * splits) * partial_size();
     for (int64_t h = 0; h < group_; ++h) {
       const auto softmax = [&](int64_t s) {
@@ -338,8 +343,9 @@ class PagedAttention {
         for (int64_t d = 0; d < head_dim_; ++d)
           total[d] = s == 0 ? weight * part[d] : total[d] + weight * part[d];
       }
-      scalar_t* out = out_ + first + h * head_dim_;
+      scalar_t* out = out_ + (first + h) * head_dim_;
       for (int64_t d = 0; d < head_dim_; ++d) out[d] = static_cast<scalar_t>(total[d] / sum);
+      if (lse_ != nullptr) lse_[first + h] = max + std::log(sum);
     }
   }
 
@@ -362,10 +368,11 @@ class PagedAttention {
     std::fill(max, sum, kMinusInfinity);
 
     const int64_t first_query = starts_[unit.row] + unit.begin;
-    const int64_t first = (first_query * heads_ + unit.kv_head * group_) * dim;
-    const auto packed = [&](int64_t r) { return first + (r / group_ * heads_ + r % group_) * dim; };
+    const int64_t first = first_query * heads_ + unit.kv_head * group_;
+    const auto packed = [&](int64_t r) { return first + r / group_ * heads_ + r % group_; };
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < dim; ++d) q[r * wide + d] = static_cast<acc_t>(q_[packed(r) + d]);
+      for (int64_t d = 0; d < dim; ++d)
+        q[r * wide + d] = static_cast<acc_t>(q_[packed(r) * dim + d]);
 
     const int64_t first_position = lengths_[unit.row] - starts_[unit.row + 1] + first_query;
     const int64_t end = first_position + queries;
@@ -388,9 +395,11 @@ class PagedAttention {
       }
       gemm<true>(scores, kBlock, v, wide, out, wide, padded, wide, n);
     }
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < dim; ++d)
-        out_[packed(r) + d] = static_cast<scalar_t>(out[r * wide + d] / sum[r]);
+        out_[packed(r) * dim + d] = static_cast<scalar_t>(out[r * wide + d] / sum[r]);
+      if (lse_ != nullptr) lse_[packed(r)] = max[r] + std::log(sum[r]);
+    }
   }
 
   void widen(const scalar_t* cache, const int64_t* offsets, int64_t n, acc_t* to,
@@ -438,6 +447,7 @@ class PagedAttention {
 
   const scalar_t *q_, *k_, *v_;
   scalar_t* out_;
+  acc_t* lse_;  // (tokens, heads) or null
   const int32_t *table_, *starts_, *lengths_;
   int64_t rows_, max_pages_, heads_, kv_heads_, group_, page_size_, head_dim_;
   acc_t scale_;
@@ -447,23 +457,51 @@ class PagedAttention {
   std::unique_ptr<std::atomic<int64_t>[]> unfinished_;  // split units, per (row, kv head)
 };
 
-Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                       const Tensor& page_table, const Tensor& cu_seqlens_q,
-                       const Tensor& kv_lengths, double scale, const OptionalTensor& shared) {
-  check_paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, shared);
+// The result, and its log-sum-exp where it is wanted.
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const Tensor& page_table, const Tensor& cu_seqlens_q,
+                                  const Tensor& kv_lengths, double scale, int64_t max_queries,
+                                  const OptionalTensor& shared, bool wants_lse) {
+  check_paged_attention(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, max_queries,
+                        shared);
   const Tensor table = page_table.contiguous(), starts = cu_seqlens_q.contiguous(),
                lengths = kv_lengths.contiguous();
   check_page_values("paged_attention", k_cache, table, starts, lengths, q.size(0));
   if (shared) check_shared_values(k_cache, table, starts, lengths, *shared);
+  check_max_queries(starts, max_queries);
   auto out = at::empty(q.sizes(), q.options());
+  Tensor lse;
+  if (wants_lse)
+    lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(wide_dtype(q.scalar_type())));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q.scalar_type(), "paged_attention", [&] {
-    PagedAttention<scalar_t>(q.contiguous(), k_cache, v_cache, table, starts, lengths, scale, out)
+    PagedAttention<scalar_t>(q.contiguous(), k_cache, v_cache, table, starts, lengths, scale, out,
+                             lse)
         .run();
   });
-  return out;
+  return {out, lse};
 }
 
-TORCH_LIBRARY_IMPL(reasoners, CPU, m) { m.impl("paged_attention", &paged_attention); }
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                       const Tensor& page_table, const Tensor& cu_seqlens_q,
+                       const Tensor& kv_lengths, double scale, int64_t max_queries,
+                       const OptionalTensor& shared) {
+  return std::get<0>(attend(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale,
+                            max_queries, shared, false));
+}
+
+std::tuple<Tensor, Tensor> paged_attention_lse(const Tensor& q, const Tensor& k_cache,
+                                               const Tensor& v_cache, const Tensor& page_table,
+                                               const Tensor& cu_seqlens_q, const Tensor& kv_lengths,
+                                               double scale, int64_t max_queries,
+                                               const OptionalTensor& shared) {
+  return attend(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, max_queries,
+                shared, true);
+}
+
+TORCH_LIBRARY_IMPL(reasoners, CPU, m) {
+  m.impl("paged_attention", &paged_attention);
+  m.impl("paged_attention_lse", &paged_attention_lse);
+}
 
 }  // namespace
 }  // namespace reasoners

@@ -18,10 +18,10 @@
 // the data type, so that nothing is lost against float32.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "convert.cuh"
+#include "softmax.cuh"
 
 namespace reasoners {
 
@@ -30,20 +30,6 @@ constexpr int kBlock = 64;
 constexpr int kWalkers = 4;  // blocks of a split
 constexpr int kSplit = kWalkers * kBlock;
 constexpr int kTileHeads = 8;  // columns of one product
-
-constexpr unsigned kAll = ~0u;
-constexpr float kMinusInfinity = -INFINITY;
-constexpr float kLog2E = 1.44269504088896f;
-
-// 2^(score - max); what has seen nothing yet has max = -inf and weighs 0. Scores carry the factor
-// log2(e), so that this is the weight of softmax.
-__device__ inline float weight(float score, float max) {
-  float w;
-  asm("ex2.approx.ftz.f32 %0, %1;"
-      : "=f"(w)
-      : "f"(__fsub_rn(score, max == kMinusInfinity ? 0.f : max)));
-  return w;
-}
 
 // Softmax over some positions, and a few channels of their weighted values, not yet divided by the
 // sum.

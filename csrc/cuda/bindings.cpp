@@ -1050,15 +1050,20 @@ void rotate_append_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
-                       const Tensor& page_table_in, const Tensor& cu_seqlens_q,
-                       const Tensor& kv_lengths, double scale, const OptionalTensor& shared_in) {
-  check_paged_attention(q_in, k_cache, v_cache, page_table_in, cu_seqlens_q, kv_lengths, shared_in);
+// The result, and its log-sum-exp where it is wanted.
+std::tuple<Tensor, Tensor> attend(const Tensor& q_in, const Tensor& k_cache, const Tensor& v_cache,
+                                  const Tensor& page_table_in, const Tensor& cu_seqlens_q,
+                                  const Tensor& kv_lengths, double scale, int64_t max_queries,
+                                  const OptionalTensor& shared_in, bool wants_lse) {
+  check_paged_attention(q_in, k_cache, v_cache, page_table_in, cu_seqlens_q, kv_lengths,
+                        max_queries, shared_in);
   const c10::cuda::CUDAGuard guard(q_in.device());
   const Tensor q = packed_rows(q_in), page_table = packed_rows(page_table_in),
                starts = cu_seqlens_q.contiguous(), lengths = kv_lengths.contiguous();
   const OptionalTensor shared = contiguous(shared_in);
   auto out = at::empty(q.sizes(), q.options());
+  Tensor lse;
+  if (wants_lse) lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   PagedAttentionParams p{};
   p.q = q.const_data_ptr();
   p.k_cache = k_cache.const_data_ptr();
@@ -1068,6 +1073,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   p.kv_lengths = lengths.const_data_ptr<int32_t>();
   p.shared = data_or_null<int32_t>(shared);
   p.out = out.mutable_data_ptr();
+  p.lse = wants_lse ? lse.mutable_data_ptr<float>() : nullptr;
   p.q_stride = q.stride(0);
   p.table_stride = page_table.stride(0);
   p.tokens = q.size(0);
@@ -1078,13 +1084,31 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
   p.kv_heads = k_cache.size(1);
   p.page_size = k_cache.size(2);
   p.head_dim = q.size(2);
+  p.decode = max_queries == 1;
   p.scale = scale;
   p.dtype = dtype_of(q);
   const auto scratch = at::empty({count_paged_attention_scratch(p)}, q.options().dtype(at::kFloat));
   p.scratch = scratch.mutable_data_ptr<float>();
   launch_paged_attention(p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
+  return {out, lse};
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                       const Tensor& page_table, const Tensor& cu_seqlens_q,
+                       const Tensor& kv_lengths, double scale, int64_t max_queries,
+                       const OptionalTensor& shared) {
+  return std::get<0>(attend(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale,
+                            max_queries, shared, false));
+}
+
+std::tuple<Tensor, Tensor> paged_attention_lse(const Tensor& q, const Tensor& k_cache,
+                                               const Tensor& v_cache, const Tensor& page_table,
+                                               const Tensor& cu_seqlens_q, const Tensor& kv_lengths,
+                                               double scale, int64_t max_queries,
+                                               const OptionalTensor& shared) {
+  return attend(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, max_queries,
+                shared, true);
 }
 
 std::tuple<Tensor, Tensor> sample(const Tensor& logits_in, const Tensor& temperature_in,
@@ -1143,6 +1167,7 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("append_kv", &append_kv);
   m.impl("rotate_append_kv", &rotate_append_kv);
   m.impl("paged_attention", &paged_attention);
+  m.impl("paged_attention_lse", &paged_attention_lse);
   m.impl("sample", &sample);
 }
 

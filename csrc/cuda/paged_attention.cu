@@ -17,7 +17,9 @@
 // plain: everything else. Positions are dealt out in turn to walkers of kLanes threads, each of
 //   which holds kVec x kChunks channels; the walkers are merged at the end.
 //
-// Prefill goes the same way, a query at a time: right, and as slow as that sounds.
+// More queries a row go to paged_prefill.cu where its kernel takes them, and otherwise to plain,
+// one at a time: right, and as slow as that sounds. Which of the two is said and not found from
+// shapes.
 //
 // H100, us (bfloat16, pages of 16; Llama-3.2-1B with 8 kv heads of 64, Llama-3.2-3B with 8 of 128):
 //   1 x 2048              9.0   12.6      128 x 1024                      99   188
@@ -84,6 +86,19 @@ template <typename data_t>
 __device__ void write_zeros(data_t* out, int n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = from_float<data_t>(0.f);
 }
+// The log-sum-exp of a token's query head, where it is asked for.
+__device__ inline void write_lse(const PagedAttentionParams& p, int64_t token, int head,
+                                 float value) {
+  if (p.lse != nullptr) p.lse[token * p.heads + head] = value;
+}
+// What padding gets.
+template <typename data_t>
+__device__ void write_nothing(const PagedAttentionParams& p, const Work& work, data_t* out,
+                              int head_dim) {
+  write_zeros(out, work.heads * head_dim);
+  if (threadIdx.x < work.heads)
+    write_lse(p, work.token, work.first_head + threadIdx.x, kMinusInfinity);
+}
 
 // ---- plain
 
@@ -101,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int head_dim = kWhole ? kDim : p.head_dim;
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * head_dim;
-  if (work.visible <= 0) return write_zeros(out, work.heads * head_dim);
+  if (work.visible <= 0) return write_nothing(p, work, out, head_dim);
   const int lane = threadIdx.x % kLanes, walker = threadIdx.x / kLanes;
   const auto read = [&](const data_t* vector, int chunk) {
     const int channel = (chunk * kLanes + lane) * kVec;
@@ -195,8 +210,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   for (int i = threadIdx.x; i < work.heads * head_dim; i += kThreads) {
-    const auto row = partials.template merged<1>(i / head_dim, i % head_dim);
+    const int head = i / head_dim, channel = i % head_dim;
+    const auto row = partials.template merged<1>(head, channel);
     out[i] = from_float<data_t>(row.values.at[0] / row.sum);
+    if (channel == 0)
+      write_lse(p, work.token, work.first_head + head, log_sum_exp(row.max, row.sum));
   }
 }
 
@@ -354,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * kDim;
   if (work.visible <= 0) {
-    if (alone) write_zeros(out, work.heads * kDim);
+    if (alone) write_nothing(p, work, out, kDim);
     return;
   }
   const int shared_blocks = count_shared_blocks(p, plan, work.row);
@@ -436,7 +454,10 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
   }
   if (alone)
     each_vector([&](int head, int channel) {
-      write_row<data_t>(out + head * kDim + channel, folded.read(turn, head, channel), true);
+      const auto row = folded.read(turn, head, channel);
+      write_row<data_t>(out + head * kDim + channel, row, true);
+      if (channel == 0)
+        write_lse(p, work.token, work.first_head + head, log_sum_exp(row.max, row.sum));
     });
 }
 
@@ -477,6 +498,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
   write_row<data_t>(static_cast<data_t*>(p.out) + int64_t(index) * kDim + channel, all,
                     visible > 0);
+  if (channel == 0)
+    write_lse(p, 0, index, visible > 0 ? log_sum_exp(all.max, all.sum) : kMinusInfinity);
 }
 
 // Many splits: kParts blocks have the channels. How much each step of the fold keeps and takes is
@@ -511,6 +534,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int visible = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, token).position + 1;
   if (visible <= 0) {
     wait_copies();
+    if (first + thread == 0) write_lse(p, 0, index, kMinusInfinity);
     return write_zeros(out, kChannels);
   }
   const int end = (visible + kSplit - 1) / kSplit;
@@ -548,7 +572,9 @@ __global__ void __launch_bounds__(kCombineThreads)
     top = folds[count - 1].w;
     __syncthreads();
   }
-  if (thread < kChannels) out[thread] = from_float<data_t>(__fmul_rn(value, 1.f / sum));
+  if (thread >= kChannels) return;
+  out[thread] = from_float<data_t>(__fmul_rn(value, 1.f / sum));
+  if (first + thread == 0) write_lse(p, 0, index, log_sum_exp(top, sum));
 }
 
 // ---- prefix
@@ -761,6 +787,7 @@ template <typename data_t>
 void dispatch(const PagedAttentionParams& p, cudaStream_t stream) {
   if (is_vectorised(p)) {
     if constexpr (sizeof(data_t) == 2) {
+      if (!p.decode) return launch_paged_prefill(p, stream);
       if (p.head_dim == 64) return launch_tensor<data_t, 64>(p, stream);
       if (p.head_dim == 96) return launch_tensor<data_t, 96>(p, stream);
       return launch_tensor<data_t, 128>(p, stream);
@@ -777,6 +804,7 @@ void dispatch(const PagedAttentionParams& p, cudaStream_t stream) {
 
 int64_t count_paged_attention_scratch(const PagedAttentionParams& p) {
   if (p.tokens == 0 || p.heads == 0 || p.dtype == DType::kFloat32 || !is_vectorised(p)) return 0;
+  if (!p.decode) return 0;
   return int64_t(p.tokens) * p.heads * make_plan(p).slots * (p.head_dim + 2);
 }
 

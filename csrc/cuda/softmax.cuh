@@ -1,0 +1,29 @@
+// Softmax in powers of 2: what the kernels of attention agree on.
+#pragma once
+
+#include <cmath>
+
+namespace reasoners {
+
+constexpr unsigned kAll = ~0u;
+constexpr float kMinusInfinity = -INFINITY;
+constexpr float kLog2E = 1.44269504088896f;
+
+// 2^(score - max); what has seen nothing yet has max = -inf and weighs 0. Scores carry the factor
+// log2(e), so that this is the weight of softmax.
+__device__ inline float weight(float score, float max) {
+  float w;
+  asm("ex2.approx.ftz.f32 %0, %1;"
+      : "=f"(w)
+      : "f"(__fsub_rn(score, max == kMinusInfinity ? 0.f : max)));
+  return w;
+}
+
+// The logarithm of the sum of the exponentials of scores that carried log2(e), as nobody outside
+// knows of it: natural.
+__device__ inline float log_sum_exp(float max, float sum) {
+  constexpr float kLn2 = 0.693147180559945f;
+  return (max + log2f(sum)) * kLn2;
+}
+
+}  // namespace reasoners
