@@ -108,17 +108,22 @@ def bench_ssd_scan_backward(measure, batch, length, dtype, impl):
 
 # ---- CUDA, bf16
 
-CASES = {  # batch, length, heads, head_dim, state_dim, groups of B and C
-    "llamba-1b 1 x 2048": (1, 2048, 32, 64, 64, 32),
-    "llamba-1b 8 x 4096": (8, 4096, 32, 64, 64, 32),
-    "llamba-1b 64 x 512": (64, 512, 32, 64, 64, 32),
-    "llamba-1b 512 x 512": (512, 512, 32, 64, 64, 32),
-    "llamba-1b 1 x 32768": (1, 32768, 32, 64, 64, 32),
-    "llamba-1b 1 x 131072": (1, 131072, 32, 64, 64, 32),
-    "llamba-3b 8 x 4096": (8, 4096, 24, 96, 64, 24),
-    "llamba-8b 8 x 4096": (8, 4096, 32, 128, 64, 32),
-    "mambainllama-3b 8 x 4096": (8, 4096, 24, 128, 128, 24),
-    "mamba-2 8 x 4096": (8, 4096, 80, 64, 128, 1),
+CASES = {  # batch, length, heads, head_dim, state_dim, heads or groups of x, B and C
+    "llamba-1b 1 x 2048": (1, 2048, 32, 64, 64, (32, 32, 32)),
+    "llamba-1b 8 x 4096": (8, 4096, 32, 64, 64, (32, 32, 32)),
+    "llamba-1b 64 x 512": (64, 512, 32, 64, 64, (32, 32, 32)),
+    "llamba-1b 512 x 512": (512, 512, 32, 64, 64, (32, 32, 32)),
+    "llamba-1b 1 x 32768": (1, 32768, 32, 64, 64, (32, 32, 32)),
+    "llamba-1b 1 x 131072": (1, 131072, 32, 64, 64, (32, 32, 32)),
+    "llamba-3b 1 x 4096": (1, 4096, 24, 96, 64, (24, 24, 24)),
+    "llamba-3b 8 x 4096": (8, 4096, 24, 96, 64, (24, 24, 24)),
+    "llamba-8b 8 x 4096": (8, 4096, 32, 128, 64, (32, 32, 32)),
+    "mambainllama-3b 8 x 4096": (8, 4096, 24, 128, 128, (24, 24, 24)),
+    "mambainllama-3b kv 8 x 4096": (8, 4096, 24, 128, 128, (8, 8, 24)),
+    "mambainllama-3b kv 1 x 4096": (1, 4096, 24, 128, 128, (8, 8, 24)),
+    "mamba-2 8 x 4096": (8, 4096, 80, 64, 128, (80, 1, 1)),
+    "mamba-2 64 x 512": (64, 512, 80, 64, 128, (80, 1, 1)),
+    "mamba-2 1 x 4096": (1, 4096, 80, 64, 128, (80, 1, 1)),
 }
 TARGET_US = {
     "llamba-1b 1 x 2048": 18,
@@ -130,24 +135,27 @@ TARGET_US = {
 }
 
 
-def make_cuda(batch, length, heads, head_dim, state_dim, groups):
+def make_cuda(batch, length, heads, head_dim, state_dim, shared):
+    x_heads, b_groups, c_groups = shared
+
     def normal(*shape):
         return torch.randn(*shape, device="cuda").bfloat16()
 
     return {
-        "x": normal(batch, length, heads, head_dim),
+        "x": normal(batch, length, x_heads, head_dim),
         "log_decay": F.logsigmoid(torch.randn(batch, length, heads, device="cuda") + 2),
-        "B": normal(batch, length, groups, state_dim),
-        "C": normal(batch, length, groups, state_dim),
+        "B": normal(batch, length, b_groups, state_dim),
+        "C": normal(batch, length, c_groups, state_dim),
         "D": torch.randn(heads, device="cuda"),
     }
 
 
 def roof_cuda(bytes_of, flops_of, case, outputs):
-    """Bytes with B and C read once a group, FLOPs, tokens; `outputs`: how often B and C move."""
-    batch, length, heads, head_dim, state_dim, groups = CASES[case]
+    """Bytes with what heads share read once, FLOPs, tokens; `outputs`: how often x, B, C move."""
+    batch, length, heads, head_dim, state_dim, (x_heads, b_groups, c_groups) = CASES[case]
     shape = batch * length, heads, head_dim, state_dim
-    shared = outputs * 2 * batch * length * (heads - groups) * state_dim * 2
+    repeats = (heads - x_heads) * head_dim + (2 * heads - b_groups - c_groups) * state_dim
+    shared = outputs * batch * length * repeats * 2
     return {
         "num_bytes": bytes_of(*shape, data_bytes=2) - shared,
         "flops": flops_of(*shape),
@@ -165,6 +173,8 @@ def bench_ssd_scan_cuda(measure, case, impl):
     inputs = make_cuda(*CASES[case])
     call = partial(ops.ssd_scan, **inputs)
     if impl in PEERS:
+        if "kv" in case:
+            pytest.skip("has x for each head, and as many groups of B as of C")
         try:
             call = peers.mamba_ssm_scan(PEERS[impl])(**inputs)
         except ImportError as error:

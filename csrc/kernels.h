@@ -211,6 +211,10 @@ int64_t count_ssd_scan_scratch(const SsdScanParams& params);
 void launch_ssd_scan(const SsdScanParams& params, cudaStream_t stream);
 // For any dtype, head_dim and state_dim; see ssd_scan_rows.cu.
 void launch_ssd_scan_rows(const SsdScanParams& params, cudaStream_t stream);
+// For large heads on Hopper, where `suits` says so; see ssd_scan_wgmma.cu.
+bool suits_ssd_scan_wgmma(const SsdScanParams& params);
+int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& params);
+void launch_ssd_scan_wgmma(const SsdScanParams& params, cudaStream_t stream);
 
 // discrete_mamba2_scan and mamba2_scan: from in_proj's rows to out_proj's. x, B and C of `scan` are
 // the columns [x, B, C] of the projected rows, from which the convolution makes the scan's; their

@@ -100,6 +100,48 @@ CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES | {
         "batch": 1, "length": 150, "P": 128, "N": 128, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1,
         "dtype": torch.bfloat16,
     },
+    # Warpgroups: pairs of heads in the same groups, or a head of more than 64 columns.
+    "P 64, N 128, one group, packed, bf16": {
+        "lengths": [63, 0, 1, 64, 65, 131, 300], "P": 64, "N": 128, "H": 4, "Hx": 4, "Gb": 1, "Gc": 1,
+        "dtype": torch.bfloat16,
+    },
+    "P 64, N 128, one group, fp16": {
+        "length": 131, "P": 64, "N": 128, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1, "dtype": torch.float16,
+    },
+    "P 64, N 128, sharing out of step, bf16": {
+        "length": 65, "P": 64, "N": 128, "H": 12, "Hx": 4, "Gb": 6, "Gc": 2, "dtype": torch.bfloat16,
+    },
+    "P 64, N 128, a group a head, bf16": {
+        "length": 65, "P": 64, "N": 128, "H": 2, "Hx": 2, "Gb": 1, "Gc": 2, "dtype": torch.bfloat16,
+    },
+    "P 56, N 72, pairs, several segments, bf16": {
+        "batch": 1, "length": 600, "P": 56, "N": 72, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "P 64, N 128, one group, decay -20, bf16": {
+        "length": 100, "P": 64, "N": 128, "H": 2, "Hx": 1, "Gb": 1, "Gc": 1, "decay": 20.0,
+        "dtype": torch.bfloat16,
+    },
+    "P 128, N 128, (kv, kv, H), packed, bf16": {
+        "lengths": [63, 0, 1, 64, 65, 131, 300], "P": 128, "N": 128, "H": 4, "Hx": 2, "Gb": 2, "Gc": 4,
+        "dtype": torch.bfloat16,
+    },
+    "P 128, N 128, no option, bf16": {
+        "batch": 1, "length": 127, "P": 128, "N": 128, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "scale": False,
+        "D": False, "initial_state": False, "dtype": torch.bfloat16,
+    },
+    "P 128, N 128, decay -1000, bf16": {
+        "batch": 1, "length": 100, "P": 128, "N": 128, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2,
+        "decay": 1000.0, "dtype": torch.bfloat16,
+    },
+    "P 104, N 120, several segments, fp16": {
+        "batch": 1, "length": 523, "P": 104, "N": 120, "H": 2, "Hx": 1, "Gb": 1, "Gc": 2, "decay": 0.02,
+        "dtype": torch.float16,
+    },
+    "P 128, N 64, zero decay, bf16": {
+        "batch": 1, "length": 257, "P": 128, "N": 64, "H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "decay": 0.0,
+        "dtype": torch.bfloat16,
+    },
     "P 72, N 40, bf16": {
         "batch": 1, "length": 70, "P": 72, "N": 40, "H": 1, "Hx": 1, "Gb": 1, "Gc": 1,
         "dtype": torch.bfloat16,
@@ -221,11 +263,14 @@ def test_bad_values_stay_in_their_sequence_cuda(dtype, sizes, bad):
 
 
 @pytest.mark.cuda("ssd_scan")
-@pytest.mark.parametrize(("P", "N"), [(64, 64), (96, 64), (128, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize(
+    ("P", "N", "Gb"),
+    [(64, 64, 4), (96, 64, 4), (128, 64, 4), (64, 128, 4), (64, 128, 2), (128, 128, 4)],
+)
 @pytest.mark.parametrize("length", [257, 700])
-def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(length, P, N):
+def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(length, P, N, Gb):
     """Alone it is dealt to several blocks, among 48 one block walks it."""
-    sizes = {"H": 4, "Hx": 2, "Gb": 4, "Gc": 1, "P": P, "N": N, "dtype": torch.bfloat16}
+    sizes = {"H": 4, "Hx": 2, "Gb": Gb, "Gc": 1, "P": P, "N": N, "dtype": torch.bfloat16}
     inputs = ssd_scan_inputs(batch=48, length=length, **sizes)
     inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
     y, final = ops.ssd_scan(**inputs)
@@ -236,10 +281,13 @@ def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(length, P, N):
 
 
 @pytest.mark.cuda("ssd_scan")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_and_strided_equal_separate_bitwise_cuda(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [*SIZES_CUDA, (torch.bfloat16, {"P": 64, "N": 128}), (torch.bfloat16, {"P": 128, "N": 128})],
+)
+def test_packed_and_strided_equal_separate_bitwise_cuda(dtype, sizes):
     lengths = [33, 0, 1, 64, 40, 600]
-    packed = ssd_scan_inputs(lengths=lengths, dtype=dtype, Hx=2, Gb=1)
+    packed = ssd_scan_inputs(lengths=lengths, dtype=dtype, Hx=2, Gb=1, **{"Gc": 2} | sizes)
     packed = {k: v.cuda() for k, v in packed.items()}
     y, final = ops.ssd_scan(**packed)
     begin = 0
@@ -256,16 +304,44 @@ def test_packed_and_strided_equal_separate_bitwise_cuda(dtype):
 
 
 @pytest.mark.cuda("ssd_scan")
-def test_minus_infinity_resets_cuda():
-    inputs = {k: v if v is None else v.cuda() for k, v in ssd_scan_inputs(length=50).items()}
+@pytest.mark.parametrize(
+    ("sizes", "tolerance"),
+    [({}, 2e-5), ({"P": 64, "N": 128, "Gb": 1, "Gc": 1}, 0.02), ({"P": 128, "N": 128}, 0.02)],
+)
+def test_minus_infinity_resets_cuda(sizes, tolerance):
+    dtype = torch.bfloat16 if sizes else torch.float32
+    inputs = ssd_scan_inputs(length=50, dtype=dtype, **sizes)
+    inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
     inputs["log_decay"][:, 20] = float("-inf")
     y, final = ops.ssd_scan(**inputs)
     tail = {**inputs, "initial_state": torch.zeros_like(final)}
     for name in ("x", "log_decay", "B", "C", "scale"):
         tail[name] = inputs[name][:, 20:]
     y_tail, final_tail = ops.ssd_scan(**tail)
-    torch.testing.assert_close(y[:, 20:], y_tail, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(final, final_tail, rtol=2e-5, atol=2e-5)
+    for found, expected in ((y[:, 20:], y_tail), (final, final_tail)):
+        largest = expected.abs().max().item() if sizes else 1
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.cuda("ssd_scan")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [*SIZES_CUDA, (torch.bfloat16, {"P": 64, "N": 128, "Gb": 1, "Gc": 1}),
+     (torch.bfloat16, {"P": 128, "N": 128})],
+)  # fmt: skip
+def test_bad_values_stay_in_their_sequence_forward_cuda(dtype, sizes, bad):
+    inputs = ssd_scan_inputs(lengths=[37, 40, 20], dtype=dtype, **sizes)
+    inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
+    y, final = ops.ssd_scan(**inputs)
+    for name in ("x", "B", "C", "scale"):
+        inputs[name][0, 57] = bad
+    inputs["log_decay"][:, 58] = float("nan")
+    y_bad, final_bad = ops.ssd_scan(**inputs)
+    assert not y_bad[:, 57:77].isfinite().any()
+    for i, where in ((0, slice(37)), (2, slice(77, None))):
+        assert torch.equal(y_bad[:, where], y[:, where])
+        assert torch.equal(final_bad[i], final[i])
 
 
 @pytest.mark.cuda("ssd_scan")

@@ -16,10 +16,12 @@ __device__ inline void copy_async_16(void* shared, const void* global) {
                "l"(global));
 }
 // Zeros instead where there is nothing to copy; `global` is not read then.
+__device__ inline void copy_async_once(uint32_t shared, const void* global, int bytes_there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes_there));
+}
 __device__ inline void copy_async_once(void* shared, const void* global, int bytes_there) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes_there));
+  copy_async_once(shared_address(shared), global, bytes_there);
 }
 __device__ inline void copy_async_16_once(void* shared, const void* global, bool there) {
   copy_async_once(shared, global, there ? 16 : 0);

@@ -67,12 +67,14 @@ struct Tensors {
 }  // namespace
 
 int64_t count_ssd_scan_scratch(const SsdScanParams& p) {
-  return on_tensor_cores(p) ? count_walk_scratch<Tensors>(p) : 0;
+  if (!on_tensor_cores(p)) return 0;
+  return suits_ssd_scan_wgmma(p) ? count_ssd_scan_wgmma_scratch(p) : count_walk_scratch<Tensors>(p);
 }
 
 void launch_ssd_scan(const SsdScanParams& p, cudaStream_t stream) {
   if (p.sequences == 0 || p.heads == 0 || p.head_dim == 0) return;
   if (!on_tensor_cores(p)) return launch_ssd_scan_rows(p, stream);
+  if (suits_ssd_scan_wgmma(p)) return launch_ssd_scan_wgmma(p, stream);
   launch_walks<Tensors>(p, stream);
 }
 

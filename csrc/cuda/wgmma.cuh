@@ -1,0 +1,169 @@
+// Products by a warpgroup, four warps that are neighbours and begin at a multiple of four (sm_90a):
+// D (64, n) += A (64, 16) B (16, n), in fp32. Warp w has the rows 16 w to 16 w + 15 of D, and of A
+// where that is in registers, each of its lanes the elements that multiply_add of mma.cuh gives it.
+// What is not in registers the tensor cores read from shared memory by themselves, later: what is
+// there must have been made visible with show_to_copies and a barrier, and neither it nor the
+// registers may be touched until wait_for_products.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "async_copy.cuh"
+
+namespace reasoners {
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define REASONERS_WGMMA 1
+#endif
+
+// A matrix in shared memory, in panels of 64 columns: a row of a panel is 128 bytes, whose eight
+// runs of 16 bytes are permuted by the row, so that the same run of eight rows lies in different
+// banks. Begins on 1024 bytes.
+template <typename data_t, int kRows, int kColumns>
+struct alignas(1024) Panels {
+  static constexpr int kPanel = kRows * 128;  // bytes
+  data_t at[kRows * kColumns];
+
+  // Where run `run` of a row is, in bytes. Runs that differ in bits of `run` below 8 alone lie the
+  // same bits, 16 bytes each, of the address apart.
+  __device__ static int offset(int row, int run) {
+    return run / 8 * kPanel + row * 128 + ((run ^ row) & 7) * 16;
+  }
+};
+
+// Says to the tensor cores where a matrix lies. A step of 16 in the depth of a product is 32 bytes
+// within a panel where the matrix's rows are those of A, or the columns of B; where its rows are
+// the product's depth (`tall`) it is 16 rows.
+constexpr uint64_t kSwizzled128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 / 16) << 32;
+template <typename data_t, int kRows, int kColumns>
+__device__ uint64_t describe(const Panels<data_t, kRows, kColumns>& m) {
+  return kSwizzled128 | kEightRows | (1 << 16) | (shared_address(&m) >> 4);
+}
+template <typename data_t, int kRows, int kColumns>
+__device__ uint64_t describe_tall(const Panels<data_t, kRows, kColumns>& m) {
+  return kSwizzled128 | kEightRows | (m.kPanel / 16 << 16) | (shared_address(&m) >> 4);
+}
+template <int kRows>
+__device__ constexpr uint64_t depth_step(int k) {  // of the k-th 16 columns
+  return (k / 4 * (kRows * 128) + k % 4 * 32) / 16;
+}
+__device__ constexpr uint64_t tall_step(int k) { return k * (16 * 128) / 16; }
+
+// What this thread wrote to shared memory is there for the tensor cores, after a barrier.
+__device__ inline void show_to_copies() {
+#ifdef REASONERS_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// Before the first product that reads registers that were written since the last one.
+__device__ inline void begin_products() {
+#ifdef REASONERS_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void commit_products() {
+#ifdef REASONERS_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kGroups>  // that may still be under way
+__device__ inline void wait_for_products() {
+#ifdef REASONERS_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+// The compiler shall not use what these had before, nor move what reads them to before this point.
+template <int kTiles>
+__device__ void settle(float (&d)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int v = 0; v < 4; ++v) asm volatile("" : "+f"(d[n][v])::"memory");
+}
+
+#define TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define TILES_8(n) \
+  TILE(n), TILE(n + 1), TILE(n + 2), TILE(n + 3), TILE(n + 4), TILE(n + 5), TILE(n + 6), TILE(n + 7)
+#define REGISTERS_32                                                                               \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+  "%26,%27,%28,%29,%30,%31"
+#define REGISTERS_64                                                                      \
+  REGISTERS_32                                                                            \
+      ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
+      "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+// D = A B, or D += A B, with the rows of A and the columns of B as rows in shared memory.
+template <typename data_t>
+__device__ void multiply_shared(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
+#ifdef REASONERS_WGMMA
+#define MULTIPLY(TYPE)                                                              \
+  asm volatile(                                                                     \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                              \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 \
+      "}, %32, %33, add, 1, 1, 0, 0;\n}"                                            \
+      : TILES_8(0)                                                                  \
+      : "l"(a), "l"(b), "r"(int(add)))
+  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
+    MULTIPLY("bf16");
+  else
+    MULTIPLY("f16");
+#undef MULTIPLY
+#endif
+}
+
+// D += A B with A in registers and the rows of B as rows in shared memory.
+template <typename data_t>
+__device__ void multiply_tall(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+#ifdef REASONERS_WGMMA
+#define MULTIPLY(TYPE)                                                              \
+  asm volatile(                                                                     \
+      "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 \
+      "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n}"                                 \
+      : TILES_8(0)                                                                  \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
+    MULTIPLY("bf16");
+  else
+    MULTIPLY("f16");
+#undef MULTIPLY
+#endif
+}
+template <typename data_t>
+__device__ void multiply_tall(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+#ifdef REASONERS_WGMMA
+#define MULTIPLY(TYPE)                                                               \
+  asm volatile(                                                                      \
+      "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                 \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" REGISTERS_64 \
+      "}, {%64,%65,%66,%67}, %68, add, 1, 1, 1;\n}"                                  \
+      : TILES_8(0), TILES_8(8)                                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
+    MULTIPLY("bf16");
+  else
+    MULTIPLY("f16");
+#undef MULTIPLY
+#endif
+}
+#undef TILE
+#undef TILES_8
+#undef REGISTERS_32
+#undef REGISTERS_64
+
+// Four (8, 8) tiles to shared memory, the reverse of load_matrices of mma.cuh; `row` is a shared
+// address.
+__device__ inline void store_matrices(uint32_t row, uint32_t r0, uint32_t r1, uint32_t r2,
+                                      uint32_t r3) {
+#ifdef REASONERS_WGMMA
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+#endif
+}
+
+}  // namespace reasoners
