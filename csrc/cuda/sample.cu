@@ -38,6 +38,7 @@
 // limit, 44 instructions a logit of random ones, nearly all of which could win.
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstddef>
 
@@ -67,6 +68,7 @@ constexpr int kBins = 1 << kDigit;
 constexpr float kBinsPerUnit = 64;  // of z
 constexpr int kBinsOfThread = (kBins + kThreads - 1) / kThreads;
 constexpr unsigned kAll = ~0u;
+constexpr float kRaised = 4;
 constexpr float kInfinity = INFINITY;
 constexpr float kLowest = -0x1.fffffep+127f;
 constexpr float kLog2E = 0x1.715476p+0f;
@@ -100,37 +102,41 @@ __device__ inline float exp_below(float x, float max) {
   return exp2_fast((x - fmaxf(max, kLowest)) * kLog2E);
 }
 
+// Of lanes that differ in the bits [kFrom, kTo), the same bits in each of them.
+template <int kFrom = 1, int kTo = 32>
+__device__ float max_of_lanes(float mine) {
+#pragma unroll
+  for (int offset = kFrom; offset < kTo; offset *= 2)
+    mine = fmaxf(mine, __shfl_xor_sync(kAll, mine, offset));
+  return mine;
+}
+template <typename T>
+__device__ T sum_of_lanes(T mine) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) mine += __shfl_xor_sync(kAll, mine, offset);
+  return mine;
+}
+
 __device__ inline Summary combine(const Summary& a, const Summary& b) {
   const int id = a.max > b.max ? a.id : a.max < b.max ? b.id : min(a.id, b.id);
-  const bool first = a.max >= b.max;
-  const float max = fmaxf(a.max, b.max), down = exp_below(fminf(a.max, b.max), max);
-  return {max, id, (first ? b.sum : a.sum) * down + (first ? a.sum : b.sum)};
+  const float max = fmaxf(a.max, b.max);
+  return {max, id, a.sum * exp_below(a.max, max) + b.sum * exp_below(b.max, max)};
 }
-__device__ inline Summary from_lane(const Summary& a, int offset) {
-  return {__shfl_xor_sync(kAll, a.max, offset), __shfl_xor_sync(kAll, a.id, offset),
-          __shfl_xor_sync(kAll, a.sum, offset)};
+// The lanes' summaries as one, given the highest of their maxima.
+__device__ inline Summary combine_lanes(const Summary& mine, float max) {
+  const int id = __reduce_min_sync(kAll, mine.max == max ? mine.id : INT_MAX);
+  return {max, id, sum_of_lanes(mine.sum * exp_below(mine.max, max))};
 }
 
 __device__ inline Best combine(const Best& a, const Best& b) {
   const bool first = a.score > b.score || (a.score == b.score && a.id < b.id);
   return first ? a : b;
 }
-__device__ inline Best from_lane(const Best& a, int offset) {
-  return {__shfl_xor_sync(kAll, a.score, offset), __shfl_xor_sync(kAll, a.id, offset),
-          __shfl_xor_sync(kAll, a.logit, offset)};
-}
-
-__device__ inline double combine(double a, double b) { return a + b; }
-__device__ inline double from_lane(double a, int offset) {
-  return __shfl_xor_sync(kAll, a, offset);
-}
-
-// The combination over lanes that differ in the bits [kFrom, kTo), the same bits in each of them.
-template <int kFrom = 1, int kTo = 32, typename T>
-__device__ T combine_lanes(T mine) {
-#pragma unroll
-  for (int offset = kFrom; offset < kTo; offset *= 2) mine = combine(mine, from_lane(mine, offset));
-  return mine;
+__device__ inline Best combine_lanes(const Best& mine) {
+  const float score = max_of_lanes(mine.score);
+  const int id = __reduce_min_sync(kAll, mine.score == score ? mine.id : INT_MAX);
+  const unsigned here = __ballot_sync(kAll, mine.score == score && mine.id == id);
+  return {score, id, __shfl_sync(kAll, mine.logit, __ffs(here) - 1)};
 }
 
 // Addresses in shared memory. Through a shuffle, as the compiler would work them out anew for every
@@ -201,10 +207,13 @@ struct Shared {
   Best bests[kMostBlocks * kWarps];
   double masses[2][kGroups * kWarps];  // kOfAll that is kept; kAbove the winner
   uint64_t of_warps[kWarps];
-  NoiseStream noise;
+  Summary summary;  // of the row
+  alignas(16) NoiseRounds noise;
   uint32_t above;  // tokens above the chosen bin
   uint32_t bin;    // the chosen one
-  int bar;         // bits of a score that was reached; none that is negative is told
+  float higher;    // than the winner's logit, the next one
+  bool in_nucleus;
+  int bar;  // bits of a score that was reached, more than 0 by kRaised
 };
 constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 constexpr int kStageBytes = (233472 / kPerSM - 1024 - kSharedBytes) / 16 * 16;
@@ -233,11 +242,11 @@ class Row {
         stage_(shared_address(memory + kSharedBytes)) {}
 
   __device__ void run(const SampleParams& p) {
-    if (threadIdx.x == 0) shared_.bar = __float_as_int(-kInfinity);
+    if (threadIdx.x == 0) shared_.bar = 0;
     if (g_.blocks > 1) begin_in_cluster();
+    summarize(p);
     const float temperature = p.temperature[row_], top_p = p.top_p[row_], min_p = p.min_p[row_];
     const int top_k = p.top_k[row_];
-    summarize(p);
     if (!(fabsf(summary_.max) < kInfinity) || isnan(summary_.sum)) return write(p, {0.f, -1, NAN});
     if (!(temperature > 0)) return write(p, {0.f, summary_.id, summary_.max});
 
@@ -251,26 +260,34 @@ class Row {
         return draw_candidate(p, top_k, top_p, kept_z);
       kept = threshold(top_k);
     }
-    // Whoever wins scores no less than the most probable token, so that one sets the bar.
-    const PhiloxBlock words = shared_.noise.block(summary_.id / 4);
-    const float bar = noise_gumbel(choose(words.a, words.b, words.c, words.d, summary_.id % 4));
     // The winner is in the nucleus if less than top_p of the mass is above it. If not, nor is
     // anything that is no higher than it.
+    Best best{};
     for (bool first = true;; first = false) {
-      draw(kept, kept_z, bar);
-      if (!(top_p < 1)) break;
-      const float higher = nextafterf(winner(g_.blocks * kWarps).logit, kInfinity);
-      if (first)
-        weigh<true>(kept, higher);
+      if (top_p < 1 && first)
+        draw<true>(kept, kept_z);
       else
-        weigh<false>(kept, higher);
-      if (threadIdx.x == 0) shared_.bar = __float_as_int(-kInfinity);
+        draw<false>(kept, kept_z);
+      if (threadIdx.x < 32) {
+        best = winner(g_.blocks * kWarps);
+        if (threadIdx.x == 0) shared_.higher = nextafterf(best.logit, kInfinity);
+      }
+      if (!(top_p < 1)) break;
+      __syncthreads();
+      kept = shared_.higher;
+      weigh(kept);
       sync();
-      const double above = mass_of(kAbove);
-      if (above == 0 || above < top_p * mass_of(kOfAll)) break;
-      kept = higher;
+      if (threadIdx.x < 32) {
+        const double above = mass_of(kAbove), all = mass_of(kOfAll);
+        if (threadIdx.x == 0) {
+          shared_.in_nucleus = above == 0 || above < top_p * all;
+          shared_.bar = 0;
+        }
+      }
+      __syncthreads();
+      if (shared_.in_nucleus) break;
     }
-    if (rank_ == 0 && threadIdx.x < 32) write(p, winner(g_.blocks * kWarps));
+    write(p, best);
   }
 
  private:
@@ -315,33 +332,83 @@ class Row {
     return __builtin_bit_cast(Unit, load_shared(stage_ + 16 * place));
   }
 
-  // Calls visit(first token, its kUnit logits) on this thread's units of a group, in rising order,
-  // kAhead of them loaded together. A thread's units are always the same, so that it need not wait
-  // for others to read what it has staged.
-  template <int kAhead, bool kStage = false, typename visit_t>
+  __device__ int end_of(int group) const { return min((group + 1) * g_.units_per_group, units_); }
+
+  // One logit of what this block has, or -inf past the row's end.
+  __device__ float logit(int id) const {
+    const int place = id - first_ * kUnit;
+    if (place < g_.staged * kUnit) {
+      const char* const stage = reinterpret_cast<const char*>(&shared_) + kSharedBytes;
+      return to_float(reinterpret_cast<const data_t*>(stage)[place]);
+    }
+    return id < size_ ? to_float(logits_[id]) : -kInfinity;
+  }
+
+  // Calls visit(first token, its kUnit logits) on this thread's units of a group, in rising order.
+  // A thread's units are always the same, so that it need not wait for others to read what it has
+  // staged.
+  template <typename visit_t>
   __device__ void for_units(int group, visit_t visit) const {
-    const int end = min((group + 1) * g_.units_per_group, units_);
-    for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
-         unit += kAhead * kThreads) {
-      Unit units[kAhead];
+    const int end = end_of(group);
+    for (int at = group * g_.units_per_group + threadIdx.x; at < end; at += kThreads) {
+      const Unit unit = read(at);
+      float x[kUnit];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int at = unit + k * kThreads;
-        if (at >= end) break;
-        units[k] = kStage ? fetch(at) : read(at);
-      }
+      for (int i = 0; i < kUnit; ++i) x[i] = to_float(unit.at[i]);
+      visit(at * kUnit, x);
+    }
+  }
+  // Eight logits that a thread takes at once: a unit, or two that are kThreads apart.
+  struct Eight {
+    Unit units[8 / kUnit];
+    __device__ float operator[](int i) const { return to_float(units[i / kUnit].at[i % kUnit]); }
+    __device__ void widen(float (&x)[8]) const {
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int at = unit + k * kThreads;
-        if (at >= end) break;
-        if (kStage && at - first_ < g_.staged)
-          store_shared(stage_ + 16 * (at - first_), __builtin_bit_cast(uint4, units[k]));
-        float x[kUnit];
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) x[i] = to_float(units[k].at[i]);
-        visit(at * kUnit, x);
+      for (int i = 0; i < 8; ++i) x[i] = (*this)[i];
+    }
+    __device__ float maximum() const {  // passes over NaN
+      if constexpr (kUnit == 4) {
+        float x[8];
+        widen(x);
+        return Row::maximum(x);
+      } else {
+        const auto pair = [&](int i) {
+          return __halves2bfloat162(units[0].at[i], units[0].at[i + 1]);
+        };
+        const auto top = __hmax2(__hmax2(pair(0), pair(2)), __hmax2(pair(4), pair(6)));
+        return fmaxf(__low2float(top), __high2float(top));
       }
     }
+    // The blocks of noise for the first and the other four.
+    __device__ static uint32_t noise_block(int first_unit, int k) {
+      return kUnit == 4 ? first_unit + k * kThreads : 2 * first_unit + k;
+    }
+  };
+  // -inf from a group's end on.
+  __device__ Eight read_eight(int unit, int end) const {
+    Eight eight;
+    if (unit + (8 / kUnit - 1) * kThreads < min(end, first_ + g_.staged)) {
+#pragma unroll
+      for (int k = 0; k < 8 / kUnit; ++k)
+        eight.units[k] = __builtin_bit_cast(
+            Unit, load_shared(stage_ + 16 * (unit - first_) + 16 * kThreads * k));
+      return eight;
+    }
+#pragma unroll
+    for (int k = 0; k < 8 / kUnit; ++k) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) eight.units[k].at[i] = from_float<data_t>(-kInfinity);
+      if (unit + k * kThreads < end) eight.units[k] = read(unit + k * kThreads);
+    }
+    return eight;
+  }
+  // The same by eights: visit(first unit, its logits).
+  template <typename visit_t>
+  __device__ void for_eights(int group, visit_t visit) const {
+    const int end = end_of(group);
+    for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
+         unit += 8 / kUnit * kThreads)
+      visit(unit, read_eight(unit, end));
   }
   template <typename visit_t>
   __device__ void for_groups(visit_t visit) const {
@@ -349,19 +416,51 @@ class Row {
     for (int group = rank_ * groups; group < (rank_ + 1) * groups; ++group) visit(group);
   }
 
-  __device__ static float maximum(const float (&x)[kUnit]) {  // passes over NaN
-    float top = x[0];
+  template <int kSize>
+  __device__ static float maximum(const float (&x)[kSize]) {  // passes over NaN
+    float top[kSize];
 #pragma unroll
-    for (int i = 1; i < kUnit; ++i) top = fmaxf(top, x[i]);
-    return top;
+    for (int i = 0; i < kSize; ++i) top[i] = x[i];
+#pragma unroll
+    for (int n = kSize / 2; n > 0; n /= 2)
+#pragma unroll
+      for (int i = 0; i < n; ++i) top[i] = fmaxf(top[i], top[i + n]);
+    return top[0];
   }
 
-  static __device__ float add(float (&x)[kUnit]) {
+  template <int kSize>
+  static __device__ float add(float (&x)[kSize]) {
 #pragma unroll
-    for (int n = kUnit / 2; n > 0; n /= 2)
+    for (int n = kSize / 2; n > 0; n /= 2)
 #pragma unroll
       for (int i = 0; i < n; ++i) x[i] += x[i + n];
     return x[0];
+  }
+
+  // A group's units, as far as there is room, to shared memory: all asked for at once if they can
+  // be copied as they are.
+  __device__ void stage(int group) const {
+    const int end = min(end_of(group), first_ + g_.staged);
+    constexpr int kAhead = 4;
+    for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
+         unit += kAhead * kThreads) {
+      Unit units[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int at = unit + k * kThreads;
+        if (at >= end) break;
+        if constexpr (kAligned)
+          copy_async(stage_ + 16 * (at - first_), logits_ + int64_t{at} * kUnit);
+        else
+          units[k] = fetch(at);
+      }
+#pragma unroll
+      for (int k = 0; !kAligned && k < kAhead; ++k) {
+        const int at = unit + k * kThreads;
+        if (at >= end) break;
+        store_shared(stage_ + 16 * (at - first_), __builtin_bit_cast(uint4, units[k]));
+      }
+    }
   }
 
   // What the next block in this one's place will load: memory would else be idle while this
@@ -374,17 +473,9 @@ class Row {
   }
 
   __device__ void summarize(const SampleParams& p) {
-    const int64_t* const rng_key = p.rng_key + 4 * row_;
-    const int64_t key[] = {rng_key[0], rng_key[1], rng_key[2], rng_key[3]};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if constexpr (kAligned) {  // all that fits is asked for at once
-      for_groups([&](int group) {
-        const int end = min(min((group + 1) * g_.units_per_group, units_), first_ + g_.staged);
-        for (int unit = group * g_.units_per_group + threadIdx.x; unit < end; unit += kThreads)
-          copy_async(stage_ + 16 * (unit - first_), logits_ + int64_t{unit} * kUnit);
-      });
-    }
-    if (threadIdx.x == 0) shared_.noise = NoiseStream(key);
+    for_groups([&](int group) { stage(group); });
+    if (threadIdx.x == 0) shared_.noise = NoiseRounds(NoiseStream(p.rng_key + 4 * row_));
     if (g_.blocks > 1) wait_for_cluster();  // all blocks run
     if constexpr (kAligned) {
       await_copies();
@@ -392,36 +483,43 @@ class Row {
     }
     for_groups([&](int group) {
       Summary mine{-kInfinity, size_, 0.f};
-      for_units<kAligned ? 1 : 4, !kAligned>(group, [&](int begin, const float (&x)[kUnit]) {
+      int highest = -1;  // the first unit of the eight with the maximum
+      for_eights(group, [&](int unit, const Eight& eight) {
+        float x[8];
+        eight.widen(x);
         const float top = maximum(x), max = fmaxf(mine.max, top);
-        float each[kUnit];
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i) each[i] = exp_below(x[i], max);  // NaN stays
-        mine.sum = mine.sum * exp_below(mine.max, max) + add(each);
-        if (top > mine.max) mine.id = begin;
+        for (int i = 0; i < 8; ++i) x[i] = exp_below(x[i], max);  // NaN stays
+        mine.sum = mine.sum * exp_below(mine.max, max) + add(x);
+        if (top > mine.max) highest = unit;
         mine.max = max;
       });
-      if (mine.id < size_) {  // so far the first of the unit's ids
-        const Unit unit = read(mine.id / kUnit);
-        const int begin = mine.id;
+      if (highest >= 0) {
+        const Eight eight = read_eight(highest, end_of(group));
 #pragma unroll
-        for (int i = kUnit - 1; i >= 0; --i)
-          if (to_float(unit.at[i]) == mine.max) mine.id = begin + i;
+        for (int i = 7; i >= 0; --i)
+          if (eight[i] == mine.max) mine.id = 4 * Eight::noise_block(highest, i / 4) + i % 4;
       }
-      mine = combine_lanes<1, 32 / kPartsOfWarp>(mine);
+      const float of_part = max_of_lanes<1, 32 / kPartsOfWarp>(mine.max);
+      mine = combine_lanes(mine, max_of_lanes<32 / kPartsOfWarp, 32>(of_part));
       const int place = group * kWarps + warp, part = lane % kPartsOfWarp;
-      const float part_max = __shfl_sync(kAll, mine.max, part * (32 / kPartsOfWarp));
-      mine = combine_lanes<32 / kPartsOfWarp, 32>(mine);
+      const float part_max = __shfl_sync(kAll, of_part, part * (32 / kPartsOfWarp));
       const int other = lane / kPartsOfWarp;
       if (other < g_.blocks)
         in_block(shared_.part_maxima, other)[place * kPartsOfWarp + part] = part_max;
       if (lane < g_.blocks) *in_block(&shared_.summaries[place], lane) = mine;
     });
     sync();
-    Summary all{-kInfinity, size_, 0.f};
+    if (warp == 0) {
+      Summary mine = shared_.summaries[lane];
 #pragma unroll
-    for (int i = 0; i < kGroups * kWarps; i += 32) all = combine(all, shared_.summaries[i + lane]);
-    summary_ = combine_lanes(all);
+      for (int i = 32; i < kGroups * kWarps; i += 32)
+        mine = combine(mine, shared_.summaries[i + lane]);
+      mine = combine_lanes(mine, max_of_lanes(mine.max));
+      if (lane == 0) shared_.summary = mine;
+    }
+    __syncthreads();
+    summary_ = shared_.summary;
   }
 
   // A logit that k tokens reach, found from the k-th highest maximum of the parts: its highest 16
@@ -445,7 +543,7 @@ class Row {
     const float least = bound(top_k);
     for_groups([&](int group) {
       Candidate* const section = in_block(shared_.incoming, 0) + group * kRoom;
-      for_units<1>(group, [&](int begin, const float (&x)[kUnit]) {
+      for_units(group, [&](int begin, const float (&x)[kUnit]) {
         if (!(maximum(x) >= least)) return;
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) {
@@ -504,8 +602,7 @@ class Row {
     }
     Best best{-kInfinity, size_, 0.f};
     if (kept) {
-      const PhiloxBlock words = shared_.noise.block(id / 4);
-      best = {z(x) + noise_gumbel(choose(words.a, words.b, words.c, words.d, id % 4)), id, x};
+      best = {z(x) + noise_gumbel(noise_word(id)), id, x};
     }
     best = combine_lanes(best);
     if (lane == 0) shared_.bests[warp] = best;
@@ -520,7 +617,7 @@ class Row {
   __device__ uint32_t find_bin(uint32_t& above, uint32_t target, fill_t fill) const {
     for (int i = threadIdx.x; i < kBins; i += kThreads) shared_.bins[i] = 0;
     __syncthreads();
-    for_groups([&](int group) { for_units<1>(group, fill); });
+    for_groups([&](int group) { for_units(group, fill); });
     sync();
     if (g_.blocks > 1) gather();
     // Thread t sums the bins from the top to those of its own.
@@ -634,86 +731,132 @@ class Row {
     return i < 2 ? (i == 0 ? a : b) : (i == 2 ? c : d);
   }
 
-  // What the tokens at or above a logit weigh, exp(z) each, for mass_of() after a barrier; kOfAll:
-  // those from `kept` on too. A lane adds a unit's weights as a tree and then its units of the
-  // group, a dozen additions in float32, and all else is added in float64: wrong by less than 1e-6
-  // of the whole, and always in the same order.
-  template <bool kOfAllToo>
-  __device__ void weigh(float kept, float higher) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const float scale = scale_ * kLog2E, least = kOfAllToo ? kept : higher;
+  __device__ uint32_t noise_word(int id) const {
+    const PhiloxBlock words = shared_.noise.block(id / 4);
+    return choose(words.a, words.b, words.c, words.d, id % 4);
+  }
+
+  // What the tokens at or above a logit weigh, exp(z) each, for mass_of() after a barrier. A lane
+  // adds eight weights as a tree and then its eights of the group, in float32, and all else is
+  // added in float64: wrong by less than 1e-6 of the whole, and always in the same order.
+  __device__ void weigh(float least) const {
+    const float scale = scale_ * kLog2E;
     for_groups([&](int group) {
-      float of_all = 0, above = 0;
-      for_units<1>(group, [&](int, const float (&x)[kUnit]) {
-        if (maximum(x) < least) return;
-        float each[kUnit], high[kUnit];
+      const int place = group * kWarps + threadIdx.x / 32;
+      float above = 0;
+      if (shared_.summaries[place].max >= least)
+        for_eights(group, [&](int, const Eight& eight) {
+          if (eight.maximum() < least) return;
+          float x[8];
+          eight.widen(x);
 #pragma unroll
-        for (int i = 0; i < kUnit; ++i) {
-          each[i] = x[i] < least ? 0.f : exp2_fast((x[i] - summary_.max) * scale);
-          high[i] = kOfAllToo && x[i] < higher ? 0.f : each[i];
-        }
-        above += add(high);
-        if (kOfAllToo) of_all += add(each);
-      });
-      const int place = group * kWarps + warp;
-      const auto put = [&](int which, float sum) {
-        const double mass = combine_lanes(static_cast<double>(sum));
-        if (lane < g_.blocks) *in_block(&shared_.masses[which][place], lane) = mass;
-      };
-      if (kOfAllToo) put(kOfAll, of_all);
-      put(kAbove, above);
+          for (int i = 0; i < 8; ++i)
+            x[i] = x[i] < least ? 0.f : exp2_fast((x[i] - summary_.max) * scale);
+          above += add(x);
+        });
+      put_mass(kAbove, place, above);
     });
+  }
+  __device__ void put_mass(int which, int place, float of_lane) const {
+    const int lane = threadIdx.x % 32;
+    const double mass = sum_of_lanes(static_cast<double>(of_lane));
+    if (lane < g_.blocks) *in_block(&shared_.masses[which][place], lane) = mass;
   }
   __device__ double mass_of(int which) const {
     double mass = 0;
 #pragma unroll
     for (int i = 0; i < kGroups * kWarps; i += 32)
       mass += shared_.masses[which][i + threadIdx.x % 32];
-    return combine_lanes(mass);
+    return sum_of_lanes(mass);
   }
 
-  // The best score of every warp that reaches the bar, for winner().
-  __device__ void draw(float kept, float kept_z, float bar) const {
-    const NoiseStream noise = shared_.noise;
+  // The best score of every warp that reaches the bar, for winner(). kWeighToo: also what all that
+  // is kept weighs, but for what is below e^-32 of the highest, for mass_of().
+  template <bool kWeighToo>
+  __device__ void draw(float kept, float kept_z) const {
+    if (threadIdx.x < 32) set_bar(kept, kept_z);
+    __syncthreads();
+    const NoiseRounds noise = shared_.noise;
     constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
+    constexpr float kNegligible = -32;
     const uint32_t reached = stage_ - kSharedBytes + static_cast<uint32_t>(offsetof(Shared, bar));
+    const float scale = scale_ * kLog2E, least_z = fmaxf(kept_z, z(kept));
     Best best{-kInfinity, size_, 0.f};
-    const auto visit = [&](int begin, const float (&x)[kUnit]) {
-      bar = fmaxf(bar, __int_as_float(load_shared_int(reached)));  // anyone's, at whatever time
+    float mass = 0;
+    const auto visit = [&](int unit, const Eight& eight) {
+      const float raised = __int_as_float(load_shared_int(reached));  // by anyone, at whatever time
+      const float top = eight.maximum() - summary_.max, top_z = top * scale_;
+      if (kWeighToo && top_z >= kNegligible) {
+        float x[8];
+        eight.widen(x);
+        if (kept > -kInfinity) {
 #pragma unroll
-      for (int quad = 0; quad < kUnit; quad += 4) {
-        const float top = fmaxf(fmaxf(x[quad], x[quad + 1]), fmaxf(x[quad + 2], x[quad + 3]));
-        const float lead = z(top) - bar;
-        if (top < kept || z(top) < kept_z || lead + (kMaxGumbel + kSlack) < 0) continue;
-        const PhiloxBlock words = noise.block((begin + quad) / 4);
-        const uint32_t least = min(min(words.a, words.b), min(words.c, words.d));
-        if (noise_uniform(least) > exp2_fast((lead + kSlack) * kLog2E)) continue;
-#pragma unroll 1  // seldom run: short code is worth more
+          for (int i = 0; i < 8; ++i) x[i] = x[i] < kept ? -kInfinity : x[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = exp2_fast((x[i] - summary_.max) * scale);
+        mass += add(x);
+      }
+      // A word w may win if w + 1/2 <= 2^32 exp(z - bar): of eight, the least and the highest z.
+      const float most = top * scale + (32 + (kSlack + kRaised) * kLog2E - raised * kLog2E);
+      if (top_z < least_z || most < -1) return;
+      const uint32_t least = min(noise.block(Eight::noise_block(unit, 0)).least(),
+                                 noise.block(Eight::noise_block(unit, 1)).least());
+      if (static_cast<float>(least) > exp2_fast(most)) return;
+      // Seldom run: short code that leaves the registers alone is worth more.
+#pragma unroll 1
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t block = Eight::noise_block(unit, k);
+        const PhiloxBlock words = noise.block(block);
+        if (static_cast<float>(words.least()) > exp2_fast(most)) continue;
+#pragma unroll 1
         for (int i = 0; i < 4; ++i) {
+          const int id = 4 * block + i;
+          const float x = logit(id), zi = z(x);
+          if (x < kept || zi < kept_z) continue;
           const uint32_t word = choose(words.a, words.b, words.c, words.d, i);
-          const float at = choose(x[quad], x[quad + 1], x[quad + 2], x[quad + 3], i), zi = z(at);
-          if (at < kept || zi < kept_z) continue;
           // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its
           // logarithm.
           const int bits = __float_as_int(noise_uniform(word)) - 0x3f800000;
           const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
-          if (zi - log_v + kSlack < bar) continue;
+          if (zi - log_v + (kSlack + kRaised) < raised) continue;
           const float score = zi + noise_gumbel(word);
           if (score > best.score) {
-            best = {score, begin + quad + i, at};
-            if (score > bar) {
-              bar = score;
-              if (score > 0) atomicMax(&shared_.bar, __float_as_int(score));
-            }
+            best = {score, id, x};
+            raise(score);
           }
         }
       }
     };
-    for_groups([&](int group) { for_units<1>(group, visit); });
+    for_groups([&](int group) {
+      mass = 0;
+      for_eights(group, visit);
+      if (kWeighToo) put_mass(kOfAll, group * kWarps + threadIdx.x / 32, mass);
+    });
     best = combine_lanes(best);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (lane < g_.blocks) *in_block(&shared_.bests[rank_ * kWarps + warp], lane) = best;
     sync();
+  }
+
+  // Whoever wins scores no less than any other that is kept: of the highest logits of what the
+  // warps read, one a lane, the best sets the bar.
+  __device__ void set_bar(float kept, float kept_z) const {
+    Candidate likely{-kInfinity, 0};
+#pragma unroll
+    for (int i = threadIdx.x; i < kGroups * kWarps; i += 32) {
+      const Summary& summary = shared_.summaries[i];
+      if (summary.max > likely.x) likely = {summary.max, summary.id};
+    }
+    const uint32_t word = noise_word(likely.id);
+    const bool is_kept = likely.x >= kept && z(likely.x) >= kept_z;
+    const float bar = max_of_lanes(is_kept ? z(likely.x) + noise_gumbel(word) : -kInfinity);
+    if (threadIdx.x == 0) raise(bar);
+  }
+
+  // A score that was reached, for all of the block; only one above -kRaised counts.
+  __device__ void raise(float score) const {
+    if (score > -kRaised) atomicMax(&shared_.bar, __float_as_int(score + kRaised));
   }
 
   __device__ Best winner(int warps) const {
