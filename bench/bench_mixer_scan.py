@@ -1,15 +1,17 @@
 """A fused mixer over whole sequences, from in_proj's rows to out_proj's, beside the operators it is made of.
 
 Its roof reads every projected row once and writes y once; the composition also writes and reads x, B,
-C, the decays and the scan's y.
+C, the decays and the scan's y. "peers" is the composition of FLA's conv, mamba_ssm's scan and a gate
+compiled by torch.
 """
 
 import cost
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
 
-from reasoners import ops
+from reasoners import ops, reference
 
 WIDTH = 4
 SHAPES = {"8 x 4096": (8, 4096), "1 x 2048": (1, 2048), "64 x 512": (64, 512)}
@@ -56,27 +58,45 @@ def make_discrete_mamba2(batch, length):
     }
 
 
-def discrete_mamba2(projected, conv_weight, conv_bias, z_bias, D, state_dim):
+def discrete_mamba2(projected, conv_weight, conv_bias, z_bias, D, state_dim, weighed=False):
+    """weighed: x by softplus(a), as the peers' scan has it."""
     xBC, z, a = projected.split((CHANNELS, INNER, HEADS), -1)
     conv, _ = ops.causal_conv1d(xBC, conv_weight, conv_bias)
     x, B, C = (t.unflatten(-1, (HEADS, HEAD_DIM)) for t in conv.chunk(3, -1))
-    y, _ = ops.ssd_scan(x, -ops.softplus(a), B, C, None, D)
+    delta = ops.softplus(a)
+    y, _ = ops.ssd_scan(x, -delta, B, C, delta if weighed else None, D)
     return ops.gate(y.flatten(-2), z, z_bias)
 
 
+def check(y, definition, inputs):
+    """The beginning of the last row against float64."""
+    few = inputs | {"projected": inputs["projected"][-1:, :160]}
+    few = {name: v.cpu() if torch.is_tensor(v) else v for name, v in few.items()}
+    oracle = definition(**{name: reference.widen(value) for name, value in few.items()})[0]
+    peers.require_close(y[-1:, :160].cpu(), oracle, most=0.02)
+
+
 @pytest.mark.cuda("discrete_mamba2_scan")
-@IMPLEMENTATIONS
+@pytest.mark.parametrize("impl", ["reasoners", "composition", "peers"])
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_discrete_mamba2_scan(measure, shape, impl):
     batch, length = SHAPES[shape]
     num_bytes = mixer_bytes(batch * length, CHANNELS + INNER + HEADS, INNER)
-    fn = ops.discrete_mamba2_scan if impl == "reasoners" else discrete_mamba2
+    torch.manual_seed(0)
     sets = [make_discrete_mamba2(batch, length) for _ in range(cost.rotation(num_bytes))]
-    run(
-        measure, [lambda inputs=inputs: fn(**inputs) for inputs in sets], batch, length,
-        CHANNELS + INNER + HEADS, INNER, HEADS,
-        TARGET_US.get(shape) if impl == "reasoners" else None,
-    )  # fmt: skip
+    sizes = batch, length, CHANNELS + INNER + HEADS, INNER, HEADS
+    if impl == "peers":
+        with peers.skip_if_it_fails(), torch.inference_mode():
+            prepare = peers.llamba_mixer(chunk=128)
+            calls = [prepare(**inputs) for inputs in sets]
+            peers.require_close(calls[0](), discrete_mamba2(**sets[0], weighed=True), most=0.02)
+            run(measure, calls, *sizes, None)
+        return
+    fn = ops.discrete_mamba2_scan if impl == "reasoners" else discrete_mamba2
+    calls = [lambda inputs=inputs: fn(**inputs) for inputs in sets]
+    if impl == "reasoners":
+        check(calls[0]()[0], reference.discrete_mamba2_scan, sets[0])
+    run(measure, calls, *sizes, TARGET_US.get(shape) if impl == "reasoners" else None)
 
 
 # MambaInLlama-1B's Mamba-2 mixer: 32 query heads, 8 kv heads
@@ -120,8 +140,9 @@ def bench_mamba2_scan(measure, shape, impl):
     columns = INNER + HYBRID_CHANNELS + HEADS
     fn = ops.mamba2_scan if impl == "reasoners" else mamba2
     num_bytes = mixer_bytes(batch * length, columns, INNER)
+    torch.manual_seed(0)
     sets = [make_mamba2(batch, length) for _ in range(cost.rotation(num_bytes))]
-    run(
-        measure, [lambda inputs=inputs: fn(**inputs) for inputs in sets], batch, length, columns,
-        INNER, HEADS, None,
-    )  # fmt: skip
+    calls = [lambda inputs=inputs: fn(**inputs) for inputs in sets]
+    if impl == "reasoners":
+        check(calls[0]()[0], reference.mamba2_scan, sets[0])
+    run(measure, calls, batch, length, columns, INNER, HEADS, None)

@@ -5,6 +5,7 @@ of rows with a prefix reads it once; "plain" is the same call without `shared`.
 """
 
 import cost
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,12 +189,12 @@ def check_cuda(inputs, y):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("impl", ["reasoners", "plain", "torch"])
+@pytest.mark.parametrize("impl", ["reasoners", "plain", "torch", *peers.DECODE])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model", ["Llama-3.2-1B", "Llama-3.2-3B"])
 def bench_decode_cuda(measure, model, case, impl):
     lengths, prefix = CASES[case]
-    if impl == "plain" and not prefix:
+    if not prefix and (impl == "plain" or impl.startswith("cascade")):
         pytest.skip("no rows share")
     if impl == "torch" and (prefix or len(set(lengths)) > 1):
         pytest.skip("SDPA takes equal lengths and shares nothing")
@@ -203,6 +204,14 @@ def bench_decode_cuda(measure, model, case, impl):
     )
     torch.manual_seed(0)
     sets = [make_cuda(lengths, prefix, model) for _ in range(cost.rotation(num_bytes))]
+    target = TARGET_US.get((model, case)) if impl == "reasoners" else None
+    roof = {"num_bytes": num_bytes, "tokens": len(lengths), "target_us": target}
+    if impl in peers.DECODE:
+        with peers.skip_if_it_fails():
+            calls = peers.DECODE[impl]()(sets)
+            peers.require_close(calls[0](), ops.paged_attention(**sets[0]))
+            measure(calls, **roof)
+        return
     if impl == "torch":
         sets = [contiguous(inputs, lengths[0]) for inputs in sets]
         calls = [
@@ -213,8 +222,7 @@ def bench_decode_cuda(measure, model, case, impl):
             sets = [inputs | {"shared": None} for inputs in sets]
         calls = [lambda inputs=inputs: ops.paged_attention(**inputs) for inputs in sets]
         check_cuda(sets[0], calls[0]())
-    target = TARGET_US.get((model, case)) if impl == "reasoners" else None
-    measure(calls, num_bytes=num_bytes, tokens=len(lengths), target_us=target)
+    measure(calls, **roof)
 
 
 @pytest.mark.cuda

@@ -1,7 +1,9 @@
 """One token per row beside plain PyTorch: filters on sorted logits, softmax, multinomial, and the
-log-softmax at the token, as generation loops write them."""
+log-softmax at the token, as generation loops write them. On CUDA beside flashinfer's sampling too, its
+softmax included where it wants probabilities; it returns no logprob."""
 
 import cost
+import peers
 import pytest
 import torch
 
@@ -78,18 +80,60 @@ def bench_sample_by_batch(measure, batch, dtype, impl):
     run(measure, impl, batch, 128256, dtype, "all")
 
 
+# ---- CUDA
+
+CUDA_MIXES = MIXES | {"top-k 50, top-p 0.95": {"top_k": 50, "top_p": 0.95}}
+
+
+def check(tokens, logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Every token is one that the filters keep, and as probable as draws are on average.
+
+    A token at the edge of a filter may fall on either side of it by rounding: 2 % are let go there.
+    """
+    logits = logits.double()
+    if temperature == 0:
+        assert (logits.gather(1, tokens.long()[:, None])[:, 0] == logits.amax(-1)).all()
+        return
+    score = logits / temperature
+    if top_k > 0:
+        score = score.masked_fill(score < score.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1:
+        ordered, order = score.softmax(-1).sort(descending=True)
+        past = ordered.cumsum(-1) - ordered >= top_p * 1.02
+        score = score.masked_fill(past.scatter(1, order, past), float("-inf"))
+    if min_p > 0:
+        p = score.softmax(-1)
+        score = score.masked_fill(p < 0.98 * min_p * p.amax(-1, keepdim=True), float("-inf"))
+    logprob = score.log_softmax(-1)
+    drawn = logprob.gather(1, tokens.long()[:, None])[:, 0]
+    assert drawn.isfinite().all(), "a token that the filters drop"
+    p, finite = logprob.exp(), logprob.masked_fill(logprob.isinf(), 0)
+    mean = (p * finite).sum(-1)
+    variance = (p * finite.square()).sum(-1) - mean.square()
+    off, spread = float((drawn - mean).sum()), float(variance.sum().sqrt())
+    assert abs(off) < 6 * spread + 0.02 * len(tokens), "tokens too probable or too improbable"
+
+
 @pytest.mark.cuda("sample")
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("impl", ["reasoners", *peers.SAMPLE])
+@pytest.mark.parametrize("mix", CUDA_MIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 64, 512])
-def bench_sample_cuda(measure, batch, dtype, mix):
+def bench_sample_cuda(measure, batch, dtype, mix, impl):
     num_bytes = cost.sample_bytes(batch, 128256, dtype.itemsize)
+    filters = CUDA_MIXES[mix]
     torch.manual_seed(0)
     with torch.device("cuda"):
-        sets = [make(batch, 128256, dtype, **MIXES[mix]) for _ in range(cost.rotation(num_bytes))]
-    measure(
-        [lambda inputs=inputs: ops.sample(**inputs) for inputs in sets],
-        num_bytes=num_bytes,
-        tokens=batch,
-        target_us={1: 15, 512: 180}.get(batch),
-    )
+        sets = [make(batch, 128256, dtype, **filters) for _ in range(cost.rotation(num_bytes))]
+    roof = {"num_bytes": num_bytes, "tokens": batch}
+    with peers.skip_if_it_fails(impl in peers.SAMPLE):
+        if impl in peers.SAMPLE:
+            prepare = peers.SAMPLE[impl]()
+            calls = [prepare(inputs["logits"], **filters) for inputs in sets]
+            tokens = calls[0]()
+        else:
+            calls = [lambda inputs=inputs: ops.sample(**inputs) for inputs in sets]
+            tokens, _ = calls[0]()
+            roof["target_us"] = {1: 15, 512: 180}.get(batch)
+        check(tokens, sets[0]["logits"], **filters)
+        measure(calls, **roof)

@@ -1,6 +1,8 @@
 """The chunked scan and its derivative: our kernel beside chunked PyTorch at its best chunk size.
 
-Two sweeps at Llamba-1B's shapes: batch at fixed length, length at fixed tokens.
+Two sweeps at Llamba-1B's shapes: batch at fixed length, length at fixed tokens. On CUDA beside
+mamba_ssm's kernels at several chunk sizes and FLA's simple_gla, which is spared D x. Theirs are tuned at
+first use, which takes minutes; `pytest -n 8 --benchmark-disable` beforehand compiles for all of them.
 """
 
 from functools import partial
@@ -45,13 +47,13 @@ def chunked(x, log_decay, B, C, D, chunk):
     u, b, c = split(x), split(B), split(C)
     total = split(log_decay[..., None]).squeeze(-1).cumsum(-1)
     difference = total[..., :, None] - total[..., None, :]
-    upper = torch.ones(chunk, chunk, dtype=torch.bool).triu(1)
+    upper = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     L = difference.masked_fill(upper, float("-inf")).exp().to(x.dtype)
     y = (c @ b.mT * L) @ u
     until = (total[..., -1:] - total).exp().to(x.dtype)
     added = (u * until[..., None]).mT @ b
     whole = total[..., -1].exp()[..., None, None]
-    state = torch.zeros(batch, heads, head_dim, B.shape[3])
+    state = log_decay.new_zeros(batch, heads, head_dim, B.shape[3])
     before = []
     for decay, step in zip(whole.unbind(2), added.unbind(2)):
         before.append(state)
@@ -163,42 +165,90 @@ def roof_cuda(bytes_of, flops_of, case, outputs):
     }
 
 
-PEERS = {f"mamba_ssm-{chunk}": chunk for chunk in (64, 128, 256)}
+SCANS = {
+    **{f"mamba_ssm-{chunk}": partial(peers.mamba_ssm_scan, chunk) for chunk in (64, 128, 256)},
+    "fla": peers.fla_scan,
+}
+BACKWARDS = {
+    f"mamba_ssm-{chunk}": partial(peers.mamba_ssm_scan_backward, chunk) for chunk in (128, 256)
+}
+
+
+def last_head(inputs):
+    """(x, log_decay, B, C, D) of the last row's last head, in float64."""
+    *data, D = inputs.values()
+    return *(t[-1:, :, -1:].double() for t in data), D[-1:].double()
+
+
+def check(y, inputs):
+    """The last row's last head against float64."""
+    peers.require_close(y[-1:, :, -1:], chunked(*last_head(inputs), FORWARD_CHUNK)[0])
+
+
+def check_backward(gradients, dy, inputs):
+    """The same of the gradients (dx, dlog_decay, dB, dC); dB and dC unless heads share B and C."""
+    x, log_decay, B, C, D = last_head(inputs)
+    wanted = [t.requires_grad_() for t in (x, log_decay, B, C)]
+    with torch.enable_grad():
+        y, _ = chunked(*wanted, D, BACKWARD_CHUNK)
+        expected = torch.autograd.grad(y, wanted, dy[-1:, :, -1:].double())
+    named = list(zip(("dx", "da", "dB", "dC"), gradients, expected))
+    shared = inputs["B"].shape[2] < inputs["x"].shape[2]
+    for name, actual, oracle in named[: 2 if shared else 4]:
+        peers.require_close(actual[-1:, :, -1:], oracle, name, most=0.02)
 
 
 @pytest.mark.cuda("ssd_scan")
-@pytest.mark.parametrize("impl", ["reasoners", *PEERS])
+@pytest.mark.parametrize("impl", ["reasoners", *SCANS])
 @pytest.mark.parametrize("case", CASES)
 def bench_ssd_scan_cuda(measure, case, impl):
+    torch.manual_seed(0)
     inputs = make_cuda(*CASES[case])
-    call = partial(ops.ssd_scan, **inputs)
-    if impl in PEERS:
-        if "kv" in case:
-            pytest.skip("has x for each head, and as many groups of B as of C")
-        try:
-            call = peers.mamba_ssm_scan(PEERS[impl])(**inputs)
-        except ImportError as error:
-            pytest.skip(str(error))
-    measure(
-        call,
-        **roof_cuda(cost.ssd_scan_bytes, cost.ssd_scan_flops, case, 1),
-        target_us=TARGET_US.get(case) if impl == "reasoners" else None,
-    )
+    roof = roof_cuda(cost.ssd_scan_bytes, cost.ssd_scan_flops, case, 1)
+    if impl == "reasoners":
+        call = partial(ops.ssd_scan, **inputs)
+        check(call()[0], inputs)
+        measure(call, **roof, target_us=TARGET_US.get(case))
+        return
+    if "kv" in case:
+        pytest.skip("has x for each head, and as many groups of B as of C")
+    with peers.skip_if_it_fails():
+        if impl == "fla":
+            inputs["D"] = torch.zeros_like(inputs["D"])
+            x, log_decay, B, C, _ = inputs.values()
+            call, scale = SCANS[impl]()(x, log_decay, B, C), None
+        else:
+            call, scale = SCANS[impl]()(**inputs), -inputs["log_decay"]
+        peers.require_close(call(), ops.ssd_scan(**inputs, scale=scale)[0])
+        measure(call, **roof)
 
 
 @pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize("impl", ["reasoners", *BACKWARDS])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if "512 x" not in case and "131072" not in case]
 )
-def bench_ssd_scan_backward_cuda(measure, case):
+def bench_ssd_scan_backward_cuda(measure, case, impl):
+    torch.manual_seed(0)
     inputs = make_cuda(*CASES[case])
     batch, _, heads, head_dim, state_dim, _ = CASES[case]
     dy = torch.randn(*inputs["log_decay"].shape, head_dim, device="cuda").bfloat16()
     dfinal = torch.zeros(batch, heads, head_dim, state_dim, device="cuda")
     x, log_decay, B, C, D = inputs.values()
-    measure(
-        lambda: torch.ops.reasoners.ssd_scan_backward(
-            dy, dfinal, x, log_decay, B, C, None, D, None, None
-        ),
-        **roof_cuda(cost.ssd_scan_backward_bytes, cost.ssd_scan_backward_flops, case, 2),
-    )
+
+    def ours(scale=None):
+        return torch.ops.reasoners.ssd_scan_backward(
+            dy, dfinal, x, log_decay, B, C, scale, D, None, None
+        )
+
+    roof = roof_cuda(cost.ssd_scan_backward_bytes, cost.ssd_scan_backward_flops, case, 2)
+    if impl == "reasoners":
+        check_backward(ours(), dy, inputs)
+        measure(ours, **roof)
+        return
+    with peers.skip_if_it_fails():
+        call = BACKWARDS[impl]()(dy, **inputs)
+        dx, _, dB, dC, *_ = ours(scale=-log_decay)
+        for name, actual, expected in zip(("dx", "dB", "dC"), call(), (dx, dB, dC)):
+            peers.require_close(actual, expected, name, most=0.02)
+        measure(call, **roof)

@@ -119,12 +119,7 @@ def implementation(impl):
         if not ops.has_kernel("state_update", "cuda"):
             pytest.skip("no CUDA kernel of state_update")
         return ours
-    if impl == "deferred":
-        return deferred
-    try:
-        return peers.STATE_UPDATE[impl]()
-    except ImportError as error:
-        pytest.skip(str(error))
+    return deferred if impl == "deferred" else peers.STATE_UPDATE[impl]()
 
 
 def check(call, inputs):
@@ -141,7 +136,7 @@ def check(call, inputs):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("impl", ["reasoners", "deferred", "mamba_ssm", "flashinfer"])
+@pytest.mark.parametrize("impl", ["reasoners", "deferred", *peers.STATE_UPDATE])
 @pytest.mark.parametrize("batch", [1, 16, 64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -152,15 +147,13 @@ def bench_state_update_cuda(measure, shape, state, batch, impl):
         batch, heads, head_dim, state_dim, dtype.itemsize, data_bytes=2, kv_heads=kv_heads,
         period=PERIOD if impl == "deferred" else 1,
     )  # fmt: skip
-    prepare = implementation(impl)
     torch.manual_seed(0)
-    sets = [make_cuda(batch, SHAPES[shape], dtype) for _ in range(cost.rotation(num_bytes / 2))]
-    try:
-        calls = [prepare(inputs) for inputs in sets]
-    except ImportError as error:
-        pytest.skip(str(error))
-    if impl != "deferred":  # which tests/test_deferred_state_update.py checks over many steps
-        check(calls[0], sets[0])
     targets = {"reasoners": TARGET_US, "deferred": DEFERRED_TARGET_US}.get(impl, {})
     target = targets.get((shape, batch), {}).get(state)
-    measure(calls, num_bytes=num_bytes, tokens=batch, target_us=target)
+    with peers.skip_if_it_fails(impl in peers.STATE_UPDATE):
+        prepare = implementation(impl)
+        sets = [make_cuda(batch, SHAPES[shape], dtype) for _ in range(cost.rotation(num_bytes / 2))]
+        calls = [prepare(inputs) for inputs in sets]
+        if impl != "deferred":  # which tests/test_deferred_state_update.py checks over many steps
+            check(calls[0], sets[0])
+        measure(calls, num_bytes=num_bytes, tokens=batch, target_us=target)

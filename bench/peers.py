@@ -1,45 +1,85 @@
 """Other people's kernels and models, to be timed beside ours; none is a dependency.
 
-They are looked for on sys.path and in the folder that REASONERS_PEERS names (default `.peers`), which
-is filled by
+They are looked for on sys.path and in the folder that REASONERS_PEERS names (default `.peers`).
+`python bench/peers.py` fills it where pip and nvcc are, under the Python and the torch of the machine
+that is to measure: it installs the releases of RELEASES into build/peers, compiles for sm_90a what
+flashinfer would compile at first use, and copies what is imported and what was compiled, less than
+16 MB. Of flashinfer's prefill it leaves out the kernels that nothing here calls; their symbols stay
+unresolved. A machine with the folder needs no network and no compiler.
 
-    pip install --no-deps --target .peers flashinfer-python apache-tvm-ffi einops packaging
-    MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation --target .peers mamba-ssm
-
-Their package `__init__`s import much that is not needed here and may not be there, so only the one
-module is imported, below stub packages. A peer that is missing raises ImportError with the reason.
-`python bench/peers.py` compiles, in parallel, what flashinfer would compile at each first use.
+Their package `__init__`s import much that is not needed here and may not be there, so only single
+modules are imported, below stub packages. A peer that is missing, fails or disagrees with ours is
+skipped with the reason.
 """
 
 import gc
 import importlib
 import importlib.machinery
 import os
+import shutil
+import subprocess
 import sys
 import types
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-FOLDER = Path(os.environ.get("REASONERS_PEERS", Path(__file__).parents[1] / ".peers")).resolve()
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(os.environ.get("REASONERS_PEERS", ROOT / ".peers")).resolve()
+RELEASES = {
+    "flashinfer-python": "0.6.18",
+    "apache-tvm-ffi": "0.1.15.post2",
+    "fla-core": "0.6.0",
+    "mamba-ssm": "2.3.2.post1",
+    "einops": "0.8.2",
+}
 
 
-def _stub(name):
-    """Make `name` a package whose submodules can be imported although its `__init__` never runs."""
-    if name in sys.modules:
-        return
+def _stub(*names):
+    """Make packages whose submodules can be imported although their `__init__` never runs."""
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
-    parent, _, _ = name.rpartition(".")
-    path = sys.modules[parent].__path__ if parent else None
-    spec = importlib.machinery.PathFinder.find_spec(name, path)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ImportError(f"no package {name} on sys.path or in {FOLDER}")
-    module = types.ModuleType(name)
-    module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations)
-    sys.modules[name] = module
+    for name in names:
+        if name in sys.modules:
+            continue
+        parent, _, _ = name.rpartition(".")
+        path = sys.modules[parent].__path__ if parent else None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ImportError(f"no package {name} on sys.path or in {FOLDER}")
+        module = types.ModuleType(name)
+        module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations)
+        sys.modules[name] = module
+
+
+@contextmanager
+def skip_if_it_fails(theirs=True):
+    """Skip the row with the reason if a peer raises anything in here; our own errors pass through."""
+    try:
+        yield
+    except Exception as error:
+        if not theirs:
+            raise
+        import pytest
+
+        lines = str(error).strip().splitlines() or [""]
+        pytest.skip(f"{type(error).__name__}: {lines[0][:300]}")
+
+
+def relative_error(actual, expected):
+    """RMS of the difference over the RMS of what was expected."""
+    actual, expected = actual.float(), expected.float()
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def require_close(actual, expected, name="y", most=0.01):
+    """Raise AssertionError unless the relative error is at most `most`: 1 % is wide for bfloat16."""
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, {tuple(expected.shape)}"
+    error = relative_error(actual, expected)
+    assert error <= most, f"{name} differs by {error:.2%} (RMS)"
 
 
 # ---- state update: S = exp(dt A) S + dt x B^T, y = S C + D x
@@ -78,9 +118,7 @@ def mamba_ssm_state_update():
     slots must be 0, 1, ... in order. The kernel takes its tied path (TIE_HDIM) if A, dt and dt_bias
     all have stride 0 over P, so that there must be a bias: zeros.
     """
-    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
-        _stub(name)
-    module = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+    module = _mamba_ssm("selective_state_update")
 
     def prepare(inputs):
         tied = _tied(inputs)
@@ -91,43 +129,21 @@ def mamba_ssm_state_update():
 
 
 @cache
-def _flashinfer():
+def _flashinfer(name):
+    """The module flashinfer.`name`, with which nothing is compiled if `.peers` holds what was."""
     os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
-    if "CUDA_HOME" not in os.environ and "CUDA_PATH" not in os.environ:
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        if CUDA_HOME is not None:
-            os.environ["CUDA_HOME"] = CUDA_HOME
-    for name in ("flashinfer", "flashinfer.jit", "flashinfer.trace", "flashinfer.mamba"):
-        _stub(name)
-    return importlib.import_module("flashinfer.mamba.selective_state_update")
-
-
-@cache
-def _flashinfer_build(state_dtype, head_dim, state_dim):
-    """Compile and load the kernel; the error's words if that fails, so that it is tried once."""
-    try:
-        _flashinfer().get_selective_state_update_module(
-            torch.device("cuda", torch.cuda.current_device()), state_dtype, torch.bfloat16,
-            torch.float32, torch.float32, torch.int32, head_dim, state_dim, 1, torch.int32, torch.int64,
-        )  # fmt: skip
-    except (RuntimeError, OSError) as error:
-        return f"flashinfer {state_dtype} P {head_dim} N {state_dim}: {error}"
-    return None
+    if (FOLDER / "flashinfer/data/aot").exists():
+        os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
+    _stub("flashinfer", "flashinfer.mamba")
+    return importlib.import_module(f"flashinfer.{name}")
 
 
 def flashinfer_state_update():
-    """prepare(inputs) -> call() -> y, of flashinfer's kernel; inputs as for mamba_ssm, x bfloat16.
-
-    It is compiled by nvcc at the first use of each (dtype of the state, P, N), into ~/.cache.
-    """
-    module = _flashinfer()
+    """prepare(inputs) -> call() -> y, of flashinfer's kernel; inputs as for mamba_ssm, x bfloat16."""
+    module = _flashinfer("mamba.selective_state_update")
 
     def prepare(inputs):
         tied = _tied(inputs)
-        failure = _flashinfer_build(tied["state"].dtype, *tied["state"].shape[2:])
-        if failure is not None:
-            raise ImportError(failure)
         out = torch.empty_like(tied["x"])
         return lambda: module.selective_state_update(**tied, out=out)
 
@@ -137,17 +153,187 @@ def flashinfer_state_update():
 STATE_UPDATE = {"mamba_ssm": mamba_ssm_state_update, "flashinfer": flashinfer_state_update}
 
 
+# ---- paged attention
+
+
+def _workspace():
+    return torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+
+
+def _pages(table, lengths, page_size):
+    """(offsets, page ids, tokens in the last page) of rows of a page table."""
+    counts = -(-lengths // page_size)
+    offsets = F.pad(counts.cumsum(0), (1, 0)).int()
+    held = torch.cat([row[:count] for row, count in zip(table, counts.tolist(), strict=True)])
+    return offsets, held, (lengths - 1) % page_size + 1
+
+
+def _kinds(inputs):
+    """(heads, kv_heads, head_dim, page_size), and the dtype."""
+    _, heads, head_dim = inputs["q"].shape
+    _, kv_heads, page_size, _ = inputs["k_cache"].shape
+    dtype = inputs["q"].dtype
+    return (heads, kv_heads, head_dim, page_size), {"q_data_type": dtype, "kv_data_type": dtype}
+
+
+def _runs(wrapper, sets):
+    return [
+        lambda inputs=inputs: wrapper.run(inputs["q"], (inputs["k_cache"], inputs["v_cache"]))
+        for inputs in sets
+    ]
+
+
+def flashinfer_decode(tensor_cores):
+    """prepare(sets) -> calls() -> y, of flashinfer's decode on the CUDA cores or the tensor cores.
+
+    sets: arguments of ops.paged_attention, one query a row and all of the same lengths. They are
+    planned once and read the first one's page table, each in its own caches.
+    """
+    module = _flashinfer("decode")
+
+    def prepare(sets):
+        sizes, dtypes = _kinds(sets[0])
+        pages = _pages(sets[0]["page_table"], sets[0]["kv_lengths"], sizes[-1])
+        wrapper = module.BatchDecodeWithPagedKVCacheWrapper(
+            _workspace(), "HND", use_tensor_cores=tensor_cores
+        )
+        wrapper.plan(*pages, *sizes, **dtypes)
+        return _runs(wrapper, sets)
+
+    return prepare
+
+
+def flashinfer_cascade(backend):
+    """The same of rows that all share a prefix, which is read once. backend: "fa2" or "fa3"."""
+    module = _flashinfer("cascade")
+
+    def prepare(sets):
+        sizes, dtypes = _kinds(sets[0])
+        page_size = sizes[-1]
+        table, lengths = sets[0]["page_table"], sets[0]["kv_lengths"]
+        rows, prefix = len(lengths), int(sets[0]["shared"][0, 1])
+        first = _pages(table[:1], lengths.new_tensor([prefix]), page_size)
+        own = _pages(table[:, prefix // page_size :], lengths - prefix, page_size)
+        queries = [lengths.new_tensor([0, rows]), sets[0]["cu_seqlens_q"]]
+        wrapper = module.MultiLevelCascadeAttentionWrapper(2, _workspace(), "HND")
+        for level in wrapper._batch_prefill_wrappers:
+            level._backend = backend  # the constructor has no argument for it
+        wrapper.plan(queries, *(list(pair) for pair in zip(first, own)), *sizes, **dtypes)
+        return _runs(wrapper, sets)
+
+    return prepare
+
+
+def flashinfer_prefill(backend):
+    """The same of rows with several queries each, the last ones of their row, causally."""
+    module = _flashinfer("prefill")
+
+    def prepare(sets):
+        sizes, dtypes = _kinds(sets[0])
+        pages = _pages(sets[0]["page_table"], sets[0]["kv_lengths"], sizes[-1])
+        wrapper = module.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "HND", backend=backend)
+        wrapper.plan(sets[0]["cu_seqlens_q"], *pages, *sizes, causal=True, **dtypes)
+        return _runs(wrapper, sets)
+
+    return prepare
+
+
+DECODE = {  # the better of the first two is to be quoted; the last two are for rows with a prefix
+    "flashinfer": lambda: flashinfer_decode(False),
+    "flashinfer-tc": lambda: flashinfer_decode(True),
+    "cascade-fa2": lambda: flashinfer_cascade("fa2"),
+    "cascade-fa3": lambda: flashinfer_cascade("fa3"),
+}
+PREFILL = {
+    "flashinfer-fa2": lambda: flashinfer_prefill("fa2"),
+    "flashinfer-fa3": lambda: flashinfer_prefill("fa3"),
+}
+
+
+# ---- sampling
+
+
+def flashinfer_sample(from_logits):
+    """prepare(logits, temperature, top_k, top_p, min_p) -> call() -> tokens, or NotImplementedError.
+
+    from_logits: by their functions that take logits, where there are any; else by those that take
+    probabilities, behind their softmax. All three filters are a chain of renormalisations, as engines
+    write it. Unlike ours they return no logprob.
+    """
+    module = _flashinfer("sampling")
+    # Without these the host would read the generator's state, which a graph cannot capture.
+    draw = {"seed": 1, "offset": 0}
+
+    def prepare(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+        filters = "".join(c for c, on in zip("kpm", (top_k > 0, top_p < 1, min_p > 0)) if on)
+        if temperature == 0:
+            raise NotImplementedError("no greedy sampling")
+
+        def scaled():
+            return logits if temperature == 1 else logits / temperature
+
+        def probabilities():
+            return module.softmax(logits, temperature)
+
+        if from_logits:
+            fused = module.top_k_top_p_sampling_from_logits
+            ways = {
+                "": lambda: module.sampling_from_logits(scaled(), **draw),
+                "k": lambda: fused(scaled(), top_k, 1.0, **draw),
+                "kp": lambda: fused(scaled(), top_k, top_p, **draw),
+            }
+        else:
+            fused = module.top_k_top_p_sampling_from_probs
+            ways = {
+                "": lambda: module.sampling_from_probs(probabilities(), **draw),
+                "k": lambda: module.top_k_sampling_from_probs(probabilities(), top_k, **draw),
+                "p": lambda: module.top_p_sampling_from_probs(probabilities(), top_p, **draw),
+                "m": lambda: module.min_p_sampling_from_probs(probabilities(), min_p, **draw),
+                "kp": lambda: fused(probabilities(), top_k, top_p, **draw),
+                "kpm": lambda: module.min_p_sampling_from_probs(
+                    module.top_p_renorm_probs(
+                        module.top_k_renorm_probs(probabilities(), top_k), top_p
+                    ),
+                    min_p,
+                    **draw,
+                ),
+            }
+        if filters not in ways:
+            raise NotImplementedError("no such mix")
+        return ways[filters]
+
+    return prepare
+
+
+SAMPLE = {
+    "flashinfer": lambda: flashinfer_sample(False),
+    "flashinfer-logits": lambda: flashinfer_sample(True),
+}
+
+
 # ---- the chunked scan
+
+
+def _mamba_ssm(name):
+    _stub("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils")
+    return importlib.import_module(f"mamba_ssm.ops.triton.{name}")
+
+
+def _fla(name):
+    # What is tuned is not remembered on disk: a first run may have had company on the device.
+    os.environ.setdefault("FLA_CACHE_RESULTS", "0")
+    _stub("fla", "fla.ops", "fla.ops.simple_gla", "fla.modules", "fla.modules.causal_conv1d")
+    sys.modules["fla"].__version__ = RELEASES["fla-core"]
+    return importlib.import_module(f"fla.{name}")
 
 
 def mamba_ssm_scan(chunk):
     """prepare(x, log_decay, B, C, D) -> call() -> y, of mamba_ssm's Triton kernels.
 
-    Their step sizes weigh x too: they get -log_decay as dt and A = -1, the same work as ours.
+    Their step sizes weigh x too: they get -log_decay as dt and A = -1, the same work as ours, and
+    y is that of ours with scale = -log_decay.
     """
-    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils"):
-        _stub(name)
-    module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    module = _mamba_ssm("ssd_combined")
 
     def prepare(x, log_decay, B, C, D):
         dt, A = -log_decay, -torch.ones_like(D)
@@ -156,7 +342,74 @@ def mamba_ssm_scan(chunk):
     return prepare
 
 
-# ---- whole decode: transformers' Llama
+def mamba_ssm_scan_backward(chunk):
+    """prepare(dy, x, log_decay, B, C, D) -> call() -> (dx, dB, dC): what their backward pass calls.
+
+    Called without autograd, which would run it on the stream of the forward pass and out of reach of a
+    graph. Inputs and outputs as in mamba_ssm_scan.
+    """
+    module = _mamba_ssm("ssd_combined")
+
+    def prepare(dy, x, log_decay, B, C, D):
+        dt, A = -log_decay, -torch.ones_like(D)
+        out = module.mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D)
+
+        def call():
+            dx, _, _, dB, dC, *_ = module._mamba_chunk_scan_combined_bwd(
+                dy, x, dt, A, B, C, out, chunk, D=D
+            )
+            return dx, dB, dC
+
+        return call
+
+    return prepare
+
+
+def fla_scan():
+    """prepare(x, log_decay, B, C) -> call() -> y, of FLA's simple_gla: y without D x."""
+    module = _fla("ops.simple_gla.chunk")
+
+    def prepare(x, log_decay, B, C):
+        if B.shape[2] != x.shape[2]:
+            raise NotImplementedError("simple_gla wants B and C of every head")
+        return lambda: module.chunk_simple_gla(C, B, x, log_decay, scale=1.0)[0]
+
+    return prepare
+
+
+# ---- a whole mixer
+
+
+def llamba_mixer(chunk):
+    """prepare(ops.discrete_mamba2_scan's inputs) -> call() -> out, of FLA's conv, mamba_ssm's scan and
+    a gate that torch compiles.
+
+    As in mamba_ssm_scan, the scan weighs x by softplus(a). Llamba would have to divide x by it first.
+    """
+    conv = _fla("modules.causal_conv1d.ops").causal_conv1d_fwd
+    scan = _mamba_ssm("ssd_combined").mamba_chunk_scan_combined
+    compiled = torch.compile(lambda y, z, z_bias: y * F.silu(z + z_bias), dynamic=False)
+
+    def prepare(projected, conv_weight, conv_bias, z_bias, D, state_dim):
+        heads, inner, channels = len(D), len(z_bias), len(conv_weight)
+        group = (channels - inner) // 2
+        A = -torch.ones_like(D)
+
+        def call():
+            xBC, z, a = projected.split((channels, inner, heads), -1)
+            mixed = conv(xBC, conv_weight, conv_bias, None)[0]
+            x, B, C = mixed.split((inner, group, group), -1)
+            x = x.unflatten(-1, (heads, -1))
+            B, C = (t.unflatten(-1, (-1, state_dim)) for t in (B, C))
+            y = scan(x, a, A, B, C, chunk, D, dt_softplus=True)
+            return compiled(y.flatten(-2), z, z_bias)
+
+        return call
+
+    return prepare
+
+
+# ---- whole models: transformers' Llama
 
 
 def transformers_model(config, device="cuda", dtype=torch.bfloat16):
@@ -251,13 +504,107 @@ def transformers_decoder(model, batch, prompt, new, greedy=False, backend="induc
     return decode
 
 
+def transformers_prefill(model, batch, length):
+    """prefill() -> (batch, 1, vocabulary) logits after random prompts, whose keys and values it keeps."""
+    tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
+
+    @torch.inference_mode()
+    def prefill():
+        return model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
+
+    return prefill
+
+
+# ---- filling the folder
+
+
+def _import_all():
+    """Whatever the functions above import."""
+    for name in ("decode", "cascade", "sampling", "topk", "mamba.selective_state_update"):
+        _flashinfer(name)
+    for name in ("selective_state_update", "ssd_combined"):
+        _mamba_ssm(name)
+    for name in ("ops.simple_gla.chunk", "modules.causal_conv1d.ops"):
+        _fla(name)
+
+
+def _flashinfer_specs():
+    """What flashinfer would compile for the calls above, on Hopper."""
+    jit, mamba, sampling, topk, cascade = (
+        importlib.import_module(f"flashinfer.jit{name}")
+        for name in ("", ".mamba", ".sampling", ".topk", ".cascade")
+    )
+    bf16, fp32, int32 = torch.bfloat16, torch.float32, torch.int32
+
+    def prefill(backend, head_dim):
+        spec = jit.gen_batch_prefill_module(
+            backend, bf16, bf16, bf16, int32, head_dim, head_dim, 0, False, False, False
+        )
+        # Contiguous keys and values, and custom masks, are for nobody here.
+        unused = ("ragged", "mask_2", "mask_3")
+        spec.sources = [s for s in spec.sources if not any(u in s.stem for u in unused)]
+        return spec
+
+    for dim in (64, 128):
+        yield jit.gen_batch_decode_module(bf16, bf16, bf16, int32, dim, dim, 0, False, False)
+    yield sampling.gen_sampling_module()
+    yield prefill("fa2", 64)
+    yield cascade.gen_cascade_module()
+    yield prefill("fa2", 128)
+    yield topk.gen_topk_module()
+    for sizes in ((64, 64), (96, 64), (128, 128)):
+        for dtype in (fp32, bf16):
+            yield mamba.gen_selective_state_update_sm90_module(
+                dtype, bf16, fp32, fp32, int32, None, *sizes, 1, int32, torch.int64
+            )
+    yield prefill("fa3", 64)
+    yield prefill("fa3", 128)
+
+
+def fill():
+    """Install the releases into build/peers, compile there, and copy what is used to FOLDER."""
+    source = ROOT / "build/peers"
+    source.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    for name, version in RELEASES.items():
+        if not list(source.glob(f"{name.replace('-', '_')}-{version}.dist-info")):
+            subprocess.run(
+                [*pip, "--target", source, f"{name}=={version}"],
+                env=os.environ | {"MAMBA_FORCE_BUILD": "TRUE", "MAMBA_SKIP_CUDA_BUILD": "TRUE"},
+                check=True,
+            )
+    # A machine without a driver lacks libcuda: anything of that name will do to link.
+    libcuda = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so"]
+    subprocess.run([os.environ.get("CC", "cc"), *libcuda], cwd=source, check=True)
+    os.environ["FLASHINFER_DISABLE_JIT"] = ""
+    os.environ["FLASHINFER_EXTRA_LDFLAGS"] = f"-L{source}"
+    os.environ["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(source)
+    sys.path.insert(0, str(source))
+    _import_all()
+
+    def carry(file, target):
+        target = FOLDER / target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+        if target.suffix == ".so":
+            subprocess.run(["strip", target], check=True)
+
+    loaded = [getattr(m, "__file__", None) for m in list(sys.modules.values())]
+    files = {Path(file) for file in loaded if file}
+    # Which of its files FLA imports depends on the device that it sees.
+    fla = {file.parent for file in files if file.is_relative_to(source / "fla")}
+    files |= {beside for folder in fla for beside in folder.glob("*.py")}
+    for file in [*files, *source.glob("tvm_ffi/lib/*.so")]:
+        if file.is_relative_to(source):
+            carry(file, file.relative_to(source))
+    for spec in _flashinfer_specs():
+        spec.build()
+        carry(spec.jit_library_path, f"flashinfer/data/aot/{spec.name}/{spec.name}.so")
+        print("compiled", spec.name, flush=True)
+    size = sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file())
+    print(f"{FOLDER}: {size / 1e6:.1f} MB")
+
+
 if __name__ == "__main__":
-    cases = [
-        (dtype, *sizes)
-        for sizes in ((64, 64), (96, 64), (128, 128))
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    _flashinfer()
-    with ThreadPoolExecutor(len(cases)) as pool:
-        for case, failure in zip(cases, pool.map(lambda c: _flashinfer_build(*c), cases)):
-            print("flashinfer", *case, "built" if failure is None else failure)
+    fill()
