@@ -354,7 +354,10 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
   let_next_start();
   Work work = work_of_block<kTileHeads>(p);
   if (kFew) prefetch_early<data_t, kDim>(p, pages, work, begin_of(blockIdx.y));
-  wait_for_inputs();
+  // prefix_kernel let this one start when all that both read was there; what it leaves is waited for
+  // where it is read.
+  const bool beside_prefix = plan.shared_blocks > 0;
+  if (!beside_prefix) wait_for_inputs();
 
   // The places of K and V, the queries and where the row ends are asked for at the same time, as a
   // token of decode is in the row of its number.
@@ -390,22 +393,15 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
 #pragma unroll 1
     for (int i = threadIdx.x * 4; i < work.heads * kDim; i += kThreads * 4) f(i / kDim, i % kDim);
   };
+  const int first_own = split;
   int turn = 0;
-  if (alone)
-    each_vector([&](int head, int channel) {
-      const int64_t at = slots.at(work.token, work.first_head + head, 0);
-      auto all = nothing<4>();
-#pragma unroll 2
-      for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
-      folded.write(turn, head, channel, all);
-    });
-
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
   for (; split < end; split += gridDim.y) {
     const Places places = next;
     next.look_up(p, pages, work.row, work.kv_head, begin_of(split + gridDim.y), work.visible);
     if (warp < shared_blocks - split * kWalkers) {
+      wait_for_inputs();
 #pragma unroll 1
       for (int i = lane * 4; i < work.heads * kDim; i += 32 * 4) {
         const int head = i / kDim, channel = i % kDim;
@@ -438,11 +434,19 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
       }
       tile.store(partials, warp);
     }
+    if (beside_prefix) wait_for_inputs();
     __syncthreads();
     each_vector([&](int head, int channel) {
       const auto part = partials.template merged<4>(head, channel);
       if (alone) {
-        auto all = folded.read(turn, head, channel);
+        auto all = nothing<4>();
+        if (split > first_own) {
+          all = folded.read(turn, head, channel);
+        } else {
+          const int64_t at = slots.at(work.token, work.first_head + head, 0);
+#pragma unroll 2
+          for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
+        }
         fold(all, part);
         folded.write(turn ^ 1, head, channel, all);
       } else {
@@ -591,8 +595,8 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
   using KChunk = typename Fragments<kDim>::KChunk;
   __shared__ Partials<kWalkers, kTileHeads, kDim> partials[kSides];
   __shared__ alignas(16) data_t queries[kColumns][kDim + 8];  // padded, or columns share banks
-  let_next_start();
   wait_for_inputs();
+  let_next_start();  // what tensor_kernel reads is there, too
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int group = p.heads / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
   const int first_column = blockIdx.x / p.kv_heads * kColumns;
@@ -651,11 +655,14 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
         places.look_up(p, pages, row, kv_head, start, start + kBlock);
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) tiles[i].clear();
-#pragma unroll 1
+        StepLoads<data_t, kDim> loads[2];
+        loads[0].read(k_cache, v_cache, places.of(0), 0);
+#pragma unroll
         for (int begin = 0; begin < kBlock; begin += kStep) {
-          StepLoads<data_t, kDim> loads;
-          loads.read(k_cache, v_cache, places.of(begin), begin % 32);
-          const StepFragments<data_t, kDim> step(loads);
+          const int ahead = begin + kStep;
+          if (ahead < kBlock)
+            loads[ahead / kStep % 2].read(k_cache, v_cache, places.of(ahead), ahead % 32);
+          const StepFragments<data_t, kDim> step(loads[begin / kStep % 2]);
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) {
             const data_t* query = &queries[(side * kTiles + i) * kTileHeads + g][t * 8];
