@@ -42,6 +42,7 @@
 #include <cmath>
 #include <cstddef>
 
+#include "async_copy.cuh"
 #include "cluster.cuh"
 #include "convert.cuh"
 #include "kernels.h"
@@ -63,6 +64,7 @@ constexpr int kCandidates = kThreads;
 constexpr int kRoom = kCandidates / kGroups;  // for a group's candidates
 constexpr int kPerSM = 3;                     // blocks on a multiprocessor
 constexpr int kResident = 132 * kPerSM;
+constexpr int kPieces = 4;  // of what a block stages
 constexpr int kDigit = 10;
 constexpr int kBins = 1 << kDigit;
 constexpr float kBinsPerUnit = 64;  // of z
@@ -141,8 +143,8 @@ __device__ inline Best combine_lanes(const Best& mine) {
 
 // Addresses in shared memory. Through a shuffle, as the compiler would work them out anew for every
 // access, from the block's number in the cluster.
-__device__ inline uint32_t shared_address(const void* p) {
-  return __shfl_sync(kAll, static_cast<uint32_t>(__cvta_generic_to_shared(p)), 0);
+__device__ inline uint32_t same_address(const void* p) {
+  return __shfl_sync(kAll, shared_address(p), 0);
 }
 __device__ inline uint4 load_shared(uint32_t from) {
   uint4 v;
@@ -161,16 +163,6 @@ __device__ inline void store_shared(uint32_t to, uint4 v) {
                "r"(v.w)
                : "memory");
 }
-// 16 bytes from global to shared memory; who asked for them may read them after await_copies.
-__device__ inline void copy_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-// Asks for memory to come to the L2 cache.
-__device__ inline void prefetch(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-__device__ inline void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // Integers in the order of the logits, and back. A bfloat16 is a float32 whose lower half is 0.
 template <typename data_t>
 struct Key {
@@ -207,7 +199,8 @@ struct Shared {
   Best bests[kMostBlocks * kWarps];
   double masses[2][kGroups * kWarps];  // kOfAll that is kept; kAbove the winner
   uint64_t of_warps[kWarps];
-  Summary summary;  // of the row
+  uint64_t arrived[kPieces];  // mbarriers: what is staged
+  Summary summary;            // of the row
   alignas(16) NoiseRounds noise;
   uint32_t above;  // tokens above the chosen bin
   uint32_t bin;    // the chosen one
@@ -223,6 +216,7 @@ struct Geometry {
   int log_blocks;
   int units_per_group;  // units of 16 bytes
   int staged;           // units that a block keeps in shared memory
+  int piece;            // units of them that arrive together
 };
 
 template <typename data_t, bool kAligned>
@@ -239,10 +233,17 @@ class Row {
         first_(rank_ * (kGroups >> g.log_blocks) * g.units_per_group),
         logits_(static_cast<const data_t*>(p.logits) + row_ * p.logits_stride),
         shared_(*reinterpret_cast<Shared*>(memory)),
-        stage_(shared_address(memory + kSharedBytes)) {}
+        stage_(same_address(memory + kSharedBytes)) {}
 
   __device__ void run(const SampleParams& p) {
-    if (threadIdx.x == 0) shared_.bar = 0;
+    if (threadIdx.x == 0) {
+      shared_.bar = 0;
+      if constexpr (kAligned) {
+        for (uint64_t& arrived : shared_.arrived) init_barrier(&arrived, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      }
+    }
     if (g_.blocks > 1) begin_in_cluster();
     summarize(p);
     const float temperature = p.temperature[row_], top_p = p.top_p[row_], min_p = p.min_p[row_];
@@ -332,6 +333,7 @@ class Row {
     return __builtin_bit_cast(Unit, load_shared(stage_ + 16 * place));
   }
 
+  __device__ int units_of_block() const { return (kGroups >> g_.log_blocks) * g_.units_per_group; }
   __device__ int end_of(int group) const { return min((group + 1) * g_.units_per_group, units_); }
 
   // One logit of what this block has, or -inf past the row's end.
@@ -402,13 +404,18 @@ class Row {
     }
     return eight;
   }
-  // The same by eights: visit(first unit, its logits).
-  template <typename visit_t>
-  __device__ void for_eights(int group, visit_t visit) const {
+  struct Now {
+    __device__ void operator()(int) const {}
+  };
+  // The same by eights: visit(first unit, its logits), after before(first unit).
+  template <typename visit_t, typename before_t = Now>
+  __device__ void for_eights(int group, visit_t visit, before_t before = {}) const {
     const int end = end_of(group);
     for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
-         unit += 8 / kUnit * kThreads)
+         unit += 8 / kUnit * kThreads) {
+      before(unit);
       visit(unit, read_eight(unit, end));
+    }
   }
   template <typename visit_t>
   __device__ void for_groups(visit_t visit) const {
@@ -437,29 +444,37 @@ class Row {
     return x[0];
   }
 
-  // A group's units, as far as there is room, to shared memory: all asked for at once if they can
-  // be copied as they are.
-  __device__ void stage(int group) const {
-    const int end = min(end_of(group), first_ + g_.staged);
-    constexpr int kAhead = 4;
-    for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
-         unit += kAhead * kThreads) {
-      Unit units[kAhead];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int at = unit + k * kThreads;
-        if (at >= end) break;
-        if constexpr (kAligned)
-          copy_async(stage_ + 16 * (at - first_), logits_ + int64_t{at} * kUnit);
-        else
-          units[k] = fetch(at);
+  // This block's units, as far as there is room, to shared memory. In pieces, each of which can be
+  // summarized as it arrives; by this thread's loads if they cannot be copied as they are.
+  __device__ void stage() {
+    if constexpr (kAligned) {
+      if (threadIdx.x > 0) return;
+      const int end = min(min(first_ + units_of_block(), units_) - first_, g_.staged);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int begin = piece * g_.piece, bytes = 16 * max(min(g_.piece, end - begin), 0);
+        arrive_expecting(&shared_.arrived[piece], bytes);
+        if (bytes > 0)
+          copy_bulk_once(reinterpret_cast<char*>(&shared_) + kSharedBytes + 16 * begin,
+                         logits_ + int64_t{first_ + begin} * kUnit, bytes, &shared_.arrived[piece]);
       }
+    } else {
+      for_groups([&](int group) {
+        const int end = min(end_of(group), first_ + g_.staged);
+        constexpr int kAhead = 4;
+        for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
+             unit += kAhead * kThreads) {
+          Unit units[kAhead];
 #pragma unroll
-      for (int k = 0; !kAligned && k < kAhead; ++k) {
-        const int at = unit + k * kThreads;
-        if (at >= end) break;
-        store_shared(stage_ + 16 * (at - first_), __builtin_bit_cast(uint4, units[k]));
-      }
+          for (int k = 0; k < kAhead; ++k)
+            if (unit + k * kThreads < end) units[k] = fetch(unit + k * kThreads);
+#pragma unroll
+          for (int k = 0; k < kAhead; ++k) {
+            const int at = unit + k * kThreads;
+            if (at < end)
+              store_shared(stage_ + 16 * (at - first_), __builtin_bit_cast(uint4, units[k]));
+          }
+        }
+      });
     }
   }
 
@@ -467,33 +482,42 @@ class Row {
   // one computes.
   __device__ void prefetch_next(const SampleParams& p) const {
     const int ahead = kResident >> g_.log_blocks;
-    const int end = min(first_ + (kGroups >> g_.log_blocks) * g_.units_per_group, units_);
+    const int end = min(first_ + units_of_block(), units_);
     if (threadIdx.x > 0 || row_ + ahead >= p.batch || first_ >= end) return;
-    prefetch(logits_ + ahead * p.logits_stride + int64_t{first_} * kUnit, 16 * (end - first_));
+    prefetch_bulk(logits_ + ahead * p.logits_stride + int64_t{first_} * kUnit, 16 * (end - first_));
   }
 
   __device__ void summarize(const SampleParams& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for_groups([&](int group) { stage(group); });
+    stage();
     if (threadIdx.x == 0) shared_.noise = NoiseRounds(NoiseStream(p.rng_key + 4 * row_));
     if (g_.blocks > 1) wait_for_cluster();  // all blocks run
     if constexpr (kAligned) {
-      await_copies();
+      __syncthreads();  // the barriers are there
+      wait_for(&shared_.arrived[0], 0);
       prefetch_next(p);
     }
+    int ready = kAligned ? g_.piece : g_.staged, pieces = 1;
+    const auto await = [&](int unit) {
+      const int last = min(unit - first_ + (8 / kUnit - 1) * kThreads, g_.staged - 1);
+      for (; ready <= last; ready += g_.piece) wait_for(&shared_.arrived[pieces++], 0);
+    };
     for_groups([&](int group) {
       Summary mine{-kInfinity, size_, 0.f};
       int highest = -1;  // the first unit of the eight with the maximum
-      for_eights(group, [&](int unit, const Eight& eight) {
-        float x[8];
-        eight.widen(x);
-        const float top = maximum(x), max = fmaxf(mine.max, top);
+      for_eights(
+          group,
+          [&](int unit, const Eight& eight) {
+            float x[8];
+            eight.widen(x);
+            const float top = maximum(x), max = fmaxf(mine.max, top);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = exp_below(x[i], max);  // NaN stays
-        mine.sum = mine.sum * exp_below(mine.max, max) + add(x);
-        if (top > mine.max) highest = unit;
-        mine.max = max;
-      });
+            for (int i = 0; i < 8; ++i) x[i] = exp_below(x[i], max);  // NaN stays
+            mine.sum = mine.sum * exp_below(mine.max, max) + add(x);
+            if (top > mine.max) highest = unit;
+            mine.max = max;
+          },
+          await);
       if (highest >= 0) {
         const Eight eight = read_eight(highest, end_of(group));
 #pragma unroll
@@ -907,6 +931,7 @@ void dispatch(const SampleParams& p, cudaStream_t stream) {
   while (g.blocks > 1 && int64_t{p.batch} * g.blocks > kResident && 2 * units() <= kMostStaged)
     g.blocks = 1 << --g.log_blocks;
   g.staged = static_cast<int>(std::min<int64_t>(units(), kMostStaged));
+  g.piece = (g.staged + kPieces - 1) / kPieces;
 
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        kSharedBytes + kStageBytes);
