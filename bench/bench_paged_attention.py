@@ -1,7 +1,8 @@
 """Attention over a paged cache beside PyTorch's SDPA on contiguous K and V of the same dtype.
 
 SDPA is given what it likes best: no pages, equal lengths, K and V gathered beforehand. On CUDA the roof
-of rows with a prefix reads it once; "plain" is the same call without `shared`.
+of decode rows with a prefix reads it once; "plain" is the same call without `shared`. The roof of
+prefill is the products' alone.
 """
 
 import cost
@@ -9,6 +10,8 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from reasoners import ops, reference
 
@@ -223,6 +226,78 @@ def bench_decode_cuda(measure, model, case, impl):
         calls = [lambda inputs=inputs: ops.paged_attention(**inputs) for inputs in sets]
         check_cuda(sets[0], calls[0]())
     measure(calls, **roof)
+
+
+PREFILLS = {  # rows, new tokens of each, tokens in the cache before
+    "8 x 4096": (8, 4096, 0),
+    "1 x 8192": (1, 8192, 0),
+    "8 x 512 after 3584": (8, 512, 3584),
+}
+
+
+def make_prefill_cuda(rows, queries, cached, model):
+    heads, _, head_dim = MODELS[model]
+    inputs = make_cuda([cached + queries] * rows, 0, model)
+    return inputs | {
+        "q": torch.randn(rows * queries, heads, head_dim, device="cuda").bfloat16(),
+        "cu_seqlens_q": (torch.arange(rows + 1, device="cuda") * queries).int(),
+        "max_queries": queries,
+    }
+
+
+def check_prefill_cuda(inputs, y, rows, queries):
+    """A few queries of the first and the last row against float64, each as the last of its row."""
+    for row in {0, rows - 1}:
+        length = int(inputs["kv_lengths"][row])
+        for query in (0, 1, queries // 2 + 5, queries - 1):
+            visible, token = length - queries + query + 1, row * queries + query
+            pages = inputs["page_table"][row, : -(-visible // 16)].long()
+            alone = {
+                "q": inputs["q"][token : token + 1],
+                **{name: inputs[name][pages] for name in ("k_cache", "v_cache")},
+                "page_table": torch.arange(len(pages)).int()[None],
+                "cu_seqlens_q": torch.tensor([0, 1]).int(),
+                "kv_lengths": torch.tensor([visible]).int(),
+            }
+            alone = {name: value.cpu() for name, value in alone.items()}
+            oracle = reference.paged_attention(**{k: reference.widen(v) for k, v in alone.items()})
+            plain = reference.paged_attention(**alone)
+            reference.assert_close(y[token : token + 1], oracle, plain, "y")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", ["reasoners", "torch"])
+@pytest.mark.parametrize("case", PREFILLS)
+@pytest.mark.parametrize("model", ["Llama-3.2-1B", "Llama-3.2-3B"])
+def bench_prefill_cuda(measure, model, case, impl):
+    """Share of the roof: of the rate at which an H100 multiplies matrices."""
+    rows, queries, cached = PREFILLS[case]
+    heads, kv_heads, head_dim = MODELS[model]
+    lengths, counts = [cached + queries] * rows, [queries] * rows
+    flops = cost.paged_attention_flops(lengths, counts, heads, head_dim)
+    num_bytes = cost.paged_attention_bytes(lengths, counts, heads, kv_heads, head_dim, 2)
+    torch.manual_seed(0)
+    inputs = make_prefill_cuda(rows, queries, cached, model)
+    if impl == "torch":
+        q, k, v = contiguous(inputs, cached + queries)
+        mask = causal_lower_right(queries, cached + queries)
+
+        def call():
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+        y = call().transpose(1, 2).flatten(0, 1)
+    else:
+
+        def call():
+            return ops.paged_attention(**inputs)
+
+        y = call()
+    check_prefill_cuda(inputs, y, rows, queries)
+    measure(
+        call, num_bytes=num_bytes, flops=flops, tokens=rows * queries,
+        roof_s=flops / cost.H100_FLOPS_PER_S,
+    )  # fmt: skip
 
 
 @pytest.mark.cuda

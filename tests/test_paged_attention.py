@@ -222,7 +222,7 @@ def test_prefill_in_any_company_is_the_same_bits_cuda(shape):
 def test_prefill_is_decode_but_for_rounding_cuda(shape):
     inputs = paged_attention_inputs(lengths=(1, 64, 65, 700), queries=(1,) * 4, **shape)
     inputs = to_device(inputs, "cuda")
-    y, lse = ops.paged_attention(**inputs, max_queries=1, return_lse=True)
+    y, lse = ops.paged_attention(**inputs | {"max_queries": 1}, return_lse=True)
     other, other_lse = ops.paged_attention(**inputs | {"max_queries": 2}, return_lse=True)
     torch.testing.assert_close(other, y, rtol=0.016, atol=0.005)
     torch.testing.assert_close(other_lse, lse, rtol=1e-5, atol=1e-5)
@@ -655,7 +655,8 @@ def test_opcheck():
         for k in ("k_cache", "v_cache"):
             inputs[k] = inputs[k].nan_to_num()
         torch.library.opcheck(op.paged_attention.default, tuple(inputs.values()))
-        torch.library.opcheck(op.paged_attention_lse.default, tuple(inputs.values()))
+        lse = torch.ops.reasoners.paged_attention_lse
+        torch.library.opcheck(lse.default, tuple(inputs.values()))
     inputs = append_kv_inputs()
     inputs["k_cache"], inputs["v_cache"] = (inputs[k].nan_to_num() for k in ("k_cache", "v_cache"))
     torch.library.opcheck(op.append_kv.default, tuple(inputs.values()))

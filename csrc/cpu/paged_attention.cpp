@@ -95,15 +95,16 @@ template <typename acc_t>
 struct Softmax {
   acc_t max, sum;
 };
-// Scores to weights exp(scale * score - max), in place and not yet divided by their sum; the
-// maximum takes in that of what came before.
+// Scores to weights exp(scale * score - max), in place and not yet divided by their sum; 0 from
+// `seen` on. The maximum takes in that of what came before.
 template <typename acc_t>
-Softmax<acc_t> exponentiate(acc_t* scores, int64_t n, acc_t scale, acc_t max) {
+Softmax<acc_t> exponentiate(acc_t* scores, int64_t seen, int64_t n, acc_t scale, acc_t max) {
 #pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < seen; ++i) {
     scores[i] *= scale;
     max = scores[i] > max ? scores[i] : max;
   }
+  std::fill(scores + seen, scores + n, -std::numeric_limits<acc_t>::infinity());
   acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -248,9 +249,7 @@ class PagedAttention {
       with_extent<4>(group_ - h, [&](auto heads) {
         scores<heads>(q + h * head_dim_, k, padded, p + h * kSplit);
         for (int64_t i = h; i < h + heads; ++i) {
-          acc_t* scores = p + i * kSplit;
-          std::fill(scores + n, scores + padded, kMinusInfinity);
-          const auto [max, sum] = exponentiate(scores, padded, scale_, kMinusInfinity);
+          const auto [max, sum] = exponentiate(p + i * kSplit, n, padded, scale_, kMinusInfinity);
           softmax[2 * i] = max, softmax[2 * i + 1] = sum;
         }
         for (int64_t d = 0; d < head_dim_; d += 4 * kLanes)
@@ -385,9 +384,8 @@ class PagedAttention {
       gemm<false>(q, wide, k_transposed, kBlock, scores, kBlock, padded, kBlock, dim);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t visible = first_position + r / group_ + 1 - begin;
-        acc_t* s = scores + r * kBlock;
-        std::fill(s + std::clamp<int64_t>(visible, 0, n), s + kBlock, kMinusInfinity);
-        const auto block = exponentiate(s, kBlock, scale_, max[r]);
+        const auto block = exponentiate(scores + r * kBlock, std::clamp<int64_t>(visible, 0, n),
+                                        kBlock, scale_, max[r]);
         const acc_t fade = fast_exp(max[r] - block.max);
         max[r] = block.max;
         sum[r] = sum[r] * fade + block.sum;
