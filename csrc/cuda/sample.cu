@@ -4,25 +4,29 @@
 // the row stays in their shared memory and is read from global memory once. One block a row took
 // 66 us for a row of 128,256 bfloat16 (92 with top-k 50 and top-p 0.95), and 240 (332) for 512 of
 // them, of which every pass came from cache again, where 44 is the time to read them.
-//   1. As a block's part comes in: log-sum-exp of the raw logits, the maximum and its lowest id.
-//      What the next block in its place will load is meanwhile sent for, to the L2 cache.
+//   1. As a block's part comes in, by bulk copies in four pieces: log-sum-exp of the raw logits,
+//      the maximum and its lowest id. What the next block in its place will load is meanwhile sent
+//      for, to the L2 cache.
 //   2. The winner of z + Gumbel noise. Noise belongs to the token (philox.h), so that no order of
-//      evaluation can change the choice. It is drawn four tokens at a time, and only where the
-//      largest possible noise could win. As -log(-log(1 - v)) <= -log(v), the least of the four
+//      evaluation can change the choice. It is drawn for eight tokens at a time, and only where the
+//      largest possible noise could win. As -log(-log(1 - v)) <= -log(v), the least of the eight
 //      uniforms tells by one exponential whether any of them can win; logarithms are taken only
-//      then. Greedy rows are done after 1.
+//      then. The bar to reach is first the best score among the maxima of what the warps read,
+//      then the best that the block has found. Greedy rows are done after 1.
 // Filters:
-//   top-k. A row has 512 disjoint parts. k of them have a maximum as high as the k-th highest one,
+//   top-k. A row has 384 disjoint parts. k of them have a maximum as high as the k-th highest one,
 //      so that what top-k keeps is no lower: little more than k candidates, which one block ranks,
 //      filters and draws from, a thread to each. For a large k, or more ties than threads, a
 //      threshold on the logit: a histogram of all logits, in bins of 1/64 of the temperature, is
 //      summed from the top until k are above; within the bin that this finds, the threshold is
-//      found digit by digit (11 bits, highest first) on how many values of the type lie between a
+//      found digit by digit (10 bits, highest first) on how many values of the type lie between a
 //      logit and the bin's highest.
 //   top-p, without candidates. Draw first, ask afterwards: the winner is in the nucleus if less
 //      than top_p of the mass is above it. Then it wins there too. If not, nothing that is no
 //      higher is in the nucleus either, and it is drawn again from what is higher. 1 / top_p draws
-//      or fewer are to be expected, mostly one; a refusal about halves the mass that is left.
+//      or fewer are to be expected, mostly one; a refusal about halves the mass that is left. The
+//      mass of all is summed while drawing, and afterwards what is above the winner, by the warps
+//      that have read something higher.
 // Neither token nor log-probability depends on the number of blocks: maxima and counts have no
 // order, candidates weigh in fixed point, and what else is added are always the same lanes of
 // kGroups parts of the row, in the same order.
@@ -34,8 +38,18 @@
 //   512, two blocks     122        223         184              191                     318
 //   (float32)
 // Before, 161 greedy and 222 unfiltered, with log-sum-exp in step 2 and nothing sent for ahead; 765
-// with top-p 0.95, by a histogram of masses. Without a filter Philox and its comparison are the
-// limit, 44 instructions a logit of random ones, nearly all of which could win.
+// with top-p 0.95, by a histogram of masses.
+// These times are of the version before this one, and nearly all that is not reading is
+// instructions: of random logits nearly all could win, so that Philox runs for each. A warp's
+// instructions for eight logits a lane, then and now (integer ones, at half rate, in brackets):
+//   log-sum-exp   74 -> 67, and 80 -> 72 cycles of exponentials
+//   draw         156 (72) -> 114 (60)    of which 75 (38) are Philox
+//   top-p        118 -> 41 in the draw, and 25 to 41 for what is above
+// and of a block that reads 10 units a thread about 600 -> 300 besides: ten copies, the same sums
+// of 96 warps' summaries and the same score for the bar in each of 12 warps. Expected of an H200,
+// 512 rows: float32 85 greedy, 140 no filter, 130 top-k 50, 175 top-p; bfloat16 50, 105, 80, 140.
+// Tried on paper: eights of 256 threads (8 steps, nearly all full, where 384 have 5 or 6, and a
+// third less of what every warp does once) compile to 78 registers without spills.
 
 #include <algorithm>
 #include <climits>
