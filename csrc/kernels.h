@@ -199,12 +199,13 @@ struct SsdScanParams {
   void* y;                     // (batch, length, heads, head_dim), dtype
   float* final_state;          // (sequences, heads, head_dim, state_dim)
   float* scratch;              // count_ssd_scan_scratch
+  uint32_t* tickets;           // kSsdScanTickets, zero
   TokenStrides x_strides, log_decay_strides, b_strides, c_strides, scale_strides;
   int64_t batch, sequences, length;
   int heads, x_heads, b_groups, c_groups, head_dim, state_dim;
   DType dtype;
 };
-constexpr int kSsdScanMaxStateDim = 256;
+constexpr int kSsdScanMaxStateDim = 256, kSsdScanTickets = 264;
 // initial_state and 16-bit data begin on 16 bytes, and so do the data's rows where head_dim and
 // state_dim are multiples of 8. Floats of scratch memory.
 int64_t count_ssd_scan_scratch(const SsdScanParams& params);

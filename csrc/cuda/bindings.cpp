@@ -610,6 +610,7 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& log_decay, co
   t.p.y = y.mutable_data_ptr();
   t.p.final_state = final_state.mutable_data_ptr<float>();
   t.p.scratch = scratch.mutable_data_ptr<float>();
+  t.p.tickets = tickets_for(at::cuda::getCurrentCUDAStream(), kSsdScanTickets);
   launch_ssd_scan(t.p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {y, final_state};

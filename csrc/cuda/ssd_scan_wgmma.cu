@@ -21,6 +21,7 @@
 //   chunks in flight    3        3
 //   shared, kB        130      221       one block a multiprocessor
 #include <algorithm>
+#include <climits>
 #include <type_traits>
 
 #include "async_copy.cuh"
@@ -43,6 +44,88 @@ constexpr int kStages = 3;
 // Registers of the threads that copy and of those that multiply, of 168 at the start.
 constexpr int kCopierRegisters = 40, kWalkerRegisters = 232;
 
+// One thread tells another of what it, and those it met, wrote to global memory.
+__device__ inline void put_ticket(uint32_t* ticket) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(ticket) : "memory");
+}
+// Waits for it, and leaves it as it was found.
+__device__ inline void take_ticket(uint32_t* ticket) {
+  uint32_t there;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(ticket) : "memory");
+  while (there == 0);
+  *ticket = 0;
+}
+
+// The same number, which the compiler now knows to be the same for all lanes.
+__device__ inline int same_in_warp(int v) { return __shfl_sync(~0u, v, 0); }
+
+__device__ __host__ constexpr int count_segments(int64_t length) {
+  constexpr int kTokens = kSegment * kChunk;
+  return static_cast<int>((length + kTokens - 1) / kTokens);
+}
+
+// What a block walks without a break: some segments of a sequence, for its heads.
+struct Piece {
+  Sequence sequence;
+  int index, first_head;  // `index` of the sequence
+  int first, last, segments;
+
+  __device__ int length() const { return static_cast<int>(sequence.end - sequence.begin); }
+  __device__ int first_chunk() const { return first * kSegment; }
+  __device__ int last_chunk() const {
+    return min(last * kSegment, (length() + kChunk - 1) / kChunk);
+  }
+};
+
+// The pieces of a block. Without `runs` there is one at most, as `deal` says. With it all sequences
+// have the same length, and their segments, head after head of sequence after sequence, lie in a
+// row that is cut into as many equal runs. Of a run the last piece, whose end another block has,
+// comes first, and the first one, which begins with what another block left, last: so that was
+// left long ago.
+template <int kHeads>
+struct Pieces {
+  int count;
+  int begin, end, most;  // of the run, and segments of a sequence
+
+  __device__ Pieces(const SsdScanParams& p, const Deal& deal, int runs) : count(1) {
+    if (runs > 0) {
+      most = count_segments(p.length);
+      const int64_t total = p.sequences * (p.heads / kHeads) * most;
+      begin = static_cast<int>(total * blockIdx.x / runs);
+      end = static_cast<int>(total * (blockIdx.x + 1) / runs);
+      count = (end + most - 1) / most - begin / most;
+    } else if (deal.blocks > 0) {
+      const Piece piece = at(0, p, deal, runs);
+      count = piece.first < piece.last;
+    }
+  }
+  __device__ Piece at(int k, const SsdScanParams& p, const Deal& deal, int runs) const {
+    const int units = p.heads / kHeads;
+    int walk, first = 0, last;
+    if (runs > 0) {
+      const int unfinished = end % most > 0;
+      walk = k < unfinished                       ? end / most
+             : begin % most > 0 && k == count - 1 ? begin / most
+                                                  : (begin + most - 1) / most + k - unfinished;
+      first = max(begin - walk * most, 0);
+      last = end - walk * most;
+    } else {
+      const int blocks = max(deal.blocks, 1), place = blockIdx.x / units;
+      walk = place / blocks * units + blockIdx.x % units;
+      first = place % blocks * deal.each;
+      last = deal.blocks > 0 ? first + deal.each : INT_MAX;
+    }
+    Piece piece;
+    piece.index = walk / units;
+    piece.first_head = walk % units * kHeads;
+    piece.sequence = sequence_at(p.cu_seqlens, p.length, piece.index);
+    piece.segments = count_segments(piece.length());
+    piece.first = first;
+    piece.last = min(last, piece.segments);
+    return piece;
+  }
+};
+
 // kHeads: of a block, 1 or 2.
 template <typename data_t, int kN, int kHeads>
 struct Shared {
@@ -52,106 +135,144 @@ struct Shared {
   } stages[kStages];
   Panels<data_t, kWidth, kN> states[kGroups][2];  // one in use while the next is written
   Scalars scalars[kStages][kHeads];
+  Pieces<kHeads> pieces;
+  // The one under way, and those before whose last chunks are, one after the other.
+  Piece piece[kStages + 1];
   uint64_t full[kStages], free[kStages];
 };
 
 // kAdds: leaves what each segment adds, and no y.
 template <typename data_t, int kN, int kHeads, bool kAdds>
 __global__ void __launch_bounds__(kThreads, 1)
-    ssd_scan_wgmma_kernel(const SsdScanParams p, const Deal deal) {
+    ssd_scan_wgmma_kernel(const SsdScanParams p, const Deal deal, const int runs) {
 #ifdef REASONERS_WGMMA
   extern __shared__ __align__(1024) char shared_memory[];
   auto& shared = *reinterpret_cast<Shared<data_t, kN, kHeads>*>(shared_memory);
   let_next_start();
   wait_for_inputs();
 
-  const int units = p.heads / kHeads;
-  const int first_head = static_cast<int>(blockIdx.x % units) * kHeads, unit = blockIdx.x / units;
-  const int blocks = max(deal.blocks, 1), index = unit / blocks;
-  const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
-  const int length = static_cast<int>(sequence.end - sequence.begin);
-  const int chunks = (length + kChunk - 1) / kChunk, segments = (chunks + kSegment - 1) / kSegment;
-  const int first = unit % blocks * deal.each,
-            last = deal.blocks > 0 ? min(first + deal.each, segments) : segments;
-  if (deal.blocks > 0 && first >= last) return;
-  const int first_chunk = first * kSegment, last_chunk = min(last * kSegment, chunks);
-
-  // By a shuffle, so that the compiler knows it to be the same for all lanes.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32;
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(&shared.full[s], kGroup);
       init_barrier(&shared.free[s], kGroups * kGroup / 32);
     }
+    shared.pieces = Pieces<kHeads>(p, deal, runs);
+    shared.piece[0] = shared.pieces.at(0, p, deal, runs);
+  }
   __syncthreads();
-
+  const auto meet = [&] {  // the warpgroup's threads
+    if (warp / 4 == 0)
+      wait_at<1, kGroup>();
+    else if (warp / 4 == 1)
+      wait_at<2, kGroup>();
+    else
+      wait_at<3, kGroup>();
+  };
   if (warp < kGroup / 32) {  // copies
     keep_registers<kCopierRegisters>();
-    const int b_offset = first_head / (p.heads / p.b_groups) * p.state_dim,
-              c_offset = first_head / (p.heads / p.c_groups) * p.state_dim;
-    const auto x_offset = [&](int head) { return head / (p.heads / p.x_heads) * p.head_dim; };
-    // Rows of up to kColumns of the chunk that begins at token t.
-    const auto copy_rows = [&](auto& to, const void* data, TokenStrides strides, int offset,
-                               int width, int t) {
-      constexpr int kRuns = sizeof(to.at) / sizeof(data_t) / kChunk / 8, kStep = kGroup / kRuns;
-      const int row = threadIdx.x / kRuns, run = threadIdx.x % kRuns;
-      const auto* from = static_cast<const data_t*>(data) + sequence.batch * strides.batch +
-                         (sequence.begin + t + row) * strides.token + offset + run * 8;
-      const uint32_t target = shared_address(&to) + to.offset(row, run);
-      const int left = run * 8 < width ? length - t - row : 0;
-#pragma unroll
-      for (int u = 0; u < kChunk / kStep; ++u)
-        copy_async_once(target + u * kStep * 128,
-                        left > u * kStep ? from + u * kStep * strides.token : data,
-                        left > u * kStep ? 16 : 0);
-    };
     float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1
-    const auto read_scalars = [&](int t) {
-      const auto of = [&](const float* values, TokenStrides strides, int i) {
-        return values[sequence.batch * strides.batch + (sequence.begin + i) * strides.token +
-                      first_head + warp];
-      };
-      if (warp >= kHeads) return;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int i = t + 2 * lane + k;
-        next_decay[k] = i < length ? of(p.log_decay, p.log_decay_strides, i) : 0.f;
-        next_scale[k] = i < length && p.scale ? of(p.scale, p.scale_strides, i) : 1.f;
-      }
+    int n = 0;                           // chunks so far
+    const auto wait_for_place = [&](int n) {
+      if (n >= kStages) wait_for(&shared.free[n % kStages], (n / kStages - 1) & 1);
     };
+    const int count = same_in_warp(shared.pieces.count);
 #pragma unroll 1
-    for (int chunk = first_chunk, n = 0; chunk <= last_chunk; ++chunk, ++n) {
-      const int stage = n % kStages, before = (n + kStages - 1) % kStages;
-      if (n > 0 && warp < kHeads) put_scalars(shared.scalars[before][warp], next_decay, next_scale);
-      if (chunk < last_chunk) {
-        read_scalars(chunk * kChunk);
-        if (n >= kStages) wait_for(&shared.free[stage], (n / kStages - 1) & 1);
+    for (int k = 0; k < count; ++k) {
+      if (k > 0) {
+        // The one that had this place has been left, as each has a chunk at least.
+        wait_for_place(n);
+        if (threadIdx.x == 0) shared.piece[k % (kStages + 1)] = shared.pieces.at(k, p, deal, runs);
+        meet();
+      }
+      const Piece& piece = shared.piece[k % (kStages + 1)];
+      const int length = piece.length(), head = piece.first_head;
+      const int first_token = same_in_warp(piece.first_chunk()) * kChunk;
+      // What this thread copies first of some rows of the chunk that is next, of runs of 8 columns.
+      const auto first_run = [&](int runs, const void* data, TokenStrides strides, int column) {
+        return static_cast<const data_t*>(data) + piece.sequence.batch * strides.batch +
+               (piece.sequence.begin + first_token + threadIdx.x / runs) * strides.token + column +
+               threadIdx.x % runs * 8;
+      };
+      const auto part_of = [&](int head, int sharing, int row_size) {
+        return head / (p.heads / sharing) * row_size;
+      };
+      constexpr int kRunsOfX = kWidth / 8, kRunsOfB = kN / 8;
+      const data_t* next_x[kGroups];
+#pragma unroll
+      for (int w = 0; w < kGroups; ++w)
+        next_x[w] = first_run(kRunsOfX, p.x, p.x_strides,
+                              kHeads == 1 ? part_of(head, p.x_heads, p.head_dim) + w * kWidth
+                                          : part_of(head + w, p.x_heads, p.head_dim));
+      const data_t* next_b =
+          first_run(kRunsOfB, p.B, p.b_strides, part_of(head, p.b_groups, p.state_dim));
+      const data_t* next_c =
+          first_run(kRunsOfB, p.C, p.c_strides, part_of(head, p.c_groups, p.state_dim));
+      // Of rows that hold `width` columns more; `next` goes on to the chunk after this one.
+      const auto copy_rows = [&](auto& to, const data_t*& next, int64_t stride, int width, int t) {
+        constexpr int kRuns = sizeof(to.at) / sizeof(data_t) / kChunk / 8, kStep = kGroup / kRuns;
+        const int row = threadIdx.x / kRuns, run = threadIdx.x % kRuns;
+        const uint32_t target = shared_address(&to) + to.offset(row, run);
+        const int left = run * 8 < width ? length - t - row : 0;
+#pragma unroll
+        for (int u = 0; u < kChunk / kStep; ++u, next += kStep * stride)
+          copy_async_once(target + u * kStep * 128, next, left > u * kStep ? 16 : 0);
+      };
+      const auto first_scalar = [&](const float* values, TokenStrides strides) {
+        return values + piece.sequence.batch * strides.batch +
+               (piece.sequence.begin + first_token + 2 * lane) * strides.token + head + warp;
+      };
+      const float* decay = first_scalar(p.log_decay, p.log_decay_strides);
+      const float* scale = p.scale ? first_scalar(p.scale, p.scale_strides) : nullptr;
+      const auto read_scalars = [&](int t) {
+        if (warp >= kHeads) return;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool there = t + 2 * lane + e < length;
+          next_decay[e] = there ? decay[e * p.log_decay_strides.token] : 0.f;
+          next_scale[e] = there && scale ? scale[e * p.scale_strides.token] : 1.f;
+        }
+        decay += kChunk * p.log_decay_strides.token;
+        if (scale) scale += kChunk * p.scale_strides.token;
+      };
+#pragma unroll 1
+      for (int chunk = same_in_warp(piece.first_chunk()),
+               last_chunk = same_in_warp(piece.last_chunk());
+           chunk < last_chunk; ++chunk, ++n) {
+        const int stage = n % kStages, before = (n + kStages - 1) % kStages, t = chunk * kChunk;
+        if (n > 0 && warp < kHeads)
+          put_scalars(shared.scalars[before][warp], next_decay, next_scale);
+        read_scalars(t);
+        wait_for_place(n);
         auto& to = shared.stages[stage];
-        const int t = chunk * kChunk;
 #pragma unroll
         for (int w = 0; w < kGroups; ++w)
-          copy_rows(to.x[w], p.x, p.x_strides,
-                    kHeads == 1 ? x_offset(first_head) + w * kWidth : x_offset(first_head + w),
+          copy_rows(to.x[w], next_x[w], p.x_strides.token,
                     kHeads == 1 ? p.head_dim - w * kWidth : p.head_dim, t);
-        copy_rows(to.b, p.B, p.b_strides, b_offset, p.state_dim, t);
-        if (!kAdds) copy_rows(to.c, p.C, p.c_strides, c_offset, p.state_dim, t);
+        copy_rows(to.b, next_b, p.b_strides.token, p.state_dim, t);
+        if (!kAdds) copy_rows(to.c, next_c, p.c_strides.token, p.state_dim, t);
+        commit_copies();
+        if (n > 0) {
+          wait_for_copies<1>();
+          show_to_copies();
+          arrive(&shared.full[before]);
+        }
       }
-      commit_copies();
-      if (n > 0) {
-        wait_for_copies<1>();
-        show_to_copies();
-        arrive(&shared.full[before]);
-      }
+    }
+    if (n > 0) {
+      const int before = (n + kStages - 1) % kStages;
+      if (warp < kHeads) put_scalars(shared.scalars[before][warp], next_decay, next_scale);
+      wait_for_copies<0>();
+      show_to_copies();
+      arrive(&shared.full[before]);
     }
     return;
   }
   take_registers<kWalkerRegisters>();
   const int w = warp / 4 - 1, r = warp % 4, g = lane / 4, q = lane % 4;
-  const int head = kHeads == 1 ? first_head : first_head + w;
   const int p_part = kHeads == 1 ? w * kWidth : 0;  // of x's columns
   const int i0 = 16 * r + g;  // and i0 + 8 are the rows, of y and of the state, of this thread
-  const float skip = p.D ? p.D[head] : 0.f;
 
   // ---- The state in registers, shared and global memory.
   constexpr int kTiles = kN / 8;
@@ -160,18 +281,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   float since = 1.f;  // decay from the segment's start
   // visit(values, offset) of the neighbours that a thread has of a state tensor.
   const auto each_pair = [&](State& state, auto&& visit) {
+    const int row = static_cast<int>(opaque(p_part + i0)), column = static_cast<int>(opaque(2 * q));
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int i = p_part + i0 + half * 8, j = 8 * n + 2 * q;
+        const int i = row + half * 8, j = 8 * n + column;
         visit(&state[n][2 * half], i < p.head_dim && j < p.state_dim ? i * p.state_dim + j : -1);
       }
   };
   const auto read_state = [&](const float* data, State& to) {
     each_pair(to, [&](float* values, int offset) {
       const bool in = data != nullptr && offset >= 0;
-      const float2 pair = in ? *reinterpret_cast<const float2*>(data + offset) : float2{0.f, 0.f};
+      const float2 pair =
+          in ? __ldcg(reinterpret_cast<const float2*>(data + offset)) : float2{0.f, 0.f};
       values[0] = pair.x;
       values[1] = pair.y;
     });
@@ -201,156 +324,195 @@ __global__ void __launch_bounds__(kThreads, 1)
                      pack<data_t>(whole_state(n + 1, 0), whole_state(n + 1, 1)),
                      pack<data_t>(whole_state(n + 1, 2), whole_state(n + 1, 3)));
     show_to_copies();
-    if (w == 0)
-      wait_at<1, kGroup>();
-    else
-      wait_at<2, kGroup>();
+    meet();
   };
 
-  const Places places(p, sequence, index, head);
-  const int64_t size = int64_t(p.head_dim) * p.state_dim;
-  const int64_t home = (int64_t(index) * p.heads + head) * size;  // in a state tensor
-  const float* from = deal.blocks > 0   ? p.scratch + deal.states + places.of(first) * size
-                      : p.initial_state ? p.initial_state + home
-                                        : nullptr;
-  read_state(kAdds ? nullptr : from, carried);
-  begin_segment();
-  if (!kAdds) put_state(shared.states[w][0]);
-
   // ---- The walk.
+  const int64_t size = int64_t(p.head_dim) * p.state_dim;
+  const auto wait_for_chunk = [&](int n) { wait_for(&shared.full[n % kStages], n / kStages & 1); };
+  const int count = same_in_warp(shared.pieces.count);
+  int n = 0;  // chunks so far
 #pragma unroll 1
-  for (int chunk = first_chunk, n = 0; chunk < last_chunk; ++chunk, ++n) {
-    const int stage = n % kStages, t = chunk * kChunk;
-    const auto& in = shared.stages[stage];
-    const Scalars& scalars = shared.scalars[stage][kHeads == 1 ? 0 : w];
-    wait_for(&shared.full[stage], n / kStages & 1);
-    float y[8][4];
-    if constexpr (!kAdds) {
-      float scores[8][4];
-      const uint64_t c = describe(in.c), b = describe(in.b), s = describe(shared.states[w][n & 1]);
+  for (int k = 0; k < count; ++k) {
+    if (k > 0) wait_for_chunk(n);
+    const Piece& piece = shared.piece[k % (kStages + 1)];
+    const int head = kHeads == 1 ? piece.first_head : piece.first_head + w, length = piece.length();
+    const float skip = p.D ? p.D[head] : 0.f;
+    const Places places(p, piece.sequence, piece.index, head);
+    const int64_t home = (int64_t(piece.index) * p.heads + head) * size;  // in a state tensor
+    // Where the block with this number leaves the state in the middle of a sequence, and says so.
+    const auto passed = [&](int block) {
+      return p.scratch + (int64_t(block) * kHeads + (kHeads == 1 ? 0 : w)) * size;
+    };
+    const auto ticket = [&](int block) { return p.tickets + block * kGroups + w; };
+    const float* from = deal.blocks > 0   ? p.scratch + deal.states + places.of(piece.first) * size
+                        : piece.first > 0 ? passed(blockIdx.x - 1)
+                        : p.initial_state ? p.initial_state + home
+                                          : nullptr;
+    if (deal.blocks == 0 && piece.first > 0) {
+      if (threadIdx.x % kGroup == 0) take_ticket(ticket(blockIdx.x - 1));
+      meet();
+    }
+    read_state(kAdds ? nullptr : from, carried);
+    begin_segment();
+    if (!kAdds && piece.first < piece.last) put_state(shared.states[w][n & 1]);
+    const int last_chunk = same_in_warp(piece.last_chunk());
+#pragma unroll 1
+    for (int chunk = same_in_warp(piece.first_chunk()); chunk < last_chunk; ++chunk, ++n) {
+      const int stage = n % kStages, t = chunk * kChunk;
+      const auto& in = shared.stages[stage];
+      const Scalars& scalars = shared.scalars[stage][kHeads == 1 ? 0 : w];
+      wait_for_chunk(n);
+      float y[8][4];
+      if constexpr (!kAdds) {
+        float scores[8][4];
+        const uint64_t c = describe(in.c), b = describe(in.b),
+                       s = describe(shared.states[w][n & 1]);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < kN / 16; ++k)
+          multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k),
+                                  k > 0);
+        commit_products();
+#pragma unroll
+        for (int k = 0; k < kN / 16; ++k)
+          multiply_shared<data_t>(y, c + depth_step<kChunk>(k), s + depth_step<kWidth>(k), k > 0);
+        commit_products();
+        const float since_of[2] = {scalars.since[i0], scalars.since[i0 + 8]},
+                    c_of[2] = {scalars.c[i0], scalars.c[i0 + 8]};
+        wait_for_products<1>();
+        settle(scores);
+        uint32_t a[4][4];
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+          for (int v = 0; v < 4; ++v) a[block][v] = 0;
+          if (block > r) continue;
+          // Of the two 8 x 8 tiles on the diagonal half is seen, of the one above them nothing.
+          const bool is_last = block == r;
+#pragma unroll
+          for (int tile = 0; tile < 2; ++tile) {
+            const int j0 = block * kBlock + tile * 8 + 2 * q;
+            const float2 c_from = *reinterpret_cast<const float2*>(&scalars.c[j0]),
+                         scale_of = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              if (is_last && tile > half) continue;
+              float weights[2];
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                const float passes = exp2_fast(c_of[half] - (e ? c_from.y : c_from.x));
+                weights[e] = scores[2 * block + tile][2 * half + e] *
+                             (passes * (e ? scale_of.y : scale_of.x));
+                if (is_last && tile == half)
+                  weights[e] = 2 * q + e > g ? 0.f : weights[e] + (2 * q + e == g ? skip : 0.f);
+              }
+              a[block][2 * tile + half] = pack<data_t>(weights[0], weights[1]);
+            }
+          }
+        }
+        wait_for_products<0>();
+        settle(y);
+#pragma unroll
+        for (int m = 0; m < 8; ++m)
+#pragma unroll
+          for (int v = 0; v < 4; ++v) y[m][v] *= since_of[v / 2];
+        const uint64_t x = describe_tall(in.x[w]);
+        settle(y);
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(y, a[k], x + tall_step(k));
+        commit_products();
+      }
+
+      // local = whole local + (gain x)^T B, summed over the chunk's tokens.
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) local[m][v] *= scalars.whole;
+      since *= scalars.whole;
+      uint32_t a[4][4];
+      const uint32_t x_rows =
+          shared_address(&in.x[w]) + in.x[w].offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k) {
+        const float2 low = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q]),
+                     high = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q + 8]);
+        load_matrices_transposed(a[k], x_rows + k * 16 * 128);
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          const float2 pair = unpack<data_t>(a[k][v]), weight = v < 2 ? low : high;
+          a[k][v] = pack<data_t>(pair.x * weight.x, pair.y * weight.y);
+        }
+      }
+      const uint64_t b = describe_tall(in.b);
+      settle(local);
       begin_products();
 #pragma unroll
-      for (int k = 0; k < kN / 16; ++k)
-        multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k),
-                                k > 0);
+      for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(local, a[k], b + tall_step(k));
       commit_products();
+
+      if constexpr (!kAdds) {
+        wait_for_products<1>();
+        settle(y);
+        // Lanes trade halves of tiles so that each writes 8 bytes and four write a whole sector.
+        auto* to =
+            static_cast<data_t*>(p.y) +
+            ((piece.sequence.batch * p.length + piece.sequence.begin + t + i0) * p.heads + head) *
+                int64_t(p.head_dim);
+        const bool odd = q & 1;
 #pragma unroll
-      for (int k = 0; k < kN / 16; ++k)
-        multiply_shared<data_t>(y, c + depth_step<kChunk>(k), s + depth_step<kWidth>(k), k > 0);
-      commit_products();
-      const float since_of[2] = {scalars.since[i0], scalars.since[i0 + 8]},
-                  c_of[2] = {scalars.c[i0], scalars.c[i0 + 8]};
-      wait_for_products<1>();
-      settle(scores);
-      uint32_t a[4][4];
+        for (int m = 0; m < 8; m += 2)
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
+          for (int half = 0; half < 2; ++half) {
+            uint32_t mine[2];
 #pragma unroll
-        for (int v = 0; v < 4; ++v) a[block][v] = 0;
-        if (block > r) continue;
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          const int j0 = block * kBlock + tile * 8 + 2 * q;
-          const float2 c_from = *reinterpret_cast<const float2*>(&scalars.c[j0]),
-                       scale_of = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
-          float weights[4];
-#pragma unroll
-          for (int v = 0; v < 4; ++v) {
-            const int i = i0 + v / 2 * 8, j = j0 + v % 2;
-            const float passes = exp2_fast(c_of[v / 2] - (v % 2 ? c_from.y : c_from.x));
-            const float weight = passes * (v % 2 ? scale_of.y : scale_of.x);
-            weights[v] =
-                j > i ? 0.f : fmaf(scores[2 * block + tile][v], weight, j == i ? skip : 0.f);
+            for (int e = 0; e < 2; ++e)
+              mine[e] = pack<data_t>(y[m + e][2 * half], y[m + e][2 * half + 1]);
+            const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+            const int column = p_part + m * 8 + (odd ? 8 + 2 * (q - 1) : 2 * q);
+            if (t + i0 + half * 8 < length && column < p.head_dim)
+              *reinterpret_cast<uint2*>(to + int64_t(half * 8) * p.heads * p.head_dim + column) =
+                  odd ? uint2{theirs, mine[1]} : uint2{mine[0], theirs};
           }
-          a[block][2 * tile] = pack<data_t>(weights[0], weights[1]);
-          a[block][2 * tile + 1] = pack<data_t>(weights[2], weights[3]);
-        }
       }
       wait_for_products<0>();
-      settle(y);
+      settle(local);
+      __syncwarp();
+      if (lane == 0) arrive(&shared.free[stage]);
+      if (chunk + 1 == last_chunk || (chunk + 1) % kSegment == 0) {
+        if (kAdds) {
+          const int64_t place = places.of(chunk / kSegment);
+          write_state(local, p.scratch + deal.states + place * size);
+          if (threadIdx.x % kGroup == 0 && p_part == 0) p.scratch[deal.decays + place] = since;
+        } else {
 #pragma unroll
-      for (int m = 0; m < 8; ++m)
+          for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-        for (int v = 0; v < 4; ++v) y[m][v] *= since_of[v / 2];
-      const uint64_t x = describe_tall(in.x[w]);
-      settle(y);
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(y, a[k], x + tall_step(k));
-      commit_products();
-    }
-
-    // local = whole local + (gain x)^T B, summed over the chunk's tokens.
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-      for (int v = 0; v < 4; ++v) local[m][v] *= scalars.whole;
-    since *= scalars.whole;
-    uint32_t a[4][4];
-    const uint32_t x_rows =
-        shared_address(&in.x[w]) + in.x[w].offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
-#pragma unroll
-    for (int k = 0; k < kBlocks; ++k) {
-      const float2 low = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q]),
-                   high = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q + 8]);
-      load_matrices_transposed(a[k], x_rows + k * 16 * 128);
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const float2 pair = unpack<data_t>(a[k][v]), weight = v < 2 ? low : high;
-        a[k][v] = pack<data_t>(pair.x * weight.x, pair.y * weight.y);
-      }
-    }
-    const uint64_t b = describe_tall(in.b);
-    settle(local);
-    begin_products();
-#pragma unroll
-    for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(local, a[k], b + tall_step(k));
-    commit_products();
-
-    if constexpr (!kAdds) {
-      wait_for_products<1>();
-      settle(y);
-      // Lanes trade halves of tiles so that each writes 8 bytes and four write a whole sector.
-      auto* to = static_cast<data_t*>(p.y) +
-                 ((sequence.batch * p.length + sequence.begin + t + i0) * p.heads + head) *
-                     int64_t(p.head_dim);
-      const bool odd = q & 1;
-#pragma unroll
-      for (int m = 0; m < 8; m += 2)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t mine[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            mine[e] = pack<data_t>(y[m + e][2 * half], y[m + e][2 * half + 1]);
-          const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
-          const int column = p_part + m * 8 + (odd ? 8 + 2 * (q - 1) : 2 * q);
-          if (t + i0 + half * 8 < length && column < p.head_dim)
-            *reinterpret_cast<uint2*>(to + int64_t(half * 8) * p.heads * p.head_dim + column) =
-                odd ? uint2{theirs, mine[1]} : uint2{mine[0], theirs};
+            for (int v = 0; v < 4; ++v) carried[m][v] = whole_state(m, v);
         }
-    }
-    wait_for_products<0>();
-    settle(local);
-    __syncwarp();
-    if (lane == 0) arrive(&shared.free[stage]);
-    if (chunk + 1 == last_chunk || (chunk + 1) % kSegment == 0) {
-      if (kAdds) {
-        const int64_t place = places.of(chunk / kSegment);
-        write_state(local, p.scratch + deal.states + place * size);
-        if (threadIdx.x % kGroup == 0 && p_part == 0) p.scratch[deal.decays + place] = since;
-      } else {
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-          for (int v = 0; v < 4; ++v) carried[m][v] = whole_state(m, v);
+        begin_segment();
       }
-      begin_segment();
+      if (!kAdds && chunk + 1 < last_chunk) put_state(shared.states[w][(n + 1) & 1]);
     }
-    if (!kAdds && chunk + 1 < last_chunk) put_state(shared.states[w][(n + 1) & 1]);
+    if (!kAdds && deal.blocks == 0) {
+      const bool ends = piece.last == piece.segments;
+      write_state(carried, ends ? p.final_state + home : passed(blockIdx.x));
+      if (!ends) {
+        meet();
+        if (threadIdx.x % kGroup == 0) put_ticket(ticket(blockIdx.x));
+      }
+    }
   }
-  if (!kAdds && deal.blocks == 0) write_state(carried, p.final_state + home);
 #endif
+}
+
+// Into how many runs the segments of all sequences are cut, where these are more than blocks can be
+// at a time.
+int count_runs(const SsdScanParams& p, int together) {
+  const int64_t walks = p.sequences * p.heads / together;
+  const bool fits = walks * count_segments(p.length) < INT_MAX;
+  return p.cu_seqlens == nullptr && p.length > 0 && walks > kProcessors && fits ? kProcessors : 0;
 }
 
 template <typename data_t, int kN, int kHeads>
@@ -360,15 +522,16 @@ void launch(const SsdScanParams& p, cudaStream_t stream) {
   const auto scan = ssd_scan_wgmma_kernel<data_t, kN, kHeads, false>;
   cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const Deal deal = make_deal(p, 1, kHeads);
-  const auto blocks =
-      static_cast<unsigned>(p.sequences * p.heads / kHeads * std::max(deal.blocks, 1));
+  const int runs = count_runs(p, kHeads);
+  const auto blocks = static_cast<unsigned>(
+      runs > 0 ? runs : p.sequences * p.heads / kHeads * std::max(deal.blocks, 1));
   if (deal.blocks > 0) {
     const auto add = ssd_scan_wgmma_kernel<data_t, kN, kHeads, true>;
     cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    launch_overlapping(add, blocks, kThreads, kBytes, stream, p, deal);
+    launch_overlapping(add, blocks, kThreads, kBytes, stream, p, deal, runs);
     launch_carry(p, deal, stream);
   }
-  launch_overlapping(scan, blocks, kThreads, kBytes, stream, p, deal);
+  launch_overlapping(scan, blocks, kThreads, kBytes, stream, p, deal, runs);
 }
 
 // use(N, heads of a block) as constants.
@@ -397,7 +560,10 @@ bool suits_ssd_scan_wgmma(const SsdScanParams& p) {
 }
 
 int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& p) {
-  return with_tile(p, [&](auto, auto heads) { return make_deal(p, 1, heads()).size; });
+  return with_tile(p, [&](auto, auto heads) {
+    const int64_t passed = int64_t(count_runs(p, heads())) * heads() * p.head_dim * p.state_dim;
+    return std::max(passed, make_deal(p, 1, heads()).size);
+  });
 }
 
 void launch_ssd_scan_wgmma(const SsdScanParams& p, cudaStream_t stream) {
