@@ -269,13 +269,13 @@ def test_bad_values_stay_in_their_sequence_cuda(dtype, sizes, bad):
 )
 @pytest.mark.parametrize("length", [257, 700])
 def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(length, P, N, Gb):
-    """Alone it is dealt to several blocks, among 48 one block walks it."""
+    """Alone it is dealt to several blocks; among 72 one block walks it, or cuts it in two."""
     sizes = {"H": 4, "Hx": 2, "Gb": Gb, "Gc": 1, "P": P, "N": N, "dtype": torch.bfloat16}
-    inputs = ssd_scan_inputs(batch=48, length=length, **sizes)
+    inputs = ssd_scan_inputs(batch=72, length=length, **sizes)
     inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
     y, final = ops.ssd_scan(**inputs)
     assert_equal(ops.ssd_scan(**inputs), (y, final))
-    for i in (0, 47):
+    for i in (0, 1, 35, 71):
         alone = {k: v if v is None or k == "D" else v[i : i + 1] for k, v in inputs.items()}
         assert_equal(ops.ssd_scan(**alone), (y[i : i + 1], final[i : i + 1]))
 

@@ -10,6 +10,11 @@ template <int kId, int kThreads>
 __device__ inline void wait_at() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
+// A barrier that is no constant: the kernel takes all 16 of them then.
+template <int kThreads>
+__device__ inline void wait_at(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
 template <int kId, int kThreads>
 __device__ inline void arrive_at() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");

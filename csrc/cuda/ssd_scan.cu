@@ -1,5 +1,6 @@
 // S_t = exp(log_decay_t) S_{t-1} + scale_t x_t B_t^T, y_t = S_t C_t + D x_t, on tensor cores for
-// 16-bit data; ssd_scan_rows.cu serves the rest.
+// 16-bit data; ssd_scan_rows.cu serves the rest, and on Hopper ssd_scan_wgmma.cu most heads larger
+// than 64 x 64.
 //
 // A block walks one head of one sequence, kChunk tokens at a time, while the next chunk's x, B, C
 // and scalars are on their way. Within a chunk, where c_i = log_decay_0 + ... + log_decay_i,

@@ -6,20 +6,24 @@
 // in the same groups of B and C. So a chunk's B and C are copied once for both. Where heads that
 // share B and C do not come in pairs, ssd_walk.cuh serves.
 //
+// Of a chunk, where the products of a line are under way while the next line is computed:
+//   scores = C B^T               the state's copy in the data's type, to shared memory
+//   y = C S^T                    mask and weigh scores; gain x
+//   y weighed, y += scores x     S = whole S
+//   S += (gain x)^T B            y out
+// D x is added to y as D on the diagonal of the scores. The warpgroups read nothing of each other,
+// do not meet, and fill each other's gaps. What is copied is ahead by up to three chunks:
 //   copies: free | x, B, C of chunk k on their way; of chunk k - 1 here | full, with its scalars
-//   others: full | scores = C B^T; y = C S^T | mask and weigh scores; weigh y | y += scores x;
-//           S = whole S + (gain x)^T B | y out | free | S's copy for the next chunk
 //
-// Each step's products are under way while the warpgroup's threads compute the next one's factors,
-// and the two warpgroups take their turns at the tensor cores as they come. D x is added to y as D
-// on the diagonal of the scores. Nothing of a warpgroup is read by the other, so they need not
-// meet.
+// Where sequences and heads are more than blocks that run at a time, 132 blocks walk equal runs of
+// all their segments, so that none waits for a last, half empty wave; see Pieces. Where they are
+// few, segments are dealt as in ssd_scan.cu. Neither changes a bit.
 //
-// Of a thread's registers, N 128: 128 for the state, carried and local, 32 each for y and scores.
+// Of a thread's 232 registers, N 128: 128 for the state, carried and local, 32 for y, 32 for scores
+// or the state's copy on its way.
 //
 //   N                  64      128
-//   chunks in flight    3        3
-//   shared, kB        130      221       one block a multiprocessor
+//   shared, kB        139      221       one block a multiprocessor
 #include <algorithm>
 #include <climits>
 #include <type_traits>
@@ -162,15 +166,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     shared.piece[0] = shared.pieces.at(0, p, deal, runs);
   }
   __syncthreads();
-  const auto meet = [&] {  // the warpgroup's threads
-    if (warp / 4 == 0)
-      wait_at<1, kGroup>();
-    else if (warp / 4 == 1)
-      wait_at<2, kGroup>();
-    else
-      wait_at<3, kGroup>();
-  };
-  if (warp < kGroup / 32) {  // copies
+  const auto meet = [&] { wait_at<kGroup>(1 + warp / 4); };  // the warpgroup's threads
+  if (warp < kGroup / 32) {                                  // copies
     keep_registers<kCopierRegisters>();
     float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1
     int n = 0;                           // chunks so far
@@ -312,17 +309,22 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int v = 0; v < 4; ++v) local[n][v] = 0.f;
   };
   const auto whole_state = [&](int n, int v) { return fmaf(since, carried[n][v], local[n][v]); };
-  // The state as the products read it, and then the warpgroup's threads meet: so nobody reads the
-  // other copy any more either.
-  const auto put_state = [&](const Panels<data_t, kWidth, kN>& to) {
+  // The state as the products read it, pairs of rows g and g + 8 in turn.
+  const auto pack_state = [&](uint32_t (&pairs)[kTiles][2]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        pairs[n][half] = pack<data_t>(whole_state(n, 2 * half), whole_state(n, 2 * half + 1));
+  };
+  // And then the warpgroup's threads meet: so nobody reads the other copy any more either.
+  const auto put_state = [&](const Panels<data_t, kWidth, kN>& to,
+                             const uint32_t (&pairs)[kTiles][2]) {
     const uint32_t row = shared_address(&to) + to.offset(16 * r + lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2)
-      store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel,
-                     pack<data_t>(whole_state(n, 0), whole_state(n, 1)),
-                     pack<data_t>(whole_state(n, 2), whole_state(n, 3)),
-                     pack<data_t>(whole_state(n + 1, 0), whole_state(n + 1, 1)),
-                     pack<data_t>(whole_state(n + 1, 2), whole_state(n + 1, 3)));
+      store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pairs[n][0], pairs[n][1],
+                     pairs[n + 1][0], pairs[n + 1][1]);
     show_to_copies();
     meet();
   };
@@ -355,7 +357,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     read_state(kAdds ? nullptr : from, carried);
     begin_segment();
-    if (!kAdds && piece.first < piece.last) put_state(shared.states[w][n & 1]);
     const int last_chunk = same_in_warp(piece.last_chunk());
 #pragma unroll 1
     for (int chunk = same_in_warp(piece.first_chunk()); chunk < last_chunk; ++chunk, ++n) {
@@ -363,8 +364,27 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto& in = shared.stages[stage];
       const Scalars& scalars = shared.scalars[stage][kHeads == 1 ? 0 : w];
       wait_for_chunk(n);
+      // (gain x)^T, the factors of what the chunk adds to the state.
+      uint32_t gained[kBlocks][4];
+      const auto put_gained = [&] {
+        const uint32_t x_rows = shared_address(&in.x[w]) +
+                                in.x[w].offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
+#pragma unroll
+        for (int k = 0; k < kBlocks; ++k) {
+          const float2 low = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q]),
+                       high = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q + 8]);
+          load_matrices_transposed(gained[k], x_rows + k * 16 * 128);
+#pragma unroll
+          for (int v = 0; v < 4; ++v) {
+            const float2 pair = unpack<data_t>(gained[k][v]), weight = v < 2 ? low : high;
+            gained[k][v] = pack<data_t>(pair.x * weight.x, pair.y * weight.y);
+          }
+        }
+      };
       float y[8][4];
       if constexpr (!kAdds) {
+        uint32_t pairs[kTiles][2];
+        pack_state(pairs);
         float scores[8][4];
         const uint64_t c = describe(in.c), b = describe(in.b),
                        s = describe(shared.states[w][n & 1]);
@@ -374,6 +394,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k),
                                   k > 0);
         commit_products();
+        put_state(shared.states[w][n & 1], pairs);
+        begin_products();
 #pragma unroll
         for (int k = 0; k < kN / 16; ++k)
           multiply_shared<data_t>(y, c + depth_step<kChunk>(k), s + depth_step<kWidth>(k), k > 0);
@@ -411,6 +433,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
           }
         }
+        put_gained();
         wait_for_products<0>();
         settle(y);
 #pragma unroll
@@ -426,30 +449,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
 
       // local = whole local + (gain x)^T B, summed over the chunk's tokens.
+      if (kAdds) put_gained();
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll
         for (int v = 0; v < 4; ++v) local[m][v] *= scalars.whole;
       since *= scalars.whole;
-      uint32_t a[4][4];
-      const uint32_t x_rows =
-          shared_address(&in.x[w]) + in.x[w].offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
-#pragma unroll
-      for (int k = 0; k < kBlocks; ++k) {
-        const float2 low = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q]),
-                     high = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q + 8]);
-        load_matrices_transposed(a[k], x_rows + k * 16 * 128);
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const float2 pair = unpack<data_t>(a[k][v]), weight = v < 2 ? low : high;
-          a[k][v] = pack<data_t>(pair.x * weight.x, pair.y * weight.y);
-        }
-      }
       const uint64_t b = describe_tall(in.b);
       settle(local);
       begin_products();
 #pragma unroll
-      for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(local, a[k], b + tall_step(k));
+      for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(local, gained[k], b + tall_step(k));
       commit_products();
 
       if constexpr (!kAdds) {
@@ -493,7 +503,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         begin_segment();
       }
-      if (!kAdds && chunk + 1 < last_chunk) put_state(shared.states[w][(n + 1) & 1]);
     }
     if (!kAdds && deal.blocks == 0) {
       const bool ends = piece.last == piece.segments;
