@@ -576,6 +576,9 @@ def fill():
     # A machine without a driver lacks libcuda: anything of that name will do to link.
     libcuda = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so"]
     subprocess.run([os.environ.get("CC", "cc"), *libcuda], cwd=source, check=True)
+    # Headers that a small toolkit lacks, curand's, are with the libraries that torch comes with.
+    headers = Path(torch.__file__).parents[1].glob("nvidia/cu*/include")
+    os.environ["CPLUS_INCLUDE_PATH"] = ":".join(map(str, headers))
     os.environ["FLASHINFER_DISABLE_JIT"] = ""
     os.environ["FLASHINFER_EXTRA_LDFLAGS"] = f"-L{source}"
     os.environ["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"
@@ -598,9 +601,16 @@ def fill():
     for file in [*files, *source.glob("tvm_ffi/lib/*.so")]:
         if file.is_relative_to(source):
             carry(file, file.relative_to(source))
+    # flashinfer writes a module's sources from templates before it looks for it compiled.
+    opened = set()
+    sys.addaudithook(lambda event, arguments: event == "open" and opened.add(str(arguments[0])))
     for spec in _flashinfer_specs():
         spec.build()
         carry(spec.jit_library_path, f"flashinfer/data/aot/{spec.name}/{spec.name}.so")
+        for file in map(Path, list(opened)):
+            if file.is_relative_to(source / "flashinfer/data/csrc"):
+                carry(file, file.relative_to(source))
+        opened.clear()
         print("compiled", spec.name, flush=True)
     size = sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file())
     print(f"{FOLDER}: {size / 1e6:.1f} MB")
