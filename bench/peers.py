@@ -595,9 +595,9 @@ def fill():
 
     loaded = [getattr(m, "__file__", None) for m in list(sys.modules.values())]
     files = {Path(file) for file in loaded if file}
-    # Which of its files FLA imports depends on the device that it sees.
-    fla = {file.parent for file in files if file.is_relative_to(source / "fla")}
-    files |= {beside for folder in fla for beside in folder.glob("*.py")}
+    # Which files these two import depends on the device and on the tensors that they see.
+    some = [f for f in files if any(f.is_relative_to(source / name) for name in ("fla", "einops"))]
+    files |= {beside for file in some for beside in file.parent.glob("*.py")}
     for file in [*files, *source.glob("tvm_ffi/lib/*.so")]:
         if file.is_relative_to(source):
             carry(file, file.relative_to(source))
