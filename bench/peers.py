@@ -573,9 +573,14 @@ def fill():
                 env=os.environ | {"MAMBA_FORCE_BUILD": "TRUE", "MAMBA_SKIP_CUDA_BUILD": "TRUE"},
                 check=True,
             )
-    # A machine without a driver lacks libcuda: anything of that name will do to link.
-    libcuda = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so"]
-    subprocess.run([os.environ.get("CC", "cc"), *libcuda], cwd=source, check=True)
+    # A machine without a driver lacks libcuda: anything of that name will do to link. And tvm_ffi's
+    # core wants a library of tests, for one name in it.
+    for name, version, code in (
+        ("libcuda.so", ".1", ""),
+        ("libtvm_ffi_testing.so", "", "void TVMFFITestingDummyTarget() {}"),
+    ):
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}{version}"]
+        subprocess.run([*command, "-o", source / name], input=code.encode(), check=True)
     # Headers that a small toolkit lacks, curand's, are with the libraries that torch comes with.
     headers = Path(torch.__file__).parents[1].glob("nvidia/cu*/include")
     os.environ["CPLUS_INCLUDE_PATH"] = ":".join(map(str, headers))
@@ -598,9 +603,10 @@ def fill():
     # Which files these two import depends on the device and on the tensors that they see.
     some = [f for f in files if any(f.is_relative_to(source / name) for name in ("fla", "einops"))]
     files |= {beside for file in some for beside in file.parent.glob("*.py")}
-    for file in [*files, *source.glob("tvm_ffi/lib/*.so")]:
+    for file in [*files, source / "tvm_ffi/lib/libtvm_ffi.so"]:
         if file.is_relative_to(source):
             carry(file, file.relative_to(source))
+    carry(source / "libtvm_ffi_testing.so", "tvm_ffi/lib/libtvm_ffi_testing.so")
     # flashinfer writes a module's sources from templates before it looks for it compiled.
     opened = set()
     sys.addaudithook(lambda event, arguments: event == "open" and opened.add(str(arguments[0])))
