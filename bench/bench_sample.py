@@ -99,7 +99,10 @@ def check(tokens, logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         score = score.masked_fill(score < score.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         ordered, order = score.softmax(-1).sort(descending=True)
-        past = ordered.cumsum(-1) - ordered >= top_p * 1.02
+        above = ordered.cumsum(-1) - ordered
+        ties = ordered[:, 1:] == ordered[:, :-1]  # which stay together
+        above[:, 1:].masked_fill_(ties, 0)
+        past = above.cummax(-1).values >= top_p * 1.02
         score = score.masked_fill(past.scatter(1, order, past), float("-inf"))
     if min_p > 0:
         p = score.softmax(-1)
