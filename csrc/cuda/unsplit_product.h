@@ -49,7 +49,7 @@ inline bool multiply_unsplit(const Tensor& y, const Tensor& x, const Tensor& wei
     TORCH_CUDABLAS_CHECK(cublasLtMatrixLayoutInit(&l.y, type, columns, rows, columns));
     return l;
   };
-  Layouts asked = layouts_for(depth >= columns ? std::max(rows, kFewestRows) : rows);
+  Layouts asked = layouts_for(depth > columns ? std::max(rows, kFewestRows) : rows);
   Layouts own = layouts_for(rows);
 
   cublasLtMatmulPreferenceOpaque_t preference;
