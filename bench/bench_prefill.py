@@ -88,7 +88,7 @@ def bench_prefill_tiny(measure, config, impl):
 def bench_prefill(measure, config, impl, shape):
     batch, length = SHAPES[shape]
     work = flops(CONFIGS[config], batch, length)
-    timed = partial(measure, graph=False, roof_s=work / cost.H100_FLOPS_PER_S)
+    timed = partial(measure, graph=False, roof_s=work / cost.device().flops_per_s)
     torch.manual_seed(0)
     if impl == "transformers":
         with peers.skip_if_it_fails():
