@@ -3,8 +3,8 @@
 # and peers. Times are taken only if the checks pass. Full results go to $OUT (build/cuda).
 #
 #   bench/cuda.sh                      all of it
-#   bench/cuda.sh update               one topic: update, decode, attention, scan, train (times),
-#                                      profile, sanitize
+#   bench/cuda.sh update               one topic: update, decode, attention, scan, prefill, train
+#                                      (times), profile, sanitize
 #   ROWS='llamba-1b and 512' bench/cuda.sh decode      rows, as pytest's -k
 #   PREBUILT=1 bench/cuda.sh           with the extension that is there
 set -e
@@ -13,7 +13,7 @@ OUT=${OUT:-build/cuda}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-topics=${*:-update decode attention scan train profile sanitize}
+topics=${*:-update decode attention scan prefill train profile sanitize}
 measure="$PYTHON -m pytest -p no:logging -p no:cacheprovider --benchmark-columns=median"
 
 [ -n "$PREBUILT" ] || $PYTHON setup.py -q build_ext --inplace >"$OUT/build.log" 2>&1 ||
@@ -38,6 +38,7 @@ for topic in $topics; do
     decode) table decode bench/bench_decode.py bench/bench_generate.py ;;
     attention) table attention bench/bench_paged_attention.py bench/bench_sample.py ;;
     scan) table scan bench/bench_ssd_scan.py bench/bench_mixer_scan.py bench/bench_mamba1.py ;;
+    prefill) table prefill bench/bench_prefill.py ;;
     train) table train bench/bench_distill.py ;;
     profile)  # bytes and throughput of one update at batch 512
       ncu --clock-control none --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
