@@ -212,7 +212,7 @@ int64_t count_ssd_scan_scratch(const SsdScanParams& params);
 void launch_ssd_scan(const SsdScanParams& params, cudaStream_t stream);
 // For any dtype, head_dim and state_dim; see ssd_scan_rows.cu.
 void launch_ssd_scan_rows(const SsdScanParams& params, cudaStream_t stream);
-// For large heads on Hopper, where `suits` says so; see ssd_scan_wgmma.cu.
+// On Hopper, where `suits` says so; see ssd_scan_wgmma.cu.
 bool suits_ssd_scan_wgmma(const SsdScanParams& params);
 int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& params);
 void launch_ssd_scan_wgmma(const SsdScanParams& params, cudaStream_t stream);

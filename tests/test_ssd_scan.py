@@ -122,6 +122,19 @@ CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES | {
         "length": 100, "P": 64, "N": 128, "H": 2, "Hx": 1, "Gb": 1, "Gc": 1, "decay": 20.0,
         "dtype": torch.bfloat16,
     },
+    # Or any heads of 64 x 64, one a warpgroup.
+    "P 64, N 64, three heads, packed, bf16": {
+        "lengths": [63, 0, 1, 64, 65, 131, 300], "P": 64, "N": 64, "H": 3, "Hx": 1, "Gb": 3, "Gc": 1,
+        "dtype": torch.bfloat16,
+    },
+    "P 56, N 40, one head, several segments, fp16": {
+        "batch": 1, "length": 523, "P": 56, "N": 40, "H": 1, "Hx": 1, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.float16,
+    },
+    "P 64, N 64, no option, decay -1000, bf16": {
+        "length": 130, "P": 64, "N": 64, "H": 5, "Hx": 5, "Gb": 5, "Gc": 5, "scale": False, "D": False,
+        "initial_state": False, "decay": 1000.0, "dtype": torch.bfloat16,
+    },
     "P 128, N 128, (kv, kv, H), packed, bf16": {
         "lengths": [63, 0, 1, 64, 65, 131, 300], "P": 128, "N": 128, "H": 4, "Hx": 2, "Gb": 2, "Gc": 4,
         "dtype": torch.bfloat16,
@@ -267,15 +280,15 @@ def test_bad_values_stay_in_their_sequence_cuda(dtype, sizes, bad):
     ("P", "N", "Gb"),
     [(64, 64, 4), (96, 64, 4), (128, 64, 4), (64, 128, 4), (64, 128, 2), (128, 128, 4)],
 )
-@pytest.mark.parametrize("length", [257, 700])
-def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(length, P, N, Gb):
-    """Alone it is dealt to several blocks; among 72 one block walks it, or cuts it in two."""
+@pytest.mark.parametrize(("batch", "length"), [(42, 257), (72, 257), (72, 700)])
+def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(batch, length, P, N, Gb):
+    """Alone it is dealt to several blocks; among many one walks it, or two, each a part."""
     sizes = {"H": 4, "Hx": 2, "Gb": Gb, "Gc": 1, "P": P, "N": N, "dtype": torch.bfloat16}
-    inputs = ssd_scan_inputs(batch=72, length=length, **sizes)
+    inputs = ssd_scan_inputs(batch=batch, length=length, **sizes)
     inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
     y, final = ops.ssd_scan(**inputs)
     assert_equal(ops.ssd_scan(**inputs), (y, final))
-    for i in (0, 1, 35, 71):
+    for i in (0, 1, 35, batch - 1):
         alone = {k: v if v is None or k == "D" else v[i : i + 1] for k, v in inputs.items()}
         assert_equal(ops.ssd_scan(**alone), (y[i : i + 1], final[i : i + 1]))
 
@@ -306,7 +319,12 @@ def test_packed_and_strided_equal_separate_bitwise_cuda(dtype, sizes):
 @pytest.mark.cuda("ssd_scan")
 @pytest.mark.parametrize(
     ("sizes", "tolerance"),
-    [({}, 2e-5), ({"P": 64, "N": 128, "Gb": 1, "Gc": 1}, 0.02), ({"P": 128, "N": 128}, 0.02)],
+    [
+        ({}, 2e-5),
+        ({"P": 64, "N": 64}, 0.02),
+        ({"P": 64, "N": 128, "Gb": 1, "Gc": 1}, 0.02),
+        ({"P": 128, "N": 128}, 0.02),
+    ],
 )
 def test_minus_infinity_resets_cuda(sizes, tolerance):
     dtype = torch.bfloat16 if sizes else torch.float32

@@ -1,32 +1,34 @@
-// ssd_scan.cu's recurrence for large heads on Hopper: the same chunks, segments and products, by
-// warpgroups whose tensor cores read shared memory by themselves (wgmma.cuh).
+// ssd_scan.cu's recurrence on Hopper: the same chunks, segments and products, by warpgroups whose
+// tensor cores read shared memory by themselves (wgmma.cuh).
 //
 // A block has two warpgroups that multiply and one that copies. Of head_dim above 64 the two share
-// a head, each with up to 64 of its columns of x; otherwise each has a head, and the two heads lie
-// in the same groups of B and C. So a chunk's B and C are copied once for both. Where heads that
-// share B and C do not come in pairs, ssd_walk.cuh serves.
+// a head, each with up to 64 of its columns of x; of more than 64 columns of B and C each has a
+// head, and the two heads lie in the same groups. So a chunk's B and C are copied once for both.
+// Smaller heads are walked by one warpgroup each, with chunks, and half of the threads that copy,
+// of its own. Where larger heads that share B and C do not come in pairs, ssd_walk.cuh serves.
 //
 // Of a chunk, where the products of a line are under way while the next line is computed:
 //   scores = C B^T               the state's copy in the data's type, to shared memory
 //   y = C S^T                    mask and weigh scores; gain x
 //   y weighed, y += scores x     S = whole S
-//   S += (gain x)^T B            y out
+//   S += (gain x)^T B            y out, by the free one of the state's copies
 // D x is added to y as D on the diagonal of the scores. The warpgroups read nothing of each other,
-// do not meet, and fill each other's gaps. What is copied is ahead by up to three chunks:
-//   copies: free | x, B, C of chunk k on their way; of chunk k - 1 here | full, with its scalars
+// do not meet, and fill each other's gaps. Copies wait for nothing but a free place among three:
+// they tell by themselves that a chunk is here (`full`).
 //
-// Where sequences and heads are more than blocks that run at a time, 132 blocks walk equal runs of
-// all their segments, so that none waits for a last, half empty wave; see Pieces. Where they are
+// Where sequences and heads are more than what is walked at a time, equal runs of all their
+// segments are walked, so that nobody waits for a last, half empty wave; see Pieces. Where they are
 // few, segments are dealt as in ssd_scan.cu. Neither changes a bit.
 //
 // Of a thread's 232 registers, N 128: 128 for the state, carried and local, 32 for y, 32 for scores
 // or the state's copy on its way.
 //
-//   N                  64      128
-//   shared, kB        139      221       one block a multiprocessor
+//   P, N           64, 64   128, 64   64, 128   128, 128
+//   walks               2         1         1          1     of a block
+//   shared, kB        186       139       224        221     one block a multiprocessor
 #include <algorithm>
 #include <climits>
-#include <type_traits>
+#include <iterator>
 
 #include "async_copy.cuh"
 #include "convert.cuh"
@@ -68,11 +70,12 @@ __device__ __host__ constexpr int count_segments(int64_t length) {
   return static_cast<int>((length + kTokens - 1) / kTokens);
 }
 
-// What a block walks without a break: some segments of a sequence, for its heads.
+// What is walked without a break: some segments of a sequence, for the walk's heads.
 struct Piece {
   Sequence sequence;
   int index, first_head;  // `index` of the sequence
   int first, last, segments;
+  int x_column[kGroups], b_column, c_column;  // where the first columns are that a head has
 
   __device__ int length() const { return static_cast<int>(sequence.end - sequence.begin); }
   __device__ int first_chunk() const { return first * kSegment; }
@@ -81,195 +84,199 @@ struct Piece {
   }
 };
 
-// The pieces of a block. Without `runs` there is one at most, as `deal` says. With it all sequences
+// The pieces of a walk. Without `runs` there is one at most, as `deal` says. With it all sequences
 // have the same length, and their segments, head after head of sequence after sequence, lie in a
-// row that is cut into as many equal runs. Of a run the last piece, whose end another block has,
-// comes first, and the first one, which begins with what another block left, last: so that was
-// left long ago.
+// row that is cut into as many equal runs, none shorter than a sequence. Of a run the last piece,
+// whose end another walk has, comes first, and the first one, which begins with what another walk
+// left, last: so that was left long ago.
 template <int kHeads>
 struct Pieces {
-  int count;
+  int walk, count;
   int begin, end, most;  // of the run, and segments of a sequence
 
-  __device__ Pieces(const SsdScanParams& p, const Deal& deal, int runs) : count(1) {
+  __device__ Pieces(const SsdScanParams& p, const Deal& deal, int runs, int walk)
+      : walk(walk), count(0) {
+    const int64_t walks = p.sequences * (p.heads / kHeads);
     if (runs > 0) {
       most = count_segments(p.length);
-      const int64_t total = p.sequences * (p.heads / kHeads) * most;
-      begin = static_cast<int>(total * blockIdx.x / runs);
-      end = static_cast<int>(total * (blockIdx.x + 1) / runs);
+      begin = static_cast<int>(walks * most * walk / runs);
+      end = static_cast<int>(walks * most * (walk + 1) / runs);
       count = (end + most - 1) / most - begin / most;
-    } else if (deal.blocks > 0) {
+    } else if (walk < walks * max(deal.blocks, 1)) {
       const Piece piece = at(0, p, deal, runs);
-      count = piece.first < piece.last;
+      count = deal.blocks == 0 || piece.first < piece.last;
     }
   }
   __device__ Piece at(int k, const SsdScanParams& p, const Deal& deal, int runs) const {
     const int units = p.heads / kHeads;
-    int walk, first = 0, last;
+    int whole, first = 0, last;  // `whole`: the heads of a sequence
     if (runs > 0) {
       const int unfinished = end % most > 0;
-      walk = k < unfinished                       ? end / most
-             : begin % most > 0 && k == count - 1 ? begin / most
-                                                  : (begin + most - 1) / most + k - unfinished;
-      first = max(begin - walk * most, 0);
-      last = end - walk * most;
+      whole = k < unfinished                       ? end / most
+              : begin % most > 0 && k == count - 1 ? begin / most
+                                                   : (begin + most - 1) / most + k - unfinished;
+      first = max(begin - whole * most, 0);
+      last = end - whole * most;
     } else {
-      const int blocks = max(deal.blocks, 1), place = blockIdx.x / units;
-      walk = place / blocks * units + blockIdx.x % units;
+      const int blocks = max(deal.blocks, 1), place = walk / units;
+      whole = place / blocks * units + walk % units;
       first = place % blocks * deal.each;
       last = deal.blocks > 0 ? first + deal.each : INT_MAX;
     }
     Piece piece;
-    piece.index = walk / units;
-    piece.first_head = walk % units * kHeads;
+    piece.index = whole / units;
+    piece.first_head = whole % units * kHeads;
     piece.sequence = sequence_at(p.cu_seqlens, p.length, piece.index);
     piece.segments = count_segments(piece.length());
     piece.first = first;
     piece.last = min(last, piece.segments);
+    const auto column_of = [&](int head, int sharing, int row_size) {
+      return head / (p.heads / sharing) * row_size;
+    };
+    for (int h = 0; h < kHeads; ++h)
+      piece.x_column[h] = column_of(piece.first_head + h, p.x_heads, p.head_dim);
+    piece.b_column = column_of(piece.first_head, p.b_groups, p.state_dim);
+    piece.c_column = column_of(piece.first_head, p.c_groups, p.state_dim);
     return piece;
   }
 };
 
-// kHeads: of a block, 1 or 2.
-template <typename data_t, int kN, int kHeads>
-struct Shared {
+// What is walked in a block: kWalks walks by as many warpgroups each as that leaves, of kHeads
+// heads, 1 or as many.
+template <typename data, int columns, int walks, int heads>
+struct Tile {
+  using data_t = data;
+  static constexpr int kN = columns, kWalks = walks, kHeads = heads;
+  static constexpr int kTogether = kGroups / kWalks;  // warpgroups of a walk
+  static constexpr int kCopiers = kGroup / kWalks;    // threads
+  static_assert(kHeads == 1 || kHeads == kTogether);
+
   struct Stage {
-    Panels<data_t, kChunk, kWidth> x[kGroups];
+    Panels<data_t, kChunk, kWidth> x[kTogether];
     Panels<data_t, kChunk, kN> b, c;
-  } stages[kStages];
-  Panels<data_t, kWidth, kN> states[kGroups][2];  // one in use while the next is written
-  Scalars scalars[kStages][kHeads];
-  Pieces<kHeads> pieces;
-  // The one under way, and those before whose last chunks are, one after the other.
-  Piece piece[kStages + 1];
-  uint64_t full[kStages], free[kStages];
+  };
+  struct Walk {
+    Stage stages[kStages];
+    Panels<data_t, kWidth, kN> states[kTogether][2];  // one in use while the next is written
+    Scalars scalars[kStages][kHeads];
+    Pieces<kHeads> pieces;
+    // The one under way, and those before whose last chunks are, one after the other.
+    Piece piece[kStages + 1];
+    uint64_t full[kStages], free[kStages];
+  };
 };
 
 // kAdds: leaves what each segment adds, and no y.
-template <typename data_t, int kN, int kHeads, bool kAdds>
+template <typename T, bool kAdds>
 __global__ void __launch_bounds__(kThreads, 1)
     ssd_scan_wgmma_kernel(const SsdScanParams p, const Deal deal, const int runs) {
 #ifdef REASONERS_WGMMA
+  using data_t = typename T::data_t;
+  constexpr int kN = T::kN, kWalks = T::kWalks, kHeads = T::kHeads, kTogether = T::kTogether,
+                kCopiers = T::kCopiers;
   extern __shared__ __align__(1024) char shared_memory[];
-  auto& shared = *reinterpret_cast<Shared<data_t, kN, kHeads>*>(shared_memory);
   let_next_start();
   wait_for_inputs();
 
   const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
+  constexpr int kPart = kHeads < kTogether ? kWidth : 0;  // of a head's x, from group to group
+  const bool copies = warp < kGroup / 32;
+  const int at = kWalks == 1 ? 0 : copies ? warp / (kCopiers / 32) : warp / 4 - 1;  // of kWalks
+  auto& shared = reinterpret_cast<typename T::Walk*>(shared_memory)[at];
+  if (copies && threadIdx.x % kCopiers == 0) {
     for (int s = 0; s < kStages; ++s) {
-      init_barrier(&shared.full[s], kGroup);
-      init_barrier(&shared.free[s], kGroups * kGroup / 32);
+      init_barrier(&shared.full[s], kCopiers + kHeads);
+      init_barrier(&shared.free[s], kTogether * kGroup / 32);
     }
-    shared.pieces = Pieces<kHeads>(p, deal, runs);
-    shared.piece[0] = shared.pieces.at(0, p, deal, runs);
+    // A run waits for the one before it alone, which is no later block's; other walks are spread.
+    shared.pieces = Pieces<kHeads>(p, deal, runs,
+                                   runs > 0 ? static_cast<int>(blockIdx.x) * kWalks + at
+                                            : static_cast<int>(blockIdx.x + at * gridDim.x));
+    if (shared.pieces.count > 0) shared.piece[0] = shared.pieces.at(0, p, deal, runs);
   }
   __syncthreads();
-  const auto meet = [&] { wait_at<kGroup>(1 + warp / 4); };  // the warpgroup's threads
-  if (warp < kGroup / 32) {                                  // copies
+  if (copies) {
     keep_registers<kCopierRegisters>();
+    const int thread = threadIdx.x % kCopiers, scalars_of = thread / 32;  // a head
     float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1
     int n = 0;                           // chunks so far
     const auto wait_for_place = [&](int n) {
       if (n >= kStages) wait_for(&shared.free[n % kStages], (n / kStages - 1) & 1);
     };
-    const int count = same_in_warp(shared.pieces.count);
 #pragma unroll 1
-    for (int k = 0; k < count; ++k) {
+    for (int k = 0; k < shared.pieces.count; ++k) {
       if (k > 0) {
         // The one that had this place has been left, as each has a chunk at least.
         wait_for_place(n);
-        if (threadIdx.x == 0) shared.piece[k % (kStages + 1)] = shared.pieces.at(k, p, deal, runs);
-        meet();
+        if (thread == 0) shared.piece[k % (kStages + 1)] = shared.pieces.at(k, p, deal, runs);
+        wait_at<kCopiers>(1 + kGroups + at);
       }
       const Piece& piece = shared.piece[k % (kStages + 1)];
-      const int length = piece.length(), head = piece.first_head;
-      const int first_token = same_in_warp(piece.first_chunk()) * kChunk;
-      // What this thread copies first of some rows of the chunk that is next, of runs of 8 columns.
-      const auto first_run = [&](int runs, const void* data, TokenStrides strides, int column) {
-        return static_cast<const data_t*>(data) + piece.sequence.batch * strides.batch +
-               (piece.sequence.begin + first_token + threadIdx.x / runs) * strides.token + column +
-               threadIdx.x % runs * 8;
+      // All from shared memory anew for each chunk: there are few registers.
+      const auto first_of = [&](const auto* data, TokenStrides strides, int64_t token, int column) {
+        return data + piece.sequence.batch * strides.batch +
+               (piece.sequence.begin + token) * strides.token + column;
       };
-      const auto part_of = [&](int head, int sharing, int row_size) {
-        return head / (p.heads / sharing) * row_size;
-      };
-      constexpr int kRunsOfX = kWidth / 8, kRunsOfB = kN / 8;
-      const data_t* next_x[kGroups];
-#pragma unroll
-      for (int w = 0; w < kGroups; ++w)
-        next_x[w] = first_run(kRunsOfX, p.x, p.x_strides,
-                              kHeads == 1 ? part_of(head, p.x_heads, p.head_dim) + w * kWidth
-                                          : part_of(head + w, p.x_heads, p.head_dim));
-      const data_t* next_b =
-          first_run(kRunsOfB, p.B, p.b_strides, part_of(head, p.b_groups, p.state_dim));
-      const data_t* next_c =
-          first_run(kRunsOfB, p.C, p.c_strides, part_of(head, p.c_groups, p.state_dim));
-      // Of rows that hold `width` columns more; `next` goes on to the chunk after this one.
-      const auto copy_rows = [&](auto& to, const data_t*& next, int64_t stride, int width, int t) {
-        constexpr int kRuns = sizeof(to.at) / sizeof(data_t) / kChunk / 8, kStep = kGroup / kRuns;
-        const int row = threadIdx.x / kRuns, run = threadIdx.x % kRuns;
+      // Of the tokens from `t` on, the columns from `column` on, of which `width` are there.
+      const auto copy_rows = [&](auto& to, const void* data, TokenStrides strides, int column,
+                                 int width, int t) {
+        constexpr int kRuns = sizeof(to.at) / sizeof(data_t) / kChunk / 8, kStep = kCopiers / kRuns;
+        static_assert(kStep % 8 == 0);
+        const int row = thread / kRuns, run = thread % kRuns;
         const uint32_t target = shared_address(&to) + to.offset(row, run);
-        const int left = run * 8 < width ? length - t - row : 0;
+        const data_t* from =
+            first_of(static_cast<const data_t*>(data), strides, t + row, column + run * 8);
+        const int left = run * 8 < width ? piece.length() - t - row : 0;
 #pragma unroll
-        for (int u = 0; u < kChunk / kStep; ++u, next += kStep * stride)
-          copy_async_once(target + u * kStep * 128, next, left > u * kStep ? 16 : 0);
+        for (int u = 0; u < kChunk / kStep; ++u, from += kStep * strides.token)
+          copy_async_once(target + u * kStep * 128, from, left > u * kStep ? 16 : 0);
       };
-      const auto first_scalar = [&](const float* values, TokenStrides strides) {
-        return values + piece.sequence.batch * strides.batch +
-               (piece.sequence.begin + first_token + 2 * lane) * strides.token + head + warp;
-      };
-      const float* decay = first_scalar(p.log_decay, p.log_decay_strides);
-      const float* scale = p.scale ? first_scalar(p.scale, p.scale_strides) : nullptr;
       const auto read_scalars = [&](int t) {
-        if (warp >= kHeads) return;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const bool there = t + 2 * lane + e < length;
-          next_decay[e] = there ? decay[e * p.log_decay_strides.token] : 0.f;
-          next_scale[e] = there && scale ? scale[e * p.scale_strides.token] : 1.f;
-        }
-        decay += kChunk * p.log_decay_strides.token;
-        if (scale) scale += kChunk * p.scale_strides.token;
+        if (scalars_of >= kHeads) return;
+        const int head = piece.first_head + scalars_of, left = piece.length() - t - 2 * lane;
+        const auto read = [&](float (&to)[2], const float* data, TokenStrides strides,
+                              float without) {
+          const float* from = first_of(data, strides, t + 2 * lane, head);
+          to[0] = left > 0 ? from[0] : without;
+          to[1] = left > 1 ? from[strides.token] : without;
+        };
+        read(next_decay, p.log_decay, p.log_decay_strides, 0.f);
+        next_scale[0] = next_scale[1] = 1.f;
+        if (p.scale) read(next_scale, p.scale, p.scale_strides, 1.f);
       };
+      int t = same_in_warp(piece.first_chunk()) * kChunk;
+      read_scalars(t);
 #pragma unroll 1
-      for (int chunk = same_in_warp(piece.first_chunk()),
-               last_chunk = same_in_warp(piece.last_chunk());
-           chunk < last_chunk; ++chunk, ++n) {
-        const int stage = n % kStages, before = (n + kStages - 1) % kStages, t = chunk * kChunk;
-        if (n > 0 && warp < kHeads)
-          put_scalars(shared.scalars[before][warp], next_decay, next_scale);
-        read_scalars(t);
+      for (; t < piece.last_chunk() * kChunk; ++n) {
+        const int stage = n % kStages;
         wait_for_place(n);
         auto& to = shared.stages[stage];
 #pragma unroll
-        for (int w = 0; w < kGroups; ++w)
-          copy_rows(to.x[w], next_x[w], p.x_strides.token,
-                    kHeads == 1 ? p.head_dim - w * kWidth : p.head_dim, t);
-        copy_rows(to.b, next_b, p.b_strides.token, p.state_dim, t);
-        if (!kAdds) copy_rows(to.c, next_c, p.c_strides.token, p.state_dim, t);
-        commit_copies();
-        if (n > 0) {
-          wait_for_copies<1>();
-          show_to_copies();
-          arrive(&shared.full[before]);
-        }
+        for (int w = 0; w < kTogether; ++w)
+          copy_rows(to.x[w], p.x, p.x_strides, piece.x_column[kHeads == 1 ? 0 : w] + w * kPart,
+                    p.head_dim - w * kPart, t);
+        copy_rows(to.b, p.B, p.b_strides, piece.b_column, p.state_dim, t);
+        if (!kAdds) copy_rows(to.c, p.C, p.c_strides, piece.c_column, p.state_dim, t);
+        arrive_after_copies(&shared.full[stage]);
+        t += kChunk;
+        if (scalars_of >= kHeads) continue;
+        put_scalars(shared.scalars[stage][scalars_of], next_decay, next_scale);
+        __syncwarp();
+        if (lane == 0) arrive(&shared.full[stage]);
+        read_scalars(t);  // of the next chunk, or of none
       }
     }
-    if (n > 0) {
-      const int before = (n + kStages - 1) % kStages;
-      if (warp < kHeads) put_scalars(shared.scalars[before][warp], next_decay, next_scale);
-      wait_for_copies<0>();
-      show_to_copies();
-      arrive(&shared.full[before]);
-    }
+    wait_copies();
     return;
   }
   take_registers<kWalkerRegisters>();
-  const int w = warp / 4 - 1, r = warp % 4, g = lane / 4, q = lane % 4;
-  const int p_part = kHeads == 1 ? w * kWidth : 0;  // of x's columns
+  const int w = warp / 4 - 1 - at * kTogether;  // the warpgroup in its walk
+  const int r = warp % 4, g = lane / 4, q = lane % 4;
+  const int h = kHeads == 1 ? 0 : w, p_part = w * kPart;  // its head, first column of x
   const int i0 = 16 * r + g;  // and i0 + 8 are the rows, of y and of the state, of this thread
+
+  const auto meet = [&] { wait_at<kGroup>(warp / 4); };  // the warpgroup's threads
 
   // ---- The state in registers, shared and global memory.
   constexpr int kTiles = kN / 8;
@@ -317,42 +324,65 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int half = 0; half < 2; ++half)
         pairs[n][half] = pack<data_t>(whole_state(n, 2 * half), whole_state(n, 2 * half + 1));
   };
-  // And then the warpgroup's threads meet: so nobody reads the other copy any more either.
-  const auto put_state = [&](const Panels<data_t, kWidth, kN>& to,
-                             const uint32_t (&pairs)[kTiles][2]) {
+  // The warp's 16 rows. And once the warpgroup's threads have met nobody reads the other copy.
+  using Rows = Panels<data_t, kWidth, kN>;
+  const auto put_rows = [&](const Rows& to, const auto& pairs) {
     const uint32_t row = shared_address(&to) + to.offset(16 * r + lane % 16, lane / 16);
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2)
+    for (int n = 0; n < static_cast<int>(std::size(pairs)); n += 2)
       store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pairs[n][0], pairs[n][1],
                      pairs[n + 1][0], pairs[n + 1][1]);
-    show_to_copies();
-    meet();
+  };
+  // Through a panel, of which nobody else touches these rows, so that lanes write 16 bytes, and
+  // eight of them a row.
+  const auto write_y = [&](const Rows& by, const float (&y)[8][4], const Piece& piece, int head,
+                           int t) {
+    uint32_t pairs[8][2];
+#pragma unroll
+    for (int m = 0; m < 8; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        pairs[m][half] = pack<data_t>(y[m][2 * half], y[m][2 * half + 1]);
+    put_rows(by, pairs);
+    __syncwarp();
+    const int row = 16 * r + lane / 8, column = p_part + lane % 8 * 8;
+    const int left = column < p.head_dim ? piece.length() - t - row : 0;
+    const int64_t token = piece.sequence.batch * p.length + piece.sequence.begin + t + row;
+    auto* to = static_cast<data_t*>(p.y) + (token * p.heads + head) * p.head_dim + column;
+#pragma unroll
+    for (int u = 0; u < 16; u += 4)
+      if (u < left)
+        *reinterpret_cast<uint4*>(to + int64_t(u) * p.heads * p.head_dim) =
+            *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&by) +
+                                            by.offset(row + u, lane % 8));
   };
 
   // ---- The walk.
   const int64_t size = int64_t(p.head_dim) * p.state_dim;
-  const auto wait_for_chunk = [&](int n) { wait_for(&shared.full[n % kStages], n / kStages & 1); };
+  const auto wait_for_chunk = [&](int n) {
+    wait_for(&shared.full[n % kStages], n / kStages & 1);
+    show_to_copies();  // what other threads' copies brought
+  };
   const int count = same_in_warp(shared.pieces.count);
   int n = 0;  // chunks so far
 #pragma unroll 1
   for (int k = 0; k < count; ++k) {
     if (k > 0) wait_for_chunk(n);
     const Piece& piece = shared.piece[k % (kStages + 1)];
-    const int head = kHeads == 1 ? piece.first_head : piece.first_head + w, length = piece.length();
+    const int head = piece.first_head + h;
     const float skip = p.D ? p.D[head] : 0.f;
     const Places places(p, piece.sequence, piece.index, head);
     const int64_t home = (int64_t(piece.index) * p.heads + head) * size;  // in a state tensor
-    // Where the block with this number leaves the state in the middle of a sequence, and says so.
-    const auto passed = [&](int block) {
-      return p.scratch + (int64_t(block) * kHeads + (kHeads == 1 ? 0 : w)) * size;
-    };
-    const auto ticket = [&](int block) { return p.tickets + block * kGroups + w; };
+    // Where the walk with this number leaves the state in the middle of a sequence, and says so.
+    const int walk = shared.pieces.walk;
+    const auto passed = [&](int walk) { return p.scratch + (int64_t(walk) * kHeads + h) * size; };
+    const auto ticket = [&](int walk) { return p.tickets + walk * kTogether + w; };
     const float* from = deal.blocks > 0   ? p.scratch + deal.states + places.of(piece.first) * size
-                        : piece.first > 0 ? passed(blockIdx.x - 1)
+                        : piece.first > 0 ? passed(walk - 1)
                         : p.initial_state ? p.initial_state + home
                                           : nullptr;
     if (deal.blocks == 0 && piece.first > 0) {
-      if (threadIdx.x % kGroup == 0) take_ticket(ticket(blockIdx.x - 1));
+      if (threadIdx.x % kGroup == 0) take_ticket(ticket(walk - 1));
       meet();
     }
     read_state(kAdds ? nullptr : from, carried);
@@ -362,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int chunk = same_in_warp(piece.first_chunk()); chunk < last_chunk; ++chunk, ++n) {
       const int stage = n % kStages, t = chunk * kChunk;
       const auto& in = shared.stages[stage];
-      const Scalars& scalars = shared.scalars[stage][kHeads == 1 ? 0 : w];
+      const Scalars& scalars = shared.scalars[stage][h];
       wait_for_chunk(n);
       // (gain x)^T, the factors of what the chunk adds to the state.
       uint32_t gained[kBlocks][4];
@@ -394,7 +424,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k),
                                   k > 0);
         commit_products();
-        put_state(shared.states[w][n & 1], pairs);
+        put_rows(shared.states[w][n & 1], pairs);
+        show_to_copies();
+        meet();
         begin_products();
 #pragma unroll
         for (int k = 0; k < kN / 16; ++k)
@@ -465,26 +497,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (!kAdds) {
         wait_for_products<1>();
         settle(y);
-        // Lanes trade halves of tiles so that each writes 8 bytes and four write a whole sector.
-        auto* to =
-            static_cast<data_t*>(p.y) +
-            ((piece.sequence.batch * p.length + piece.sequence.begin + t + i0) * p.heads + head) *
-                int64_t(p.head_dim);
-        const bool odd = q & 1;
-#pragma unroll
-        for (int m = 0; m < 8; m += 2)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            uint32_t mine[2];
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              mine[e] = pack<data_t>(y[m + e][2 * half], y[m + e][2 * half + 1]);
-            const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
-            const int column = p_part + m * 8 + (odd ? 8 + 2 * (q - 1) : 2 * q);
-            if (t + i0 + half * 8 < length && column < p.head_dim)
-              *reinterpret_cast<uint2*>(to + int64_t(half * 8) * p.heads * p.head_dim + column) =
-                  odd ? uint2{theirs, mine[1]} : uint2{mine[0], theirs};
-          }
+        write_y(shared.states[w][~n & 1], y, piece, head, t);
       }
       wait_for_products<0>();
       settle(local);
@@ -506,36 +519,41 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (!kAdds && deal.blocks == 0) {
       const bool ends = piece.last == piece.segments;
-      write_state(carried, ends ? p.final_state + home : passed(blockIdx.x));
+      write_state(carried, ends ? p.final_state + home : passed(walk));
       if (!ends) {
         meet();
-        if (threadIdx.x % kGroup == 0) put_ticket(ticket(blockIdx.x));
+        if (threadIdx.x % kGroup == 0) put_ticket(ticket(walk));
       }
     }
   }
 #endif
 }
 
-// Into how many runs the segments of all sequences are cut, where these are more than blocks can be
-// at a time.
-int count_runs(const SsdScanParams& p, int together) {
-  const int64_t walks = p.sequences * p.heads / together;
+// Into how many runs the segments of all sequences are cut, where these are more than what can be
+// walked at a time.
+template <typename T>
+int count_runs(const SsdScanParams& p) {
+  constexpr int kMost = kProcessors * T::kWalks;
+  static_assert(kMost * T::kTogether <= kSsdScanTickets);
+  const int64_t walks = p.sequences * p.heads / T::kHeads;
   const bool fits = walks * count_segments(p.length) < INT_MAX;
-  return p.cu_seqlens == nullptr && p.length > 0 && walks > kProcessors && fits ? kProcessors : 0;
+  return p.cu_seqlens == nullptr && p.length > 0 && walks > kMost && fits ? kMost : 0;
 }
 
-template <typename data_t, int kN, int kHeads>
+template <typename T>
 void launch(const SsdScanParams& p, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared<data_t, kN, kHeads>);
+  constexpr int kBytes = T::kWalks * sizeof(typename T::Walk);
   static_assert(kBytes <= 232448);
-  const auto scan = ssd_scan_wgmma_kernel<data_t, kN, kHeads, false>;
+  const auto scan = ssd_scan_wgmma_kernel<T, false>;
   cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  const Deal deal = make_deal(p, 1, kHeads);
-  const int runs = count_runs(p, kHeads);
+  const Deal deal = make_deal(p, T::kWalks, T::kHeads);
+  const int runs = count_runs<T>(p);
+  const int64_t walks =
+      runs > 0 ? runs : p.sequences * p.heads / T::kHeads * std::max(deal.blocks, 1);
   const auto blocks = static_cast<unsigned>(
-      runs > 0 ? runs : p.sequences * p.heads / kHeads * std::max(deal.blocks, 1));
+      std::max((walks + T::kWalks - 1) / T::kWalks, std::min<int64_t>(walks, kProcessors)));
   if (deal.blocks > 0) {
-    const auto add = ssd_scan_wgmma_kernel<data_t, kN, kHeads, true>;
+    const auto add = ssd_scan_wgmma_kernel<T, true>;
     cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     launch_overlapping(add, blocks, kThreads, kBytes, stream, p, deal, runs);
     launch_carry(p, deal, stream);
@@ -543,20 +561,18 @@ void launch(const SsdScanParams& p, cudaStream_t stream) {
   launch_overlapping(scan, blocks, kThreads, kBytes, stream, p, deal, runs);
 }
 
-// use(N, heads of a block) as constants.
-template <typename Use>
+// use(a Tile).
+template <typename data_t, typename Use>
 auto with_tile(const SsdScanParams& p, const Use& use) {
-  using One = std::integral_constant<int, 1>;
   if (p.head_dim <= 64)
-    return use(std::integral_constant<int, 128>(), std::integral_constant<int, 2>());
-  if (p.state_dim <= 64) return use(std::integral_constant<int, 64>(), One());
-  return use(std::integral_constant<int, 128>(), One());
+    return p.state_dim <= 64 ? use(Tile<data_t, 64, 2, 1>()) : use(Tile<data_t, 128, 1, 2>());
+  return p.state_dim <= 64 ? use(Tile<data_t, 64, 1, 1>()) : use(Tile<data_t, 128, 1, 1>());
 }
 
 // Not where this is compiled for other machines: the kernel is empty then, and has few registers.
 bool runs_here() {
   cudaFuncAttributes attributes{};
-  cudaFuncGetAttributes(&attributes, ssd_scan_wgmma_kernel<__half, 64, 1, false>);
+  cudaFuncGetAttributes(&attributes, ssd_scan_wgmma_kernel<Tile<__half, 64, 1, 1>, false>);
   return attributes.numRegs > 64;
 }
 
@@ -565,23 +581,20 @@ bool runs_here() {
 bool suits_ssd_scan_wgmma(const SsdScanParams& p) {
   if (!on_tensor_cores(p)) return false;
   const bool pairs = p.heads / p.b_groups % 2 == 0 && p.heads / p.c_groups % 2 == 0;
-  return (p.head_dim > 64 || (p.state_dim > 64 && pairs)) && runs_here();
+  return (p.head_dim > 64 || p.state_dim <= 64 || pairs) && runs_here();
 }
 
 int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& p) {
-  return with_tile(p, [&](auto, auto heads) {
-    const int64_t passed = int64_t(count_runs(p, heads())) * heads() * p.head_dim * p.state_dim;
-    return std::max(passed, make_deal(p, 1, heads()).size);
+  return with_tile<__half>(p, [&](auto tile) {
+    using T = decltype(tile);
+    const int64_t passed = int64_t(count_runs<T>(p)) * T::kHeads * p.head_dim * p.state_dim;
+    return std::max(passed, make_deal(p, T::kWalks, T::kHeads).size);
   });
 }
 
 void launch_ssd_scan_wgmma(const SsdScanParams& p, cudaStream_t stream) {
-  with_tile(p, [&](auto columns, auto heads) {
-    if (p.dtype == DType::kBFloat16)
-      launch<__nv_bfloat16, columns(), heads()>(p, stream);
-    else
-      launch<__half, columns(), heads()>(p, stream);
-  });
+  const auto run = [&](auto tile) { launch<decltype(tile)>(p, stream); };
+  p.dtype == DType::kBFloat16 ? with_tile<__nv_bfloat16>(p, run) : with_tile<__half>(p, run);
 }
 
 }  // namespace reasoners
