@@ -1,9 +1,8 @@
 // What fixes the bits of an attention row on the tensor cores, whichever kernel computes it.
 //
-//   step   16 positions: one chain of products of a warp
-//   block  64 positions: a warp takes their steps one after the other, with the online softmax of
-//          Dao 2023 (FlashAttention-2), from nothing
-//   split  256 positions: the results of four blocks are merged in order
+//   step   16 positions: a product of a warp
+//   block  64 positions: all scores, one softmax, then the values, step by step
+//   split  256 positions: the results of four blocks are folded in order, from the first
 //   row    its splits are folded in order, from the first
 //
 // Blocks and splits begin at multiples of their size. A block's result depends on its positions and
@@ -11,16 +10,20 @@
 // it, beside what, or whether it waits in memory until it is folded. Products and sums that the
 // compiler could contract in one kernel and not in another are spelled out.
 //
-// K (16 x D) times the queries (D x 8) gives the scores, V^T (D x 16) times the weights (16 x 8)
-// the values, both with m16n8k16. K's fragments are 16-byte loads straight from the cache, because
-// the order of the channels in a dot product is free; V's are put together from two positions by
-// byte permutations, the weights' by an 8 x 8 transposition. Weights are split in two numbers of
-// the data type, so that nothing is lost against float32.
+// Queries are the rows of all products (m16n8k16): Q K^T gives the scores, and what a lane gets of
+// them is what it has to give of the weights. Weights are split in two numbers of the data type, so
+// that nothing is lost against float32, and eight columns fill the 16 rows with both: the result's
+// rows g and g + 8 are added in the end. K's fragments are 16-byte loads of a position, because the
+// order of the channels in a dot product is free.
+//
+// With the positions as rows, the weights had to be transposed (movmatrix), K's registers sorted,
+// and what was seen rescaled after each step of 16: 133 instructions for 16 positions of 64
+// channels and 199 of 128, now 88 and 129.
 #pragma once
 
-#include <cstring>
-
 #include "convert.cuh"
+#include "matrix.cuh"
+#include "mma.cuh"
 #include "softmax.cuh"
 
 namespace reasoners {
@@ -29,7 +32,8 @@ constexpr int kStep = 16;
 constexpr int kBlock = 64;
 constexpr int kWalkers = 4;  // blocks of a split
 constexpr int kSplit = kWalkers * kBlock;
-constexpr int kTileHeads = 8;  // columns of one product
+constexpr int kTileHeads = 8;  // columns of a tile
+constexpr int kBlockSteps = kBlock / kStep;
 
 // Softmax over some positions, and a few channels of their weighted values, not yet divided by the
 // sum.
@@ -66,11 +70,11 @@ __device__ inline void store_vector(float* to, const Vec<float, kVec>& values) {
   *reinterpret_cast<Vec<float, kVec>*>(to) = values;
 }
 
-// Results of several walkers for some heads, in shared memory.
+// Results of several walkers for some heads, in shared memory; padded, or heads share banks.
 template <int kCount, int kHeads, int kDim>
 struct alignas(16) Partials {
   float max[kCount][kHeads], sum[kCount][kHeads];
-  alignas(16) float values[kCount][kHeads][kDim];
+  alignas(16) float values[kCount][kHeads][kDim + 4];
 
   template <int kVec>
   __device__ Part<kVec> read(int walker, int head, int channel) const {
@@ -82,6 +86,14 @@ struct alignas(16) Partials {
     store_vector<kVec>(&values[walker][head][channel], part.values);
     if (channel == 0) max[walker][head] = part.max, sum[walker][head] = part.sum;
   }
+  template <int kVec>
+  __device__ Part<kVec> folded(int head, int channel) const {
+    auto all = read<kVec>(0, head, channel);
+#pragma unroll
+    for (int w = 1; w < kCount; ++w) fold(all, read<kVec>(w, head, channel));
+    return all;
+  }
+  // The same but for rounding, and sooner for many walkers.
   template <int kVec>
   __device__ Part<kVec> merged(int head, int channel) const {
     auto all = nothing<kVec>();
@@ -100,208 +112,232 @@ struct alignas(16) Partials {
   }
 };
 
-template <typename data_t>
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-template <>
-__device__ inline void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4],
-                                                   const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4],
-                                            const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+// Of the scores, times log2(e). They are compared before they are scaled, so a negative scale
+// becomes one of the queries.
+template <typename Chunk>
+__device__ inline void take_sign(Chunk& query, float scale) {
+  if (scale < 0.f)
+#pragma unroll
+    for (auto& pair : query.at) pair ^= 0x80008000u;
 }
 
-// The 8 x 8 matrix of which lane (g, t) = (lane / 4, lane % 4) holds row g, columns 2t and 2t + 1.
-__device__ inline uint32_t transpose(uint32_t pair) {
-  uint32_t transposed;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
-  return transposed;
-}
-
-// a in the low half, b in the high half.
-template <typename data_t>
-__device__ inline uint32_t pack(float a, float b) {
-  const Vec<data_t, 2> pair{{from_float<data_t>(a), from_float<data_t>(b)}};
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-// The same, and what rounding takes from them.
+// Two neighbours in the data type, and what rounding takes from them.
 template <typename data_t>
 __device__ inline void coarse_and_fine(float a, float b, uint32_t& coarse, uint32_t& fine) {
   coarse = pack<data_t>(a, b);
-  Vec<data_t, 2> rounded;
-  memcpy(&rounded, &coarse, sizeof(coarse));
-  fine = pack<data_t>(a - to_float(rounded.at[0]), b - to_float(rounded.at[1]));
+  asm("" : "+r"(coarse));  // or both are converted alone, which is slow
+  const float2 rounded = unpack<data_t>(coarse);
+  fine = pack<data_t>(__fsub_rn(a, rounded.x), __fsub_rn(b, rounded.y));
 }
 
-// Lane (g, t) = (lane / 4, lane % 4) of a warp holds, of the 16 positions of a step:
-//   K        positions g and g + 8, channels 32 c + 8 t + (0 to 7) of every chunk c of 32
-//   scores   positions g and g + 8 of columns 2t and 2t + 1
-//   V        positions 2t, 2t + 1, 2t + 8, 2t + 9, channels 8 kWide j + kWide g + (0 to kWide - 1)
-//   values   those channels of columns 2t and 2t + 1
+// Lane (g, t) = (lane / 4, lane % 4) of a warp holds, of a column, the positions 8 n + 2 t and the
+// next of every n: their scores, and then their weights, which are a fragment of A.
+using Scores = float[kBlock / 8][4];  // column g is the first two, another one the last two
+
+struct Weights {
+  float max, sum;
+  uint32_t coarse[kBlock / 8], fine[kBlock / 8];
+
+  __device__ void get(uint32_t (&a)[4], int step) const {
+    a[0] = coarse[2 * step], a[1] = fine[2 * step];
+    a[2] = coarse[2 * step + 1], a[3] = fine[2 * step + 1];
+  }
+};
+
+template <typename data_t>
+__device__ inline Weights weigh(const Scores& scores, int column, float scale) {
+  Weights weights;
+  float top = kMinusInfinity, sum[2];
+#pragma unroll
+  for (int n = 0; n < kBlock / 8; ++n)
+    top = fmaxf(top, fmaxf(scores[n][2 * column], scores[n][2 * column + 1]));
+  top = fmaxf(top, __shfl_xor_sync(kAll, top, 1));
+  top = fmaxf(top, __shfl_xor_sync(kAll, top, 2));
+  weights.max = __fmul_rn(top, scale);
+  const float less = top == kMinusInfinity ? 0.f : -weights.max;
+#pragma unroll
+  for (int n = 0; n < kBlock / 8; ++n) {
+    float w[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      w[i] = exp2_fast(__fmaf_rn(scores[n][2 * column + i], scale, less));
+      sum[i] = n == 0 ? w[i] : __fadd_rn(sum[i], w[i]);
+    }
+    coarse_and_fine<data_t>(w[0], w[1], weights.coarse[n], weights.fine[n]);
+  }
+  float all = __fadd_rn(sum[0], sum[1]);
+  all = __fadd_rn(all, __shfl_xor_sync(kAll, all, 1));
+  weights.sum = __fadd_rn(all, __shfl_xor_sync(kAll, all, 2));
+  return weights;
+}
+
+// Lane (g, t) holds, of the 16 positions of a step, as they come from the caches:
+//   K  positions g and g + 8, channels 32 c + 8 t + (0 to 7) of every chunk c of 32
+//   V  positions 2t, 2t + 1, 2t + 8, 2t + 9, channels 8 kWide j + kWide chunk_of(g) + (0 to
+//      kWide - 1): column g of kWide products
+// and then of the values of column g the channels of V's columns 2t and 2t + 1, which lie so that
+// stores of them go to different banks.
 template <int kDim>
 struct Fragments {
   static constexpr int kChunks = kDim / 32;             // 16-byte loads of a position of K
   static constexpr int kWide = kDim % 64 == 0 ? 8 : 4;  // channels of one load of V
   static constexpr int kLoads = kDim / (8 * kWide);     // loads of a position of V
-  static constexpr int kPairs = kWide / 2;              // pairs of channels in one of them
   using KChunk = Vec<uint32_t, 4>;
-  using VChunk = Vec<uint32_t, kPairs>;
+  using VChunk = Vec<uint32_t, kWide / 2>;
+
+  __device__ static int chunk_of(int column) { return column / 2 + column % 2 * 4; }
 };
 
-// K and V of a step, in registers, as they come.
+// Lane first + i knows the place of position i of the step, counted in vectors.
 template <typename data_t, int kDim>
-struct StepLoads : Fragments<kDim> {
+struct KeyLoads : Fragments<kDim> {
   using typename Fragments<kDim>::KChunk;
-  using typename Fragments<kDim>::VChunk;
-  using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
-  KChunk k[2][kChunks];
-  VChunk v[4][kLoads];
+  using Fragments<kDim>::kChunks;
+  KChunk at[2][kChunks];
 
-  // Lane first + i knows the place of position i, counted in vectors.
-  __device__ void read(const data_t* k_cache, const data_t* v_cache, int place, int first) {
+  __device__ void read(const data_t* cache, int place, int first) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = g + 8 * r;
-      const data_t* from = k_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + t * 8;
+      const data_t* from =
+          cache + int64_t(__shfl_sync(kAll, place, first + g + 8 * r)) * kDim + t * 8;
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) k[r][c] = *reinterpret_cast<const KChunk*>(from + c * 32);
+      for (int c = 0; c < kChunks; ++c) at[r][c] = *reinterpret_cast<const KChunk*>(from + c * 32);
     }
+  }
+};
+template <typename data_t, int kDim>
+struct ValueLoads : Fragments<kDim> {
+  using typename Fragments<kDim>::VChunk;
+  using Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
+  VChunk at[4][kLoads];
+
+  __device__ void read(const data_t* cache, int place, int first) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int i = 2 * t + r % 2 + r / 2 * 8;
       const data_t* from =
-          v_cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + g * kWide;
+          cache + int64_t(__shfl_sync(kAll, place, first + i)) * kDim + this->chunk_of(g) * kWide;
 #pragma unroll
       for (int j = 0; j < kLoads; ++j)
-        v[r][j] = *reinterpret_cast<const VChunk*>(from + j * 8 * kWide);
+        at[r][j] = *reinterpret_cast<const VChunk*>(from + j * 8 * kWide);
     }
   }
-};
-
-// The same as the products take them.
-template <typename data_t, int kDim>
-struct StepFragments : Fragments<kDim> {
-  using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kPairs;
-  uint32_t k[kChunks][2][4];
-  uint32_t v[kLoads][kPairs][4];  // row g is the even channel of the pair, row g + 8 the odd one
-
-  __device__ explicit StepFragments(const StepLoads<data_t, kDim>& from) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) k[c][i / 4][i % 4] = from.k[i % 2][c].at[i / 2];
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j)
-#pragma unroll
-      for (int e = 0; e < kPairs; ++e)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          v[j][e][i] = __byte_perm(from.v[i / 2 * 2][j].at[e], from.v[i / 2 * 2 + 1][j].at[e],
-                                   i % 2 ? 0x7632 : 0x5410);
+  // Channel e of load j, of positions 2t, 2t + 1 and of 2t + 8, 2t + 9.
+  __device__ uint32_t pair(int j, int e, int i) const {
+    return __byte_perm(at[2 * i][j].at[e / 2], at[2 * i + 1][j].at[e / 2], e % 2 ? 0x7632 : 0x5410);
   }
 };
 
-// What a warp has seen of a block, for eight columns.
+// The queries of eight columns in shared memory, a fragment of A for 16 channels, in K's order of
+// them: columns are there twice, as rows g and g + 8, so that products take what a load brings.
+template <int kDim>
+struct TileQueries {
+  using Chunk = Vec<uint32_t, 4>;
+  Chunk at[kDim / 16][32];
+
+  __device__ void put(int column, int channel, Chunk q, float scale) {
+    take_sign(q, scale);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      at[channel / 32 * 2 + i][column * 4 + channel / 8 % 4] = {q.at[2 * i], q.at[2 * i],
+                                                                q.at[2 * i + 1], q.at[2 * i + 1]};
+  }
+  __device__ void get(uint32_t (&a)[4], int k) const {
+    const Chunk chunk = at[k][threadIdx.x % 32];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = chunk.at[i];
+  }
+};
+
+// A block of eight columns, straight from the caches.
 template <typename data_t, int kDim>
 struct BlockTile : Fragments<kDim> {
-  using typename Fragments<kDim>::KChunk;
-  using Fragments<kDim>::kChunks, Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
-  using Fragments<kDim>::kPairs;
-  float values[kLoads][kPairs][4];
-  float max[2], sum[2];
+  using Fragments<kDim>::kLoads, Fragments<kDim>::kWide;
+  float values[kLoads][kWide][4];
+  float max, sum;
 
   __device__ void clear() {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j)
 #pragma unroll
-      for (int e = 0; e < kPairs; ++e)
+      for (int e = 0; e < kWide; ++e)
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[j][e][i] = 0.f;
-    max[0] = max[1] = kMinusInfinity;
-    sum[0] = sum[1] = 0.f;
+    max = kMinusInfinity, sum = 0.f;
   }
 
   // Positions from `seen` on count for nothing, but their values must not be NaN.
-  // scale: of the scores, times log2(e). query(c): chunk c of column g, in K's order of channels.
-  template <typename Query>
-  __device__ void take(const StepFragments<data_t, kDim>& step, int seen, float scale,
-                       const Query& query) {
-    const int g = threadIdx.x % 32 / 4;
-    float score[4] = {};  // (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+  // kAhead: of the loads, K of the four steps and then V, as many are on their way at a time. No
+  // conditions between them, or the compiler waits at each.
+  template <int kAhead, typename Places>
+  __device__ void take(const data_t* k_cache, const data_t* v_cache, const Places& places, int seen,
+                       float scale, const TileQueries<kDim>& queries) {
+    KeyLoads<data_t, kDim> k[kBlockSteps];
+    ValueLoads<data_t, kDim> v[kBlockSteps];
+    const auto request = [&](int load) {
+      const int step = load % kBlockSteps, first = step * kStep;
+      if (load < kBlockSteps) k[step].read(k_cache, places.of(first), first % 32);
+      if (load >= kBlockSteps && load < 2 * kBlockSteps)
+        v[step].read(v_cache, places.of(first), first % 32);
+    };
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const KChunk q = query(c);
+    for (int load = 0; load < kAhead; ++load) request(load);
+    Scores scores = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        multiply_add<data_t>(score, step.k[c][i], {q.at[2 * i], q.at[2 * i + 1]});
-    }
+    for (int step = 0; step < kBlockSteps; ++step) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      score[i] = g + i / 2 * 8 < seen ? __fmul_rn(score[i], scale) : kMinusInfinity;
-
-    float fade[2], w[4];
+      for (int i = 0; i < kDim / 16; ++i) {
+        uint32_t a[4];
+        queries.get(a, i);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = fmaxf(score[h], score[2 + h]);
-#pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2)
-        top = fmaxf(top, __shfl_xor_sync(kAll, top, offset));
-      top = fmaxf(top, max[h]);
-      fade[h] = weight(max[h], top);
-      max[h] = top;
-      w[h] = weight(score[h], top);
-      w[2 + h] = weight(score[2 + h], top);
-      sum[h] = __fmaf_rn(sum[h], fade[h], __fadd_rn(w[h], w[2 + h]));
-    }
-    uint32_t coarse[2], fine[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      coarse_and_fine<data_t>(w[2 * r], w[2 * r + 1], coarse[r], fine[r]);
-      coarse[r] = transpose(coarse[r]);
-      fine[r] = transpose(fine[r]);
-    }
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j)
-#pragma unroll
-      for (int e = 0; e < kPairs; ++e) {
-        float (&c)[4] = values[j][e];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[i] = __fmul_rn(c[i], fade[i % 2]);
-        multiply_add<data_t>(c, step.v[j][e], coarse);
-        multiply_add<data_t>(c, step.v[j][e], fine);
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t* b = &k[step].at[r][i / 2].at[i % 2 * 2];
+          multiply_add<data_t>(scores[2 * step + r], a, b[0], b[1]);
+        }
       }
-  }
-
-  __device__ void store(Partials<kWalkers, kTileHeads, kDim>& partials, int walker) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+      request(step + kAhead);
+    }
+    if (seen < kBlock) {
+      const int t = threadIdx.x % 4;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+      for (int n = 0; n < kBlock / 8; ++n)
 #pragma unroll
-      for (int offset = 4; offset < 32; offset *= 2)
-        sum[h] = __fadd_rn(sum[h], __shfl_xor_sync(kAll, sum[h], offset));
-      const int head = 2 * t + h;
-      if (g == 0) partials.max[walker][head] = max[h], partials.sum[walker][head] = sum[h];
+        for (int i = 0; i < 2; ++i)
+          if (8 * n + 2 * t + i >= seen) scores[n][i] = kMinusInfinity;
+    }
+    const Weights weights = weigh<data_t>(scores, 0, scale);
+    max = weights.max, sum = weights.sum;
+#pragma unroll
+    for (int step = 0; step < kBlockSteps; ++step) {
+      uint32_t a[4];
+      weights.get(a, step);
 #pragma unroll
       for (int j = 0; j < kLoads; ++j)
 #pragma unroll
-        for (int e = 0; e < kPairs; ++e)
-          *reinterpret_cast<float2*>(
-              &partials.values[walker][head][j * 8 * kWide + g * kWide + 2 * e]) =
-              make_float2(values[j][e][h], values[j][e][2 + h]);
+        for (int e = 0; e < kWide; ++e)
+          multiply_add<data_t>(values[j][e], a, v[step].pair(j, e, 0), v[step].pair(j, e, 1));
+      request(kBlockSteps + step + kAhead);
     }
+  }
+
+  __device__ void store(Partials<kWalkers, kTileHeads, kDim>& partials, int walker) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    if (t == 0) partials.max[walker][g] = max, partials.sum[walker][g] = sum;
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int e = 0; e < kWide; e += 4) {
+          Vec<float, 4> four;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            four.at[i] = __fadd_rn(values[j][e + i][h], values[j][e + i][2 + h]);
+          const int channel = j * 8 * kWide + this->chunk_of(2 * t + h) * kWide + e;
+          store_vector<4>(&partials.values[walker][g][channel], four);
+        }
   }
 };
 

@@ -346,16 +346,18 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
     tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
   constexpr int kVectors = kDim / 8;
+  // As registers hold: a block's loads are eight, of kDim / 4 registers.
+  constexpr int kAhead = kDim > 64 ? 4 : kFew ? 8 : 5;
   __shared__ Partials<kWalkers, kTileHeads, kDim> partials;
   __shared__ Folded<kDim> folded;
-  __shared__ alignas(16) data_t queries[kTileHeads][kDim + 8];  // padded, or heads share banks
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __shared__ TileQueries<kDim> queries;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
   let_next_start();
   Work work = work_of_block<kTileHeads>(p);
   if (kFew) prefetch_early<data_t, kDim>(p, pages, work, begin_of(blockIdx.y));
-  // prefix_kernel let this one start when all that both read was there; what it leaves is waited for
-  // where it is read.
+  // prefix_kernel let this one start when all that both read was there; what it leaves is waited
+  // for where it is read.
   const bool beside_prefix = plan.shared_blocks > 0;
   if (!beside_prefix) wait_for_inputs();
 
@@ -386,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
     next.look_up(p, pages, work.row, work.kv_head, begin_of(split), work.visible);
   else if (work.visible > begin_of(split))
     next.end_at(min(work.visible - begin_of(split), kBlock));
-  if (head < kTileHeads) *reinterpret_cast<KChunk*>(&queries[head][channel]) = q;
+  if (head < kTileHeads) queries.put(head, channel, q, p.scale);
   __syncthreads();
   const Slots<kDim> slots(p, plan);
   const auto each_vector = [&](const auto& f) {  // always the same thread's
@@ -394,6 +396,7 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
     for (int i = threadIdx.x * 4; i < work.heads * kDim; i += kThreads * 4) f(i / kDim, i % kDim);
   };
   const int first_own = split;
+  const float scale = positive_scale(p.scale);
   int turn = 0;
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
@@ -411,33 +414,14 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
     } else {
       BlockTile<data_t, kDim> tile;
       tile.clear();
-      const int visible = work.visible - begin_of(split);
-      if (visible > 0) {
-        // Several steps are on their way at a time. No conditions, or the compiler waits at each: a
-        // step past the end adds nothing.
-        constexpr int kLoads = kFew && kDim == 64 ? 4 : 2;
-        StepLoads<data_t, kDim> loads[kLoads];
-        const auto request = [&](int begin) {
-          loads[begin / kStep % kLoads].read(k_cache, v_cache, places.of(begin), begin % 32);
-        };
-#pragma unroll
-        for (int step = 0; step < kLoads - 1; ++step) request(step * kStep);
-#pragma unroll
-        for (int begin = 0; begin < kBlock; begin += kStep) {
-          const int ahead = begin + (kLoads - 1) * kStep;
-          if (ahead < kBlock) request(ahead);
-          tile.take(StepFragments<data_t, kDim>(loads[begin / kStep % kLoads]), visible - begin,
-                    p.scale * kLog2E, [&](int c) {
-                      return *reinterpret_cast<const KChunk*>(&queries[g][t * 8 + c * 32]);
-                    });
-        }
-      }
+      if (const int visible = work.visible - begin_of(split); visible > 0)
+        tile.template take<kAhead>(k_cache, v_cache, places, visible, scale, queries);
       tile.store(partials, warp);
     }
     if (beside_prefix) wait_for_inputs();
     __syncthreads();
     each_vector([&](int head, int channel) {
-      const auto part = partials.template merged<4>(head, channel);
+      const auto part = partials.template folded<4>(head, channel);
       if (alone) {
         auto all = nothing<4>();
         if (split > first_own) {
@@ -594,10 +578,10 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
     prefix_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
   using KChunk = typename Fragments<kDim>::KChunk;
   __shared__ Partials<kWalkers, kTileHeads, kDim> partials[kSides];
-  __shared__ alignas(16) data_t queries[kColumns][kDim + 8];  // padded, or columns share banks
+  __shared__ TileQueries<kDim> queries[kSides * kTiles];
   wait_for_inputs();
   let_next_start();  // what tensor_kernel reads is there, too
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.heads / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
   const int first_column = blockIdx.x / p.kv_heads * kColumns;
   const auto row_of = [&](int column) { return (first_column + column) / group; };
@@ -625,7 +609,7 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
       q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
                                            row_of(column) * p.q_stride + head_of(column) * kDim +
                                            channel);
-    *reinterpret_cast<KChunk*>(&queries[column][channel]) = q;
+    queries[column / kTileHeads].put(column % kTileHeads, channel, q, p.scale);
   }
   __syncthreads();
 
@@ -633,6 +617,7 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
   const Slots<kDim> slots(p, plan);
+  const float scale = positive_scale(p.scale);
   BlockTile<data_t, kDim> tiles[kTiles];
   int turn = 0;
   for (unsigned rest = starts; rest; rest &= rest - 1) {
@@ -654,23 +639,11 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
         Places places;
         places.look_up(p, pages, row, kv_head, start, start + kBlock);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) tiles[i].clear();
-        StepLoads<data_t, kDim> loads[2];
-        loads[0].read(k_cache, v_cache, places.of(0), 0);
-#pragma unroll
-        for (int begin = 0; begin < kBlock; begin += kStep) {
-          const int ahead = begin + kStep;
-          if (ahead < kBlock)
-            loads[ahead / kStep % 2].read(k_cache, v_cache, places.of(ahead), ahead % 32);
-          const StepFragments<data_t, kDim> step(loads[begin / kStep % 2]);
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            const data_t* query = &queries[(side * kTiles + i) * kTileHeads + g][t * 8];
-            if (columns_of(side, i))
-              tiles[i].take(step, kStep, p.scale * kLog2E, [&](int c) {
-                return *reinterpret_cast<const KChunk*>(query + c * 32);
-              });
-          }
+        for (int i = 0; i < kTiles; ++i) {
+          tiles[i].clear();
+          if (columns_of(side, i))
+            tiles[i].template take<4>(k_cache, v_cache, places, kBlock, scale,
+                                      queries[side * kTiles + i]);
         }
       }
 #pragma unroll
@@ -684,7 +657,7 @@ __global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
           const int column = (side * kTiles + i) * kTileHeads + head;
           const int64_t at = slots.at(row_of(column), head_of(column), 0);
           if (count == kWalkers) {
-            slots.write(at + split, channel, partials[side].template merged<4>(head, channel));
+            slots.write(at + split, channel, partials[side].template folded<4>(head, channel));
           } else {
             for (int w = 0; w < count; ++w)
               slots.write(at + plan.splits + w, channel,

@@ -181,9 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       seen[m][r] =
           tile.position + 1 + __shfl_sync(kAll, min(query, tile.queries - 1), 16 * m + 8 * r + g);
 
-  // Scores are compared before they are scaled: a negative scale becomes one of the queries, and
-  // with 0 a score of -inf would be NaN.
-  const float scale = fmaxf(fabsf(p.scale) * kLog2E, 1e-37f);
+  const float scale = positive_scale(p.scale);
   wait_for_copies<1>();
   if (p.scale < 0.f)
     for (int i = 0; i < kWarpColumns; i += kLines)

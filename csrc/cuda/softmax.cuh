@@ -19,6 +19,10 @@ __device__ inline float weight(float score, float max) {
   return w;
 }
 
+// The factor of scores that are compared before it is applied: what a negative scale changes is the
+// queries' sign, and with 0 a score of -inf would be NaN.
+__device__ inline float positive_scale(float scale) { return fmaxf(fabsf(scale) * kLog2E, 1e-37f); }
+
 // The logarithm of the sum of the exponentials of scores that carried log2(e), as nobody outside
 // knows of it: natural.
 __device__ inline float log_sum_exp(float max, float sum) {
