@@ -65,6 +65,8 @@ struct MixerUpdateParams {
 void launch_discrete_mamba2_update(const MixerUpdateParams& params, cudaStream_t stream);
 void launch_mamba2_update(const MixerUpdateParams& params, cudaStream_t stream);
 
+// Channels that a block of selective_update or mamba1_update serves where rows are many.
+constexpr int kSelectivePart = 128;
 struct SelectiveUpdateParams {
   void* state;                                         // (slots, channels, state_dim), state_dtype
   const int32_t* slots;                                // (batch), negative = padding row
@@ -75,8 +77,9 @@ struct SelectiveUpdateParams {
   const void* C;                                       // (batch, c_groups, state_dim), dtype
   const float* D;                                      // (channels) or null
   void* y;                                             // (batch, channels), dtype
+  uint32_t* tickets;                                   // (parts), zeros, and zeros again afterwards
   int64_t x_stride, delta_stride, b_stride, c_stride;  // of the batch dimension
-  int batch, channels, b_groups, c_groups, state_dim;
+  int num_slots, batch, channels, b_groups, c_groups, state_dim;
   DType dtype, state_dtype;
 };
 void launch_selective_update(const SelectiveUpdateParams& params, cudaStream_t stream);
@@ -94,8 +97,9 @@ struct Mamba1UpdateParams {
   const float* A_log;       // (channels, state_dim)
   const float* D;           // (channels)
   void* y;                  // (batch, channels), dtype
+  uint32_t* tickets;        // (parts), zeros, and zeros again afterwards
   int64_t projected_stride, dt_stride;  // of the batch dimension
-  int batch, channels, kv_dim, state_dim, width;
+  int num_slots, batch, channels, kv_dim, state_dim, width;
   DType dtype, state_dtype;
 };
 void launch_mamba1_update(const Mamba1UpdateParams& params, cudaStream_t stream);

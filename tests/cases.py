@@ -551,6 +551,26 @@ GATE_CASES = {
 
 # Rows that only a CUDA kernel can run, to be added to a table above.
 CUDA_CASES = {"fp16": {"dtype": torch.float16}}
+# Of mamba1_update: the form for many rows, which N other than 16 and odd strides do not take.
+CUDA_MAMBA1_CASES = CUDA_CASES | {
+    name: {"batch": 40, "inner": 1024, "kv_dim": 256, "rest": 0, **case}
+    for name, case in {
+        "many rows, fp32": {},
+        "many rows, fp32 data, bf16 state": {"state_dtype": torch.bfloat16},
+        "many rows, fp16": {"dtype": torch.float16, "state_dtype": torch.float16},
+        "many rows, no sharing": {"kv_dim": 1024, "dtype": torch.bfloat16},
+        "many rows, 3 channels to 1": {"inner": 1152, "kv_dim": 384, "dtype": torch.bfloat16},
+        "many rows, a rest of channels": {"inner": 1200, "kv_dim": 400, "dtype": torch.bfloat16},
+        "many rows, width 3": {"width": 3, "dtype": torch.bfloat16},
+        "many rows, N 32": {"N": 32, "dtype": torch.bfloat16},
+        "many rows, odd stride": {"rest": 6, "dtype": torch.bfloat16},
+    }.items()
+}
+# So many that blocks have several, or draw them.
+MANY_ROWS = {
+    "150 rows": {"batch": 150, "inner": 2048, "kv_dim": 512},
+    "700 rows": {"batch": 700, "inner": 2048, "kv_dim": 512},
+}
 CUDA_STATE_CASES = CUDA_CASES | {
     "fp16 data and state": {"dtype": torch.float16, "state_dtype": torch.float16},
     "noise, fp16": {"dtype": torch.float16, "state_dtype": torch.float16, "noise": True},

@@ -93,6 +93,48 @@ def test_update_against_reference(case):
     assert torch.equal(after["state"][others], before["state"][others])
 
 
+CUDA_UPDATE_TABLE = SELECTIVE_UPDATE_CASES | {
+    "fp16": {"dtype": torch.float16},
+    "N 8": {"N": 8},
+    "N 64": {"N": 64},
+    "300 rows": {"batch": 300, "channels": 512, "Gc": 32, "dtype": torch.bfloat16},
+    "300 rows, bf16 state": {
+        "batch": 300, "channels": 512, "Gb": 2, "Gc": 8, "dtype": torch.bfloat16,
+        "state_dtype": torch.bfloat16,
+    },
+    "300 rows, fp32": {"batch": 300, "channels": 528, "Gb": 11, "Gc": 33},
+    "100 rows, groups of no whole chunks": {"batch": 100, "channels": 520, "Gb": 13, "Gc": 65},
+    "a few of them padding": {
+        "batch": 300, "channels": 512, "Gc": 1, "dtype": torch.bfloat16,
+        "slots": [-1 if i % 7 == 3 else i for i in range(300)],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.cuda("selective_update")
+@pytest.mark.parametrize("case", CUDA_UPDATE_TABLE.values(), ids=CUDA_UPDATE_TABLE.keys())
+def test_update_against_reference_cuda(case):
+    before = selective_update_inputs(**case)
+    after = reference.check(ops.selective_update, "selective_update", "cuda", **case)
+    named = before["slots"].tolist()
+    others = [s for s in range(before["state"].shape[0]) if s not in named]
+    assert torch.equal(after["state"].cpu()[others], before["state"][others])
+
+
+@pytest.mark.cuda("selective_update")
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_update_of_many_rows_equals_that_of_few_bitwise_cuda(state_dtype):
+    many = {"batch": 700, "channels": 2048, "dtype": torch.bfloat16, "state_dtype": state_dtype}
+    inputs = {k: v.cuda() for k, v in selective_update_inputs(Gb=32, Gc=128, **many).items()}
+    state = inputs["state"].clone()
+    y = ops.selective_update(**inputs)
+    for rows in torch.arange(700, device="cuda").split(8):
+        few = {k: inputs[k][rows] for k in ("slots", "x", "delta", "B", "C")}
+        few = {"A": inputs["A"], "D": inputs["D"], "state": state} | few
+        assert torch.equal(ops.selective_update(**few), y[rows])
+    assert torch.equal(state, inputs["state"])
+
+
 @pytest.mark.parametrize("case", ["base", "no option, bf16", "packed", "groups out of step"])
 def test_gradcheck(case):
     small = {"dtype": torch.float64, "channels": 6, "N": 3, "length": 5}

@@ -81,4 +81,26 @@ __device__ inline void copy_bulk_once(void* shared, const void* global, int byte
       : "memory");
 }
 
+// The way back. What this thread wrote to shared memory is there for bulk copies, after a barrier.
+__device__ inline void show_to_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void store_bulk_once(void* global, const void* shared, int bytes) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
+          global),
+      "r"(shared_address(shared)), "r"(bytes), "l"(policy)
+      : "memory");
+}
+// This thread's stores so far: a group of them; all have been read; all have been written.
+__device__ inline void commit_bulk_stores() { asm volatile("cp.async.bulk.commit_group;"); }
+__device__ inline void wait_bulk_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ inline void wait_bulk_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 }  // namespace reasoners

@@ -239,6 +239,12 @@ Tensor mamba2_update(const Tensor& conv_state, const Tensor& state, const Option
   return t.y;
 }
 
+// One for each part of the channels.
+uint32_t* selective_tickets(int64_t channels) {
+  return tickets_for(at::cuda::getCurrentCUDAStream(),
+                     (channels + kSelectivePart - 1) / kSelectivePart);
+}
+
 Tensor selective_update(const Tensor& state, const Tensor& slots_in, const Tensor& x_in,
                         const Tensor& delta_in, const Tensor& A_in, const Tensor& B_in,
                         const Tensor& C_in, const OptionalTensor& D_in) {
@@ -262,10 +268,12 @@ Tensor selective_update(const Tensor& state, const Tensor& slots_in, const Tenso
   p.delta_stride = delta.stride(0);
   p.b_stride = B.stride(0);
   p.c_stride = C.stride(0);
+  p.num_slots = state.size(0);
   p.batch = x.size(0);
   p.channels = x.size(1);
   p.b_groups = B.size(1);
   p.c_groups = C.size(1);
+  p.tickets = selective_tickets(p.channels);
   p.state_dim = A.size(1);
   p.dtype = dtype_of(x);
   p.state_dtype = dtype_of(state);
@@ -307,9 +315,11 @@ Tensor mamba1_update(const Tensor& conv_state, const Tensor& state, const Tensor
   p.y = y.mutable_data_ptr();
   p.projected_stride = projected.stride(0);
   p.dt_stride = dt.stride(0);
+  p.num_slots = state.size(0);
   p.batch = projected.size(0);
   p.channels = state.size(1);
   p.kv_dim = kv_dim;
+  p.tickets = selective_tickets(p.channels);
   p.state_dim = state_dim;
   p.width = conv_weight.size(1);
   p.dtype = dtype_of(projected);

@@ -1,21 +1,19 @@
 // One token of the Mamba-1 recurrence S = exp(delta A) S + delta x B, y = S . C + D x, in place on
-// each row's slot: the body that selective_update.cu and mamba1_update.cu share.
+// each row's slot: the body that selective_update.cu and mamba1_update.cu share. For many rows of
+// N = 16 see selective_stream.cuh.
 //
 // kLanes neighbouring threads hold a channel's N entries, 16 bytes each, so a block's addresses are
-// one linear stream per row. A block keeps its channels' constants (A, taps, biases) for kRows
-// rows; everything that it reads of these rows is requested before the first is used. What is one
-// number a channel (step size, convolution, gate) is the work of one lane, another for each row,
-// which tells the others. A `Mixer` says where inputs come from and what becomes of y.
+// one linear stream. What is one number a channel (step size, convolution, gate) is the work of the
+// first lane, which tells the others. While the kernel before still runs, the slot's lines are
+// fetched into the second-level cache, and weights are read. A `Mixer` says where inputs come from
+// and what becomes of y.
 //
 //   N               8      16      32      64
 //   lanes, fp32     2       4       8      16
 //   lanes, 16 bit   1       2       4       8
-//
-// 2048 channels, N = 16, batch 512, the whole mixer, H100: with every lane at work on every number,
-// and a row's inputs requested after the row before, 115 us in fp32 and 72 in bf16 (floor 51, 29).
 #pragma once
 
-#include "state_step.cuh"
+#include "selective_stream.cuh"
 
 namespace reasoners {
 
@@ -31,107 +29,73 @@ __device__ inline Vec<data_t, kCount> load_values(const data_t* from, bool align
   return values;
 }
 
-template <typename Mixer, typename state_t, int kStateDim, int kRows>
-__global__ void __launch_bounds__(kSelectiveThreads)
+template <typename Mixer, typename state_t, int kStateDim>
+__global__ void __launch_bounds__(kSelectiveThreads, 8)
     selective_step_kernel(const Mixer mixer, bool aligned) {
-  using data_t = typename Mixer::Data;
   constexpr int kVec = 16 / sizeof(state_t), kLanes = kStateDim / kVec;
   const auto& p = mixer.p;
-  const int channel = (blockIdx.x * kSelectiveThreads + threadIdx.x) / kLanes;
-  const int first = threadIdx.x % kLanes * kVec;
+  __builtin_assume(p.state_dim == kStateDim);
+  const int64_t row = blockIdx.x;
+  const int channel = (blockIdx.y * kSelectiveThreads + threadIdx.x) / kLanes;
+  const int lane = threadIdx.x % kLanes, first = lane * kVec;
   // Lanes of a channel agree on it, so shuffles below may name all lanes of the warp only if none
   // leaves: channels beyond the last compute on the last and store nothing.
-  const bool valid = channel < p.channels;
+  const bool valid = channel < p.channels, leads = lane == 0;
   const int at = min(channel, p.channels - 1);
-
-  const int lane = threadIdx.x % kLanes;
+  const auto state_of = [&](int64_t slot) {
+    return static_cast<state_t*>(p.state) + (slot * p.channels + at) * kStateDim + first;
+  };
 
   let_next_start();
-  wait_for_inputs();
-  uint4 raw[kRows];
-  Vec<data_t, kVec> b[kRows], c[kRows];
-  int64_t slots[kRows];
-  auto* states = static_cast<state_t*>(p.state) + int64_t(at) * kStateDim + first;
-  const int64_t slot_size = int64_t(p.channels) * kStateDim;
-  const int first_row = blockIdx.y * kRows;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = first_row + i;
-    slots[i] = row < p.batch ? p.slots[row] : -1;
-    raw[i] = uint4{};
-    if (slots[i] < 0) continue;
-    raw[i] = load_state(states + slots[i] * slot_size);
-    b[i] = load_values<kVec>(mixer.B(row, at) + first, aligned);
-    c[i] = load_values<kVec>(mixer.C(row, at) + first, aligned);
+  if (const int64_t slot = guess_slot(p, row); slot >= 0) {
+    prefetch(state_of(slot));
+    if (leads) mixer.prefetch_slot(slot, at);
   }
-  // Row i is seen to by lane i % kLanes.
-  constexpr int kOwned = (kRows + kLanes - 1) / kLanes;
-  typename Mixer::Inputs inputs[kOwned];
-  int64_t own_slots[kOwned];
-#pragma unroll
-  for (int o = 0; o < kOwned; ++o) {
-    own_slots[o] = -1;
-#pragma unroll
-    for (int l = 0; l < kLanes && o * kLanes + l < kRows; ++l)
-      if (lane == l) own_slots[o] = slots[o * kLanes + l];
-    if (own_slots[o] >= 0)
-      inputs[o] = mixer.inputs(first_row + o * kLanes + lane, own_slots[o], at);
-  }
+  const auto place = mixer.place(mixer.part(0, p.channels), at);
+  if constexpr (!Mixer::kWeights) wait_for_inputs();
   const auto constants = mixer.constants(at);
   float A[kVec];
 #pragma unroll
-  for (int k = 0; k < kVec; ++k) A[k] = mixer.A(at, first + k) * 1.4426950408889634f;
-  float delta[kOwned] = {}, x[kOwned] = {};
-#pragma unroll
-  for (int o = 0; o < kOwned; ++o)
-    if (own_slots[o] >= 0) {
-      delta[o] = mixer.delta(constants, inputs[o]);
-      x[o] = mixer.x(constants, inputs[o], own_slots[o], at, valid);
-    }
+  for (int k = 0; k < kVec; ++k) A[k] = exponent(mixer, mixer.decays(at)[first + k]);
+  if constexpr (Mixer::kWeights) wait_for_inputs();
 
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = first_row + i, owner = i % kLanes, o = i / kLanes;
-    if (row >= p.batch) break;
-    if (slots[i] < 0) {
-      if (lane == owner && valid) mixer.store(row, at, 0.f);
-      continue;
-    }
-    const float step = __shfl_sync(~0u, delta[o], owner, kLanes);
-    const float input = step * __shfl_sync(~0u, x[o], owner, kLanes);
-    auto s = widen(raw[i], state_t{});
-    float sum = 0.f;
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      s.at[k] = fmaf(exp2f(step * A[k]), s.at[k], input * to_float(b[i].at[k]));
-      sum = fmaf(s.at[k], to_float(c[i].at[k]), sum);
-    }
-    if (valid) store_state(states + slots[i] * slot_size, narrow(s, state_t{}));
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2)
-      sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
-    if (lane == owner && valid) mixer.finish(constants, inputs[o], row, at, x[o], sum);
+  // All that is read of the row is asked for at once.
+  const int64_t slot = __ldcg(&p.slots[row]);
+  const int length = mixer.length(row);
+  auto in = mixer.inputs(row, place, at);
+  const auto b = load_values<kVec>(mixer.B(row) + place.b + first, aligned);
+  const auto c = load_values<kVec>(mixer.C(row) + place.c + first, aligned);
+  if (slot < 0) {
+    if (leads && valid) mixer.store(row, at, 0.f);
+    return;
   }
+  const uint4 raw = load_state(state_of(slot));
+  float delta = 0.f, x = 0.f;
+  if (leads) {
+    mixer.read_ring(in, slot, length, at);
+    delta = mixer.delta(constants, in);
+    x = mixer.x(constants, in, valid);
+  }
+  const float step = __shfl_sync(~0u, delta, 0, kLanes);
+  const float input = step * __shfl_sync(~0u, x, 0, kLanes);
+  const auto [next, partial] = advance(raw, A, step, input, b, c, state_t{});
+  if (valid) store_state(state_of(slot), next);
+  float sum = partial;
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
+  if (leads && valid) mixer.finish(constants, in, row, at, x, sum);
 }
 
 template <typename Mixer, typename state_t, int kStateDim>
 void launch_selective_step(const Mixer& mixer, cudaStream_t stream) {
-  constexpr int kLanes = kStateDim * sizeof(state_t) / 16;
+  constexpr int kChannels = kSelectiveThreads / (kStateDim * sizeof(state_t) / 16);
   const auto& p = mixer.p;
-  const bool aligned = mixer.aligned(16 / sizeof(state_t));
-  const int channels = kSelectiveThreads / kLanes;
-  const int blocks = (p.channels + channels - 1) / channels;
-  // Wide vectors of 16-bit entries leave registers for fewer rows.
-  constexpr int kMany = sizeof(state_t) == 4 ? 4 : 2;
-  if (p.batch < 64) {
-    const dim3 grid(blocks, p.batch);
-    launch_overlapping(selective_step_kernel<Mixer, state_t, kStateDim, 1>, grid, kSelectiveThreads,
-                       0, stream, mixer, aligned);
-  } else {
-    const dim3 grid(blocks, (p.batch + kMany - 1) / kMany);
-    launch_overlapping(selective_step_kernel<Mixer, state_t, kStateDim, kMany>, grid,
-                       kSelectiveThreads, 0, stream, mixer, aligned);
-  }
+  if constexpr (kStateDim == kStreamStateDim)
+    if (launch_selective_stream<Mixer, state_t>(mixer, stream)) return;
+  const dim3 grid(p.batch, (p.channels + kChannels - 1) / kChannels);
+  launch_overlapping(selective_step_kernel<Mixer, state_t, kStateDim>, grid, kSelectiveThreads, 0,
+                     stream, mixer, mixer.aligned(16 / sizeof(state_t)));
 }
 
 template <typename Mixer, typename state_t>
