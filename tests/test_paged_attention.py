@@ -298,6 +298,9 @@ SHARED = {
     "one token of its own": ((513, 513), ((2, 512),)),
     "a long prefix": ((2100, 2200, 2050), ((3, 2048),)),
     "more rows than a block takes": (tuple(330 + 3 * i for i in range(90)), ((33, 320), (57, 256))),
+    "groups and loners in any place": (tuple(280 + 5 * i for i in range(24)),
+                                       ((1, 0), (2, 192), (1, 0), (5, 272), (7, 128), (1, 0),
+                                        (4, 256), (2, 0), (1, 0))),
 }  # fmt: skip
 
 

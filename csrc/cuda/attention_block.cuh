@@ -88,9 +88,9 @@ struct alignas(16) Partials {
   }
   template <int kVec>
   __device__ Part<kVec> folded(int head, int channel) const {
-    auto all = read<kVec>(0, head, channel);
+    auto all = nothing<kVec>();
 #pragma unroll
-    for (int w = 1; w < kCount; ++w) fold(all, read<kVec>(w, head, channel));
+    for (int w = 0; w < kCount; ++w) fold(all, read<kVec>(w, head, channel));
     return all;
   }
   // The same but for rounding, and sooner for many walkers.
@@ -136,12 +136,7 @@ using Scores = float[kBlock / 8][4];  // column g is the first two, another one 
 
 struct Weights {
   float max, sum;
-  uint32_t coarse[kBlock / 8], fine[kBlock / 8];
-
-  __device__ void get(uint32_t (&a)[4], int step) const {
-    a[0] = coarse[2 * step], a[1] = fine[2 * step];
-    a[2] = coarse[2 * step + 1], a[3] = fine[2 * step + 1];
-  }
+  uint32_t at[kBlockSteps][4];  // rows g: coarse, rows g + 8: fine
 };
 
 template <typename data_t>
@@ -163,7 +158,8 @@ __device__ inline Weights weigh(const Scores& scores, int column, float scale) {
       w[i] = exp2_fast(__fmaf_rn(scores[n][2 * column + i], scale, less));
       sum[i] = n == 0 ? w[i] : __fadd_rn(sum[i], w[i]);
     }
-    coarse_and_fine<data_t>(w[0], w[1], weights.coarse[n], weights.fine[n]);
+    uint32_t* pair = &weights.at[n / 2][n % 2 * 2];
+    coarse_and_fine<data_t>(w[0], w[1], pair[0], pair[1]);
   }
   float all = __fadd_rn(sum[0], sum[1]);
   all = __fadd_rn(all, __shfl_xor_sync(kAll, all, 1));
@@ -311,13 +307,12 @@ struct BlockTile : Fragments<kDim> {
     max = weights.max, sum = weights.sum;
 #pragma unroll
     for (int step = 0; step < kBlockSteps; ++step) {
-      uint32_t a[4];
-      weights.get(a, step);
 #pragma unroll
       for (int j = 0; j < kLoads; ++j)
 #pragma unroll
         for (int e = 0; e < kWide; ++e)
-          multiply_add<data_t>(values[j][e], a, v[step].pair(j, e, 0), v[step].pair(j, e, 1));
+          multiply_add<data_t>(values[j][e], weights.at[step], v[step].pair(j, e, 0),
+                               v[step].pair(j, e, 1));
       request(kBlockSteps + step + kAhead);
     }
   }

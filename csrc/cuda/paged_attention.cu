@@ -10,10 +10,11 @@
 //   a row is summed. Its splits of 256 positions are walked by one thread block that folds them as
 //   it goes, or, where the batch alone would not fill the machine, dealt to several that leave them
 //   in memory for combine_kernel: two floats and D more for 256 positions of K and V.
-// prefix: rows that share their first pages. A thread block takes 32 columns, that is rows' query
-//   heads, over a split of the shared pages, so that K and V are read once for all of them. What it
-//   finds waits in memory until the rows' own thread blocks come to it: whole splits, and the whole
-//   blocks of the split in which the rows part.
+// prefix: rows that share their first pages. A thread block takes 64 columns, that is rows' query
+//   heads, over splits of the shared pages: K and V of 64 positions lie in shared memory for all of
+//   its warps, which have 16 of the columns each. What it finds waits in memory until the rows' own
+//   thread blocks come to it: whole splits, and the whole blocks of the split in which the rows
+//   part.
 // plain: everything else. Positions are dealt out in turn to walkers of kLanes threads, each of
 //   which holds kVec x kChunks channels; the walkers are merged at the end.
 //
@@ -25,6 +26,9 @@
 //   1 x 2048              9.0   12.6      128 x 1024                      99   188
 //   1 x 32768            37.9   66.9      512 x 1024                     376   732
 //   16 x 2048            35.4   62.1      256 x 768, 512 of them shared   83.5 145
+// On an H200 the last of them took 72.6 and 122 (without `shared` 98.7 and 167) as long as
+// prefix_kernel had the positions as the rows of its products, 32 columns a thread block: 31 and 48
+// for itself.
 // Tried: K and V through a ring of asynchronous copies in shared memory, 16 to 24 kB a warp and on
 // across splits, a prologue of fewer loads, own positions beside prefix_kernel's: 1 x 2048 in 6.8
 // and 8.9, 16 x 2048 in 30.7 and 56.7, but 512 x 1024 in 410 and 802 and the shared row in 97 and
@@ -39,6 +43,7 @@
 #include "attention_block.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "matrix.cuh"
 #include "rows.cuh"
 
 namespace reasoners {
@@ -567,106 +572,249 @@ __global__ void __launch_bounds__(kCombineThreads)
 
 // ---- prefix
 
-constexpr int kTiles = 2;  // of eight columns, of a warp: as registers hold
-constexpr int kSides = 2;  // each has a warp for every block of a split
-constexpr int kColumns = kSides * kTiles * kTileHeads;
-constexpr int kPrefixThreads = kSides * kThreads;
-static_assert(kColumns == 32);  // bits of a mask, lanes of a warp
+constexpr int kColumns = 16 * kWarps;  // of a thread block: a product's rows for each warp
+static_assert(kColumns == 64);         // bits of a mask, two for each lane
+
+// K and V of a block. Two rows of K are 64 bytes apart modulo 128, as eight lanes read 64 bytes of
+// both at once.
+template <typename data_t, int kDim>
+struct PrefixStage {
+  data_t k[kBlock][kDim % 64 == 0 ? kDim + 32 : kDim];
+  Matrix<data_t, kBlock, kDim> v;
+};
+template <int kDim>
+constexpr int kPrefixStages = kDim == 64 ? 3 : 2;  // as two thread blocks on a multiprocessor hold
+
+// The columns of a thread block. Lane i knows columns i and 32 + i: the first row of their group,
+// and how many blocks it shares. Every warp does the same.
+struct PrefixColumns {
+  int leader[2], blocks[2];
+  uint64_t wanted, starts;  // columns that need what is shared, and those that begin a group
+
+  __device__ PrefixColumns(const PagedAttentionParams& p, const Plan& plan, int first, int group)
+      : wanted(0), starts(0) {
+    const int lane = threadIdx.x % 32;
+    int last = -1;  // leader of the column before
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bool live = false;
+      leader[half] = -1, blocks[half] = 0;
+      if (const int row = (first + 32 * half + lane) / group; row < p.rows) {
+        leader[half] = p.shared[2 * row];
+        blocks[half] = count_shared_blocks(p, plan, row);
+        live = blocks[half] > 0 && p.kv_lengths[row] > 0;
+      }
+      int before = __shfl_up_sync(kAll, leader[half], 1);
+      if (lane == 0) before = last;
+      const bool begins = (half == 0 && lane == 0) || leader[half] != before;
+      wanted |= uint64_t(__ballot_sync(kAll, live)) << 32 * half;
+      starts |= uint64_t(__ballot_sync(kAll, begins)) << 32 * half;
+      last = __shfl_sync(kAll, leader[half], 31);
+    }
+  }
+  __device__ int of(const int (&known)[2], int column) const {
+    return __shfl_sync(kAll, column < 32 ? known[0] : known[1], column % 32);
+  }
+};
+
+// The blocks that a thread block takes, one after the other: of all splits that the groups of its
+// columns share, every gridDim.y-th.
+struct PrefixWalk {
+  uint64_t rest, mine;  // groups from this one on, by their first column; the columns of this one
+  int row, blocks;      // that has the pages, that it shares
+  int split, block;     // of this group, of this split
+
+  __device__ explicit PrefixWalk(const PrefixColumns& columns)
+      : rest(columns.starts), mine(0), row(0), blocks(0), split(blockIdx.y), block(0) {
+    seek(columns);
+  }
+  __device__ bool is_over() const { return rest == 0; }
+  __device__ int count() const { return min(kWalkers, blocks - split * kWalkers); }
+  __device__ int begin() const { return split * kSplit + block * kBlock; }
+  __device__ void advance(const PrefixColumns& columns) {
+    if (is_over() || ++block < count()) return;
+    block = 0;
+    split += gridDim.y;
+    seek(columns);
+  }
+  // `split` counts from the first of group `rest`.
+  __device__ void seek(const PrefixColumns& columns) {
+    for (; rest; rest &= rest - 1) {
+      const uint64_t later = rest & (rest - 1);
+      mine = columns.wanted & ((later & -later) - 1) & ~((rest ^ later) - 1);
+      if (!mine) continue;
+      const int first = __ffsll(rest) - 1;
+      row = columns.of(columns.leader, first);
+      blocks = columns.of(columns.blocks, first);
+      const int splits = (blocks + kWalkers - 1) / kWalkers;
+      if (split < splits) return;
+      split -= splits;
+    }
+  }
+};
 
 template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kPrefixThreads, kDim == 64 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
     prefix_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
-  using KChunk = typename Fragments<kDim>::KChunk;
-  __shared__ Partials<kWalkers, kTileHeads, kDim> partials[kSides];
-  __shared__ TileQueries<kDim> queries[kSides * kTiles];
+  using Chunk = Vec<uint32_t, 4>;
+  constexpr int kStages = kPrefixStages<kDim>;
+  constexpr int kVectors = kDim / 8, kLines = 32 / kVectors;  // a warp copies kLines at once
+  constexpr int kWarpPositions = kBlock / kWarps;
+  constexpr int kPart = 32;  // channels that are multiplied at a time
+  extern __shared__ __align__(16) char memory[];
+  auto* stages = reinterpret_cast<PrefixStage<data_t, kDim>*>(memory);
   wait_for_inputs();
   let_next_start();  // what tensor_kernel reads is there, too
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int group = p.heads / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
   const int first_column = blockIdx.x / p.kv_heads * kColumns;
-  const auto row_of = [&](int column) { return (first_column + column) / group; };
-  const auto head_of = [&](int column) {
-    return kv_head * group + (first_column + column) % group;
-  };
+  const PrefixColumns columns(p, plan, first_column, group);
+  PrefixWalk now(columns);
+  if (now.is_over()) return;
 
-  // Lane i knows column i: its group, and what the group shares. Every warp does the same.
-  int leader = -1, blocks = 0;
-  bool live = false;
-  if (const int row = row_of(lane); row < p.rows) {
-    leader = p.shared[2 * row];
-    blocks = count_shared_blocks(p, plan, row);
-    live = blocks > 0 && p.kv_lengths[row] > 0;
-  }
-  const unsigned wanted = __ballot_sync(kAll, live);
-  const int before = __shfl_up_sync(kAll, leader, 1);
-  const unsigned starts = __ballot_sync(kAll, lane == 0 || leader != before);
-  if (!wanted) return;
-  constexpr int kVectors = kDim / 8;
-  for (int i = threadIdx.x; i < kColumns * kVectors; i += kPrefixThreads) {
-    const int column = i / kVectors, channel = i % kVectors * 8;
-    KChunk q{};
-    if (wanted >> column & 1)
-      q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) +
-                                           row_of(column) * p.q_stride + head_of(column) * kDim +
-                                           channel);
-    queries[column / kTileHeads].put(column % kTileHeads, channel, q, p.scale);
-  }
-  __syncthreads();
-
-  const int walker = warp % kWalkers, side = warp / kWalkers;
+  // A warp copies 16 of a block's positions, and its lane i knows where position i % 16 is, counted
+  // in vectors; -1: there is no such block.
   const auto* k_cache = static_cast<const data_t*>(p.k_cache);
   const auto* v_cache = static_cast<const data_t*>(p.v_cache);
-  const Slots<kDim> slots(p, plan);
-  const float scale = positive_scale(p.scale);
-  BlockTile<data_t, kDim> tiles[kTiles];
-  int turn = 0;
-  for (unsigned rest = starts; rest; rest &= rest - 1) {
-    // The columns of one group, from one start to the next.
-    const unsigned later = rest & (rest - 1);
-    const unsigned mine = wanted & ((later & -later) - 1) & ~((rest ^ later) - 1);
-    if (!mine) continue;
-    const int first = __ffs(rest) - 1;
-    const int row = __shfl_sync(kAll, leader, first);
-    const int shared_blocks = __shfl_sync(kAll, blocks, first);
-    const auto columns_of = [&](int side, int tile) {
-      return mine >> (side * kTiles + tile) * kTileHeads & 0xff;
-    };
-    for (int split = 0; split * kWalkers < shared_blocks; ++split) {
-      if (turn++ % gridDim.y != blockIdx.y) continue;
-      const int count = min(kWalkers, shared_blocks - split * kWalkers);
-      if (walker < count) {
-        const int start = split * kSplit + walker * kBlock;
-        Places places;
-        places.look_up(p, pages, row, kv_head, start, start + kBlock);
+  const int line = lane / kVectors, channel = lane % kVectors * 8;
+  PrefixWalk ahead = now;
+  const auto look_up = [&] {
+    int place = -1;
+    if (!ahead.is_over())
+      place = locate_vector(p, pages, ahead.row, kv_head,
+                            ahead.begin() + warp * kWarpPositions + lane % kWarpPositions);
+    ahead.advance(columns);
+    return place;
+  };
+  const auto request = [&](int stage, int place) {
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          tiles[i].clear();
-          if (columns_of(side, i))
-            tiles[i].template take<4>(k_cache, v_cache, places, kBlock, scale,
-                                      queries[side * kTiles + i]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        if (!columns_of(0, i) && !columns_of(1, i)) continue;
-        if (walker < count) tiles[i].store(partials[side], walker);
-        __syncthreads();
-        for (int j = threadIdx.x % kThreads * 4; j < kTileHeads * kDim; j += kThreads * 4) {
-          const int head = j / kDim, channel = j % kDim;
-          if (!(columns_of(side, i) >> head & 1)) continue;
-          const int column = (side * kTiles + i) * kTileHeads + head;
-          const int64_t at = slots.at(row_of(column), head_of(column), 0);
-          if (count == kWalkers) {
-            slots.write(at + split, channel, partials[side].template folded<4>(head, channel));
-          } else {
-            for (int w = 0; w < count; ++w)
-              slots.write(at + plan.splits + w, channel,
-                          partials[side].template read<4>(w, head, channel));
-          }
-        }
-        __syncthreads();
+    for (int i = 0; i < kWarpPositions; i += kLines) {
+      const int64_t from = int64_t(__shfl_sync(kAll, place, i + line)) * kDim + channel;
+      const int to = warp * kWarpPositions + i + line;
+      if (from >= 0 && line < kLines) {
+        copy_async_16_once(&stages[stage].k[to][channel], k_cache + from, true);
+        copy_async_16_once(&stages[stage].v.at[to][channel], v_cache + from, true);
       }
     }
+    commit_copies();
+  };
+  int place = look_up();
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    request(stage, place);
+    place = look_up();
+  }
+
+  // Columns g and g + 8 of the warp: their queries in K's order of channels, and their results.
+  const Slots<kDim> slots(p, plan);
+  uint32_t queries[kDim / 16][4];
+  int64_t slot[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int column = warp * 16 + g + 8 * r;
+    const int row = (first_column + column) / group;
+    const int head = kv_head * group + (first_column + column) % group;
+    const bool live = columns.wanted >> column & 1;
+    slot[r] = live ? slots.at(row, head, 0) : -1;
+    const data_t* from = static_cast<const data_t*>(p.q) + row * p.q_stride + head * kDim + t * 8;
+#pragma unroll
+    for (int c = 0; c < kDim / 32; ++c) {
+      Chunk q{};
+      if (live) q = *reinterpret_cast<const Chunk*>(from + c * 32);
+      take_sign(q, p.scale);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) queries[2 * c + i / 2][i % 2 * 2 + r] = q.at[i];
+    }
+  }
+  const float scale = positive_scale(p.scale);
+  float max[2], sum[2], all[2][kDim / 8][2];
+  const auto clear = [&] {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      max[r] = kMinusInfinity, sum[r] = 0.f;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) all[r][n][0] = all[r][n][1] = 0.f;
+    }
+  };
+  clear();
+
+  for (int stage = 0; !now.is_over();
+       now.advance(columns), stage = stage + 1 < kStages ? stage + 1 : 0) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // all copies of this block are there, and nobody reads the one before it
+    request(stage > 0 ? stage - 1 : kStages - 1, place);
+    place = look_up();
+    if (!(now.mine >> warp * 16 & 0xffff)) continue;
+    const auto& k = stages[stage].k;
+    const auto& v = stages[stage].v;
+
+    Scores scores = {};
+#pragma unroll
+    for (int c = 0; c < kDim / 32; ++c)
+#pragma unroll
+      for (int first = 0; first < kBlock / 8; first += 4) {
+        Chunk chunks[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          chunks[n] = *reinterpret_cast<const Chunk*>(&k[8 * (first + n) + g][32 * c + 8 * t]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int n = 0; n < 4; ++n)
+            multiply_add<data_t>(scores[first + n], queries[2 * c + i], chunks[n].at[2 * i],
+                                 chunks[n].at[2 * i + 1]);
+      }
+
+    Weights weights[2];
+    float keep[2], take[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      weights[r] = weigh<data_t>(scores, r, scale);
+      const float top = fmaxf(max[r], weights[r].max);
+      keep[r] = weight(max[r], top), take[r] = weight(weights[r].max, top);
+      max[r] = top;
+      sum[r] = fold(sum[r], keep[r], weights[r].sum, take[r]);
+    }
+#pragma unroll
+    for (int part = 0; part < kDim; part += kPart) {
+      float values[2][kPart / 8][4] = {};
+#pragma unroll
+      for (int step = 0; step < kBlockSteps; ++step)
+#pragma unroll
+        for (int n = 0; n < kPart / 8; n += 2) {
+          uint32_t b[4];
+          v.load_b(b, kStep * step, part + 8 * n);
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            multiply_add<data_t>(values[r][n], weights[r].at[step], b[0], b[1]);
+            multiply_add<data_t>(values[r][n + 1], weights[r].at[step], b[2], b[3]);
+          }
+        }
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int n = 0; n < kPart / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& value = all[r][part / 8 + n][i];
+            value = fold(value, keep[r], __fadd_rn(values[r][n][i], values[r][n][2 + i]), take[r]);
+          }
+    }
+
+    // The blocks of a whole split are folded, those of the one in which the rows part wait alone.
+    const bool whole = now.count() == kWalkers;
+    if (whole && now.block + 1 < kWalkers) continue;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!(now.mine >> (warp * 16 + g + 8 * r) & 1)) continue;
+      const int64_t at = slot[r] + (whole ? now.split : plan.splits + now.block);
+      if (t == 0) slots.stats[at] = make_float2(max[r], sum[r]);
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+        *reinterpret_cast<float2*>(slots.values + at * kDim + 8 * n + 2 * t) =
+            make_float2(all[r][n][0], all[r][n][1]);
+    }
+    clear();
   }
 }
 
@@ -708,7 +856,7 @@ bool is_vectorised(const PagedAttentionParams& p) {
 constexpr int kFew = 264;                         // thread blocks, two on a multiprocessor
 constexpr int kFull = 352;                        // thread blocks that keep the memory busy
 constexpr int kWave = 1056;                       // as many as a machine of 132 SMs likes to get
-constexpr int kPrefixWave = 528;                  // of the larger ones of prefix_kernel
+constexpr int kPrefixWave = 528;                  // of prefix_kernel
 constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
 
 int divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -743,8 +891,10 @@ void launch_tensor(const PagedAttentionParams& p, cudaStream_t stream) {
     const int64_t columns = int64_t(p.rows) * (p.heads / p.kv_heads);
     const int blocks = divide_up(columns, kColumns) * p.kv_heads;
     const dim3 grid(blocks, std::clamp(kPrefixWave / blocks, 1, plan.splits));
-    launch_overlapping(prefix_kernel<data_t, kDim>, grid, kPrefixThreads, 0, stream, p, pages,
-                       plan);
+    constexpr int kBytes = kPrefixStages<kDim> * sizeof(PrefixStage<data_t, kDim>);
+    const auto kernel = prefix_kernel<data_t, kDim>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    launch_overlapping(kernel, grid, kThreads, kBytes, stream, p, pages, plan);
   }
   const dim3 grid(num_blocks<kTileHeads>(p), plan.deals);
   launch_overlapping(
