@@ -3,8 +3,8 @@
 They are looked for on sys.path and in the folder that REASONERS_PEERS names (default `.peers`).
 `python bench/peers.py` fills it where pip and nvcc are, under the Python and the torch of the machine
 that is to measure: it installs the releases of RELEASES into build/peers, compiles for sm_90a what
-flashinfer would compile at first use, and copies what is imported and what was compiled, less than
-16 MB. Of flashinfer's prefill it leaves out the kernels that nothing here calls; their symbols stay
+flashinfer would compile at first use, and copies what is imported and what was compiled, packed, less
+than 16 MB. Of flashinfer's prefill it leaves out the kernels that nothing here calls; their symbols stay
 unresolved. A machine with the folder needs no network and no compiler.
 
 Their package `__init__`s import much that is not needed here and may not be there, so only single
@@ -15,6 +15,7 @@ skipped with the reason.
 import gc
 import importlib
 import importlib.machinery
+import lzma
 import os
 import shutil
 import subprocess
@@ -130,11 +131,17 @@ def mamba_ssm_state_update():
 
 @cache
 def _flashinfer(name):
-    """The module flashinfer.`name`, with which nothing is compiled if `.peers` holds what was."""
+    """The module flashinfer.`name`; if it is that of FOLDER, nothing is compiled."""
     os.environ.setdefault("FLASHINFER_LOGGING_LEVEL", "warning")
-    if (FOLDER / "flashinfer/data/aot").exists():
-        os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
     _stub("flashinfer", "flashinfer.mamba")
+    if Path(sys.modules["flashinfer"].__path__[0]).is_relative_to(FOLDER):
+        os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
+        for packed in FOLDER.rglob("*.so.xz"):
+            library = packed.with_suffix("")
+            if not library.exists():
+                whole = library.with_suffix(f".{os.getpid()}")
+                whole.write_bytes(lzma.decompress(packed.read_bytes()))
+                whole.rename(library)  # others may do the same at this moment
     return importlib.import_module(f"flashinfer.{name}")
 
 
@@ -584,7 +591,6 @@ def fill():
     # Headers that a small toolkit lacks, curand's, are with the libraries that torch comes with.
     headers = Path(torch.__file__).parents[1].glob("nvidia/cu*/include")
     os.environ["CPLUS_INCLUDE_PATH"] = ":".join(map(str, headers))
-    os.environ["FLASHINFER_DISABLE_JIT"] = ""
     os.environ["FLASHINFER_EXTRA_LDFLAGS"] = f"-L{source}"
     os.environ["FLASHINFER_CUDA_ARCH_LIST"] = "9.0a"
     os.environ["FLASHINFER_WORKSPACE_BASE"] = str(source)
@@ -597,6 +603,8 @@ def fill():
         shutil.copy(file, target)
         if target.suffix == ".so":
             subprocess.run(["strip", target], check=True)
+            Path(f"{target}.xz").write_bytes(lzma.compress(target.read_bytes(), preset=9))
+            target.unlink()
 
     loaded = [getattr(m, "__file__", None) for m in list(sys.modules.values())]
     files = {Path(file) for file in loaded if file}
