@@ -109,9 +109,10 @@ def check_composition(name, dtype, device, **case):
     inputs = moved(inputs_of(name, dtype=dtype, **case), device)
     y, last, final = OPERATORS[name](**inputs)
     expected = COMPOSITIONS[name](inputs)
-    # A result of 16 bits may be a step or two off, of the size that its row's sums have.
+    # A result of 16 bits may be a step or two off, of the size that its row's sums have: among
+    # others ssd_scan rounds D with the weight of the token itself, and a mixer does not.
     step = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    tight = {"rtol": 2 * step, "atol": step * expected[0].abs().max().item()}
+    tight = {"rtol": 2 * step, "atol": 2 * step * expected[0].abs().max().item()}
     torch.testing.assert_close(y, expected[0], **tight)
     assert torch.equal(last, expected[1])
     size = expected[2].abs().max().item()
