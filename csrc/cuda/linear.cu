@@ -7,9 +7,9 @@
 //
 // A warp takes 16 rows of W at a time and walks along K with m16n8k16 products whose columns are
 // the rows of x, one after the other into one accumulator. That order is the point: it is the one
-// in which cuBLAS's kernels sum when they do not split K (H100: the same bits for nine shapes of
-// Llama and Llamba layers, 1 to 512 rows, wherever cuBLAS does not split). So a row of x gives the
-// same y alone and among hundreds, and a sample its tokens. The price is a chain of K / 16
+// in which cuBLAS's kernels sum when they do not split K (H100, H200: the same bits for the shapes
+// of Llama and Llamba layers, 1 to 512 rows; unsplit_product.h asks for those). So a row of x gives
+// the same y alone and among hundreds, and a sample its tokens. The price is a chain of K / 16
 // products, each of which waits for the one before it, 33 cycles and more.
 //
 // A warp issues in order, so whatever else it does must stand between two products of the chain:

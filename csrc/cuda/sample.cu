@@ -30,26 +30,23 @@
 // Neither token nor log-probability depends on the number of blocks: maxima and counts have no
 // order, candidates weigh in fixed point, and what else is added are always the same lanes of
 // kGroups parts of the row, in the same order.
-// 384 threads let three blocks be on a multiprocessor. H100, rows of 128,256, us:
+// 384 threads let three blocks be on a multiprocessor. H200, rows of 128,256, us:
 //                       greedy   no filter   top-k 50   and top-p 0.95, min-p 0.05   top-p 0.95
-//   1, float32            5.2       10.6         9.6             10.0                    14.6
-//   512, float32        119        200         165              167                     280
-//   512, bfloat16        71        155         106              109                     224
-//   512, two blocks     122        223         184              191                     318
-//   (float32)
-// Before, 161 greedy and 222 unfiltered, with log-sum-exp in step 2 and nothing sent for ahead; 765
-// with top-p 0.95, by a histogram of masses.
-// These times are of the version before this one, and nearly all that is not reading is
-// instructions: of random logits nearly all could win, so that Philox runs for each. A warp's
-// instructions for eight logits a lane, then and now (integer ones, at half rate, in brackets):
+//   1, float32            4.3        9.8         8.8              9.2                    12.4
+//   512, float32         90        173         135              137                     225
+//   512, bfloat16        54        128          91               94                     182
+// Nearly all that is not reading is instructions: of random logits nearly all could win, so that
+// Philox runs for each. A warp's instructions for eight logits a lane, before eight were taken at a
+// time and now (integer ones, at half rate, in brackets):
 //   log-sum-exp   74 -> 67, and 80 -> 72 cycles of exponentials
 //   draw         156 (72) -> 114 (60)    of which 75 (38) are Philox
 //   top-p        118 -> 41 in the draw, and 25 to 41 for what is above
-// and of a block that reads 10 units a thread about 600 -> 300 besides: ten copies, the same sums
-// of 96 warps' summaries and the same score for the bar in each of 12 warps. Expected of an H200,
-// 512 rows: float32 85 greedy, 140 no filter, 130 top-k 50, 175 top-p; bfloat16 50, 105, 80, 140.
-// Tried on paper: eights of 256 threads (8 steps, nearly all full, where 384 have 5 or 6, and a
-// third less of what every warp does once) compile to 78 registers without spills.
+// and of a block that reads 10 units a thread about 600 -> 300 besides. By these counts no filter
+// was to take 140 and 105, top-p alone 175 and 140: a wide product, of which Philox has most, costs
+// more than the two cycles that were assumed.
+// Tried: 256 threads, of which nearly all have something to do in every step: the same to 2 %. An
+// H100, before: 119 greedy, 200 unfiltered, 167 all, 280 top-p alone; and 161 and 222 with
+// log-sum-exp in step 2 and nothing sent for ahead; 765 with top-p 0.95, by a histogram of masses.
 
 #include <algorithm>
 #include <climits>

@@ -12,6 +12,10 @@
 // which rows whose states are written come first, for they take twice as long. While the kernel
 // before still runs, the first rows' states are fetched into the second-level cache.
 //
+// H200, Llamba-1B, batch 512, us, and the share of a copy's rate: bf16 bare 71, 94 %, written late
+// 60, 72 %; fp32 written late 92, 86 %; the mixer, bf16, 87, 84 %; 24 heads of 128 x 128, bf16,
+// written late 131, 87 %. With rows dealt in advance and no early fetch: 81, 71, 116, 94 and 266.
+//
 // Why: one block a (row, head) reached 96 % of a copy's rate with 16 KB of state but 79 % with 8 KB
 // and 40 to 64 % with deferred writes or a convolution in front (H100, batch 512), for it lives
 // through slot -> state -> sums -> y alone and has loads in flight for a fraction of that time.
