@@ -377,6 +377,8 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
   if (head < work.heads)
     q = *reinterpret_cast<const KChunk*>(static_cast<const data_t*>(p.q) + work.token * p.q_stride +
                                          (work.first_head + head) * kDim + channel);
+  // Rows with `shared` have one token each.
+  const int shared_blocks = count_shared_blocks(p, plan, row);
   find_row(p, work);
   const bool alone = gridDim.y == 1;  // otherwise combine_kernel writes the result
   auto* out =
@@ -385,7 +387,6 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
     if (alone) write_nothing(p, work, out, kDim);
     return;
   }
-  const int shared_blocks = count_shared_blocks(p, plan, work.row);
   const int first = shared_blocks / kWalkers, end = (work.visible + kSplit - 1) / kSplit;
   int split = first + blockIdx.y;
   if (split >= end) return;
@@ -708,14 +709,14 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
   // Columns g and g + 8 of the warp: their queries in K's order of channels, and their results.
   const Slots<kDim> slots(p, plan);
   uint32_t queries[kDim / 16][4];
-  int64_t slot[2];
+  int slot[2];  // the first of them: there is memory for fewer than 2^31
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int column = warp * 16 + g + 8 * r;
     const int row = (first_column + column) / group;
     const int head = kv_head * group + (first_column + column) % group;
     const bool live = columns.wanted >> column & 1;
-    slot[r] = live ? slots.at(row, head, 0) : -1;
+    slot[r] = live ? int(slots.at(row, head, 0)) : 0;
     const data_t* from = static_cast<const data_t*>(p.q) + row * p.q_stride + head * kDim + t * 8;
 #pragma unroll
     for (int c = 0; c < kDim / 32; ++c) {
@@ -807,7 +808,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!(now.mine >> (warp * 16 + g + 8 * r) & 1)) continue;
-      const int64_t at = slot[r] + (whole ? now.split : plan.splits + now.block);
+      const int64_t at = int64_t(slot[r]) + (whole ? now.split : plan.splits + now.block);
       if (t == 0) slots.stats[at] = make_float2(max[r], sum[r]);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n)
