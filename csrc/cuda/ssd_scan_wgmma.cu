@@ -13,7 +13,8 @@
 //   y weighed, y += scores x     S = whole S
 //   S += (gain x)^T B            y out, by the free one of the state's copies
 // D x is added to y as D on the diagonal of the scores. The warpgroups read nothing of each other,
-// do not meet, and fill each other's gaps. Copies wait for nothing but a free place among three:
+// do not meet, and fill each other's gaps; of up to 64 columns of B and C, whose state leaves
+// registers for it, a chunk's scores are found while the y before is on its way out. Copies wait for nothing but a free place among three:
 // they tell by themselves that a chunk is here (`full`).
 //
 // Where sequences and heads are more than what is walked at a time, equal runs of all their
@@ -365,6 +366,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   const int count = same_in_warp(shared.pieces.count);
   int n = 0;  // chunks so far
+  // Where registers suffice the scores of a chunk are found by the end of the one before.
+  constexpr bool kAhead = kN <= 64 && !kAdds;
+  float scores[8][4];
+  const auto begin_scores = [&](int n) {
+    const auto& in = shared.stages[n % kStages];
+    const uint64_t c = describe(in.c), b = describe(in.b);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kN / 16; ++k)
+      multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k), k > 0);
+    commit_products();
+  };
 #pragma unroll 1
   for (int k = 0; k < count; ++k) {
     if (k > 0) wait_for_chunk(n);
@@ -387,13 +400,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     read_state(kAdds ? nullptr : from, carried);
     begin_segment();
-    const int last_chunk = same_in_warp(piece.last_chunk());
+    const int first_chunk = same_in_warp(piece.first_chunk()),
+              last_chunk = same_in_warp(piece.last_chunk());
+    if (kAhead && first_chunk < last_chunk) {
+      wait_for_chunk(n);
+      begin_scores(n);
+      wait_for_products<0>();
+      settle(scores);
+    }
 #pragma unroll 1
-    for (int chunk = same_in_warp(piece.first_chunk()); chunk < last_chunk; ++chunk, ++n) {
+    for (int chunk = first_chunk; chunk < last_chunk; ++chunk, ++n) {
       const int stage = n % kStages, t = chunk * kChunk;
       const auto& in = shared.stages[stage];
       const Scalars& scalars = shared.scalars[stage][h];
-      wait_for_chunk(n);
+      if (!kAhead) wait_for_chunk(n);
       // (gain x)^T, the factors of what the chunk adds to the state.
       uint32_t gained[kBlocks][4];
       const auto put_gained = [&] {
@@ -415,15 +435,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (!kAdds) {
         uint32_t pairs[kTiles][2];
         pack_state(pairs);
-        float scores[8][4];
-        const uint64_t c = describe(in.c), b = describe(in.b),
-                       s = describe(shared.states[w][n & 1]);
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < kN / 16; ++k)
-          multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k),
-                                  k > 0);
-        commit_products();
+        const uint64_t c = describe(in.c), s = describe(shared.states[w][n & 1]);
+        if (!kAhead) begin_scores(n);
         put_rows(shared.states[w][n & 1], pairs);
         show_to_copies();
         meet();
@@ -434,7 +447,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         commit_products();
         const float since_of[2] = {scalars.since[i0], scalars.since[i0 + 8]},
                     c_of[2] = {scalars.c[i0], scalars.c[i0 + 8]};
-        wait_for_products<1>();
+        if (!kAhead) wait_for_products<1>();
         settle(scores);
         uint32_t a[4][4];
 #pragma unroll
@@ -495,12 +508,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       commit_products();
 
       if constexpr (!kAdds) {
-        wait_for_products<1>();
+        if (kAhead && chunk + 1 < last_chunk) {
+          wait_for_chunk(n + 1);
+          begin_scores(n + 1);
+          wait_for_products<2>();
+        } else {
+          wait_for_products<1>();
+        }
         settle(y);
         write_y(shared.states[w][~n & 1], y, piece, head, t);
       }
       wait_for_products<0>();
       settle(local);
+      if (kAhead) settle(scores);
       __syncwarp();
       if (lane == 0) arrive(&shared.free[stage]);
       if (chunk + 1 == last_chunk || (chunk + 1) % kSegment == 0) {
