@@ -13,9 +13,12 @@
 //   y weighed, y += scores x     S = whole S
 //   S += (gain x)^T B            y out, by the free one of the state's copies
 // D x is added to y as D on the diagonal of the scores. The warpgroups read nothing of each other,
-// do not meet, and fill each other's gaps; of up to 64 columns of B and C, whose state leaves
-// registers for it, a chunk's scores are found while the y before is on its way out. Copies wait for nothing but a free place among three:
-// they tell by themselves that a chunk is here (`full`).
+// do not meet, and fill each other's gaps. Of up to 64 columns of B and C, whose state leaves
+// registers for it, a chunk's scores are found while the y before is on its way out. Copies wait
+// for nothing but a free place among three: they tell by themselves that a chunk is here (`full`).
+//
+// Token i sees the tokens up to i alone. So that all warps have as much to weigh, warp r has the
+// rows of the r-th eight tokens and of the r-th last: C lies in that order, and so does y at first.
 //
 // Where sequences and heads are more than what is walked at a time, equal runs of all their
 // segments are walked, so that nobody waits for a last, half empty wave; see Pieces. Where they are
@@ -50,6 +53,15 @@ constexpr int kThreads = kGroup * (1 + kGroups);
 constexpr int kStages = 3;
 // Registers of the threads that copy and of those that multiply, of 168 at the start.
 constexpr int kCopierRegisters = 40, kWalkerRegisters = 232;
+
+// Where token `i` of a chunk has its row of C, and what row m's token is. Either has i % 8 == m
+// % 8.
+__device__ constexpr int row_of(int i) {
+  return i < 32 ? i / 8 * 16 + i % 8 : 120 - i / 8 * 16 + i % 8;
+}
+__device__ constexpr int token_of(int m) {
+  return m % 16 < 8 ? m / 16 * 8 + m % 8 : 56 - m / 16 * 8 + m % 8;
+}
 
 // One thread tells another of what it, and those it met, wrote to global memory.
 __device__ inline void put_ticket(uint32_t* ticket) {
@@ -220,19 +232,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                (piece.sequence.begin + token) * strides.token + column;
       };
       // Of the tokens from `t` on, the columns from `column` on, of which `width` are there.
+      // `place` says in which row a token's lie.
       const auto copy_rows = [&](auto& to, const void* data, TokenStrides strides, int column,
-                                 int width, int t) {
+                                 int width, int t, auto&& place) {
         constexpr int kRuns = sizeof(to.at) / sizeof(data_t) / kChunk / 8, kStep = kCopiers / kRuns;
         static_assert(kStep % 8 == 0);
         const int row = thread / kRuns, run = thread % kRuns;
-        const uint32_t target = shared_address(&to) + to.offset(row, run);
+        const uint32_t target = shared_address(&to) + to.offset(row % 8, run) - row % 8 * 128;
         const data_t* from =
             first_of(static_cast<const data_t*>(data), strides, t + row, column + run * 8);
         const int left = run * 8 < width ? piece.length() - t - row : 0;
 #pragma unroll
         for (int u = 0; u < kChunk / kStep; ++u, from += kStep * strides.token)
-          copy_async_once(target + u * kStep * 128, from, left > u * kStep ? 16 : 0);
+          copy_async_once(target + place(row + u * kStep) * 128, from, left > u * kStep ? 16 : 0);
       };
+      const auto in_order = [](int i) { return i; };
       const auto read_scalars = [&](int t) {
         if (scalars_of >= kHeads) return;
         const int head = piece.first_head + scalars_of, left = piece.length() - t - 2 * lane;
@@ -256,9 +270,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int w = 0; w < kTogether; ++w)
           copy_rows(to.x[w], p.x, p.x_strides, piece.x_column[kHeads == 1 ? 0 : w] + w * kPart,
-                    p.head_dim - w * kPart, t);
-        copy_rows(to.b, p.B, p.b_strides, piece.b_column, p.state_dim, t);
-        if (!kAdds) copy_rows(to.c, p.C, p.c_strides, piece.c_column, p.state_dim, t);
+                    p.head_dim - w * kPart, t, in_order);
+        copy_rows(to.b, p.B, p.b_strides, piece.b_column, p.state_dim, t, in_order);
+        if (!kAdds) copy_rows(to.c, p.C, p.c_strides, piece.c_column, p.state_dim, t, row_of);
         arrive_after_copies(&shared.full[stage]);
         t += kChunk;
         if (scalars_of >= kHeads) continue;
@@ -275,7 +289,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int w = warp / 4 - 1 - at * kTogether;  // the warpgroup in its walk
   const int r = warp % 4, g = lane / 4, q = lane % 4;
   const int h = kHeads == 1 ? 0 : w, p_part = w * kPart;  // its head, first column of x
-  const int i0 = 16 * r + g;  // and i0 + 8 are the rows, of y and of the state, of this thread
 
   const auto meet = [&] { wait_at<kGroup>(warp / 4); };  // the warpgroup's threads
 
@@ -286,7 +299,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   float since = 1.f;  // decay from the segment's start
   // visit(values, offset) of the neighbours that a thread has of a state tensor.
   const auto each_pair = [&](State& state, auto&& visit) {
-    const int row = static_cast<int>(opaque(p_part + i0)), column = static_cast<int>(opaque(2 * q));
+    const int row = static_cast<int>(opaque(p_part + 16 * r + g)),
+              column = static_cast<int>(opaque(2 * q));
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -346,16 +360,18 @@ __global__ void __launch_bounds__(kThreads, 1)
         pairs[m][half] = pack<data_t>(y[m][2 * half], y[m][2 * half + 1]);
     put_rows(by, pairs);
     __syncwarp();
-    const int row = 16 * r + lane / 8, column = p_part + lane % 8 * 8;
-    const int left = column < p.head_dim ? piece.length() - t - row : 0;
-    const int64_t token = piece.sequence.batch * p.length + piece.sequence.begin + t + row;
+    const int column = p_part + lane % 8 * 8, row = lane / 8;
+    const int left = column < p.head_dim ? piece.length() - t : 0;
+    const int64_t token = piece.sequence.batch * p.length + piece.sequence.begin + t;
     auto* to = static_cast<data_t*>(p.y) + (token * p.heads + head) * p.head_dim + column;
 #pragma unroll
-    for (int u = 0; u < 16; u += 4)
-      if (u < left)
-        *reinterpret_cast<uint4*>(to + int64_t(u) * p.heads * p.head_dim) =
+    for (int u = 0; u < 16; u += 4) {
+      const int i = token_of(u) + (u < 8 ? 8 * r : -8 * r) + row;
+      if (i < left)
+        *reinterpret_cast<uint4*>(to + int64_t(i) * p.heads * p.head_dim) =
             *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&by) +
-                                            by.offset(row + u, lane % 8));
+                                            by.offset(16 * r + u + row, lane % 8));
+    }
   };
 
   // ---- The walk.
@@ -445,38 +461,36 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int k = 0; k < kN / 16; ++k)
           multiply_shared<data_t>(y, c + depth_step<kChunk>(k), s + depth_step<kWidth>(k), k > 0);
         commit_products();
-        const float since_of[2] = {scalars.since[i0], scalars.since[i0 + 8]},
-                    c_of[2] = {scalars.c[i0], scalars.c[i0 + 8]};
+        const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of a thread
+        const float since_of[2] = {scalars.since[tokens[0]], scalars.since[tokens[1]]},
+                    c_of[2] = {scalars.c[tokens[0]], scalars.c[tokens[1]]};
         if (!kAhead) wait_for_products<1>();
         settle(scores);
         uint32_t a[4][4];
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
+        for (int tile = 0; tile < 8; ++tile) {  // of eight tokens that are seen
+          auto& pairs = a[tile / 2];
+          pairs[tile % 2 * 2] = pairs[tile % 2 * 2 + 1] = 0;
+          // Of the rows of one half all see the tile where the half's last tile is a later one;
+          // half of it where it is the last; the others all see it, or none does.
+          const int half = tile / 4, last_tile = half == 0 ? r : 7 - r;
+          if (half == 1 && tile > last_tile) continue;
+          const int j0 = tile * 8 + 2 * q;
+          const float2 c_from = *reinterpret_cast<const float2*>(&scalars.c[j0]),
+                       scale_of = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
+          const auto weigh = [&](int half, bool is_last) {
+            float weights[2];
 #pragma unroll
-          for (int v = 0; v < 4; ++v) a[block][v] = 0;
-          if (block > r) continue;
-          // Of the two 8 x 8 tiles on the diagonal half is seen, of the one above them nothing.
-          const bool is_last = block == r;
-#pragma unroll
-          for (int tile = 0; tile < 2; ++tile) {
-            const int j0 = block * kBlock + tile * 8 + 2 * q;
-            const float2 c_from = *reinterpret_cast<const float2*>(&scalars.c[j0]),
-                         scale_of = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              if (is_last && tile > half) continue;
-              float weights[2];
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const float passes = exp2_fast(c_of[half] - (e ? c_from.y : c_from.x));
-                weights[e] = scores[2 * block + tile][2 * half + e] *
-                             (passes * (e ? scale_of.y : scale_of.x));
-                if (is_last && tile == half)
-                  weights[e] = 2 * q + e > g ? 0.f : weights[e] + (2 * q + e == g ? skip : 0.f);
-              }
-              a[block][2 * tile + half] = pack<data_t>(weights[0], weights[1]);
+            for (int e = 0; e < 2; ++e) {
+              const float passes = exp2_fast(c_of[half] - (e ? c_from.y : c_from.x));
+              weights[e] = scores[tile][2 * half + e] * (passes * (e ? scale_of.y : scale_of.x));
+              if (is_last)
+                weights[e] = 2 * q + e > g ? 0.f : weights[e] + (2 * q + e == g ? skip : 0.f);
             }
-          }
+            pairs[tile % 2 * 2 + half] = pack<data_t>(weights[0], weights[1]);
+          };
+          if (half == 0) weigh(1, false);
+          if (tile <= last_tile) weigh(half, tile == last_tile);
         }
         put_gained();
         wait_for_products<0>();
@@ -487,6 +501,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int v = 0; v < 4; ++v) y[m][v] *= since_of[v / 2];
         const uint64_t x = describe_tall(in.x[w]);
         settle(y);
+        settle(a);
         begin_products();
 #pragma unroll
         for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(y, a[k], x + tall_step(k));

@@ -84,6 +84,13 @@ __device__ void settle(float (&d)[kTiles][4]) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) asm volatile("" : "+f"(d[n][v])::"memory");
 }
+template <int kSteps>
+__device__ void settle(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+    for (int v = 0; v < 4; ++v) asm volatile("" : "+r"(a[k][v])::"memory");
+}
 
 #define TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define TILES_8(n) \
