@@ -28,7 +28,7 @@
 // Bytes that must move (P = N = 64, no sharing), a head and token: 512 for x, B, C and y, 4 or 8
 // for scalars; split, 256 more for x and B and 64 to 128 for states. 70 FLOP a byte.
 //
-// H100, bfloat16, all shapes as here, us, and the share of 3.03 TB/s that the necessary bytes
+// H100, bfloat16, all by this walk, us, and the share of 3.03 TB/s that the necessary bytes
 // reach:
 //   Llamba-1B 8 x 4096     237  75 %      Llamba-3B 8 x 4096 (P 96)           317  53 %
 //             64 x 512     216  83 %      Llamba-8B 8 x 4096 (P 128)          388  69 %

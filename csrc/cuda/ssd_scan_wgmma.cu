@@ -29,7 +29,7 @@
 //
 //   P, N           64, 64   128, 64   64, 128   128, 128
 //   walks               2         1         1          1     of a block
-//   shared, kB        186       139       224        221     one block a multiprocessor
+//   shared, kB        190       136       221        218     one block a multiprocessor
 #include <algorithm>
 #include <climits>
 #include <iterator>
@@ -202,10 +202,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       init_barrier(&shared.full[s], kCopiers + kHeads);
       init_barrier(&shared.free[s], kTogether * kGroup / 32);
     }
-    // A run waits for the one before it alone, which is no later block's; other walks are spread.
-    shared.pieces = Pieces<kHeads>(p, deal, runs,
-                                   runs > 0 ? static_cast<int>(blockIdx.x) * kWalks + at
-                                            : static_cast<int>(blockIdx.x + at * gridDim.x));
+    // A block has neighbours, which are mostly as long, unless that left multiprocessors without a
+    // walk. A run waits for the one before it, which is no later block's.
+    const int walk = gridDim.x > kProcessors || runs > 0
+                         ? static_cast<int>(blockIdx.x) * kWalks + at
+                         : static_cast<int>(blockIdx.x + at * gridDim.x);
+    shared.pieces = Pieces<kHeads>(p, deal, runs, walk);
     if (shared.pieces.count > 0) shared.piece[0] = shared.pieces.at(0, p, deal, runs);
   }
   __syncthreads();
