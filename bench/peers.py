@@ -559,7 +559,7 @@ def _flashinfer_specs():
     yield cascade.gen_cascade_module()
     yield prefill("fa2", 128)
     yield topk.gen_topk_module()
-    for sizes in ((64, 64), (96, 64), (128, 128)):
+    for sizes in ((64, 64), (128, 128)):  # P = 96 it does not compile for
         for dtype in (fp32, bf16):
             yield mamba.gen_selective_state_update_sm90_module(
                 dtype, bf16, fp32, fp32, int32, None, *sizes, 1, int32, torch.int64
