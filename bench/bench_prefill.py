@@ -1,8 +1,8 @@
 """Prompt tokens a second through whole models with random weights, up to the last token's logits.
 
-"reasoners" is what the engine does: pieces of 512 tokens, at most 2,048 tokens a pass, states and keys
-kept in its cache, the host's part included. "whole prompts" feeds it each prompt in one piece. Beside
-them transformers' Llama with SDPA and its own cache, the batch in one pass. The roof is the products
+"reasoners" is what the engine does: prompts in pieces, several of them in a pass, states and keys kept
+in its cache, the host's part included. "pieces of 512" is the same with smaller ones. Beside them
+transformers' Llama with SDPA and its own cache, the batch in one pass. The roof is the products
 with the weights at the matrix rate; attention and scans are not counted as work.
 """
 
@@ -21,7 +21,7 @@ from reasoners.sampling import SamplingParams
 SHAPES = {"1 x 2048": (1, 2048), "8 x 4096": (8, 4096), "64 x 512": (64, 512)}
 STUDENTS = ["llamba-1b", "llamba-3b", "mambainllama-1b-mamba2", "llama-3.2-1b"]
 ROWS = [
-    *((config, impl) for config in STUDENTS for impl in ("reasoners", "whole prompts")),
+    *((config, impl) for config in STUDENTS for impl in ("reasoners", "pieces of 512")),
     ("llama-3.2-1b", "transformers"),
 ]
 
@@ -60,7 +60,7 @@ def check(logits, model, tokens):
 
 def run(measure, model, batch, length, impl, **settings):
     config = model.config
-    prefill, tokens = ours(model, batch, length, length if impl == "whole prompts" else 512)
+    prefill, tokens = ours(model, batch, length, 512 if impl == "pieces of 512" else None)
     check(prefill(), model, tokens)
     measure(
         prefill, flops=flops(config, batch, length), tokens=batch * length, rounds=5,
@@ -68,7 +68,7 @@ def run(measure, model, batch, length, impl, **settings):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", ["reasoners", "whole prompts", "transformers"])
+@pytest.mark.parametrize("impl", ["reasoners", "pieces of 512", "transformers"])
 @pytest.mark.parametrize("config", ["tiny-llama", "tiny-llamba", "tiny-mamba2"])
 def bench_prefill_tiny(measure, config, impl):
     if impl == "transformers":
