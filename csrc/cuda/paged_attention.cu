@@ -22,20 +22,21 @@
 // one at a time: right, and as slow as that sounds. Which of the two is said and not found from
 // shapes.
 //
-// H100, us (bfloat16, pages of 16; Llama-3.2-1B with 8 kv heads of 64, Llama-3.2-3B with 8 of 128):
-//   1 x 2048              9.0   12.6      128 x 1024                      99   188
-//   1 x 32768            37.9   66.9      512 x 1024                     376   732
-//   16 x 2048            35.4   62.1      256 x 768, 512 of them shared   83.5 145
-// On an H200 the last of them took 72.6 and 122 (without `shared` 98.7 and 167) as long as
-// prefix_kernel had the positions as the rows of its products, 32 columns a thread block: 31 and 48
-// for itself.
-// Tried: K and V through a ring of asynchronous copies in shared memory, 16 to 24 kB a warp and on
-// across splits, a prologue of fewer loads, own positions beside prefix_kernel's: 1 x 2048 in 6.8
-// and 8.9, 16 x 2048 in 30.7 and 56.7, but 512 x 1024 in 410 and 802 and the shared row in 97 and
-// 159: what goes through shared memory takes more instructions than a warp has time for.
-// Clusters whose first block folds what the others have in shared memory, instead of
-// combine_kernel: 1 x 2048 in 9.5 and 11.1, 16 x 2048 in 37.7 and 67.2, a decode step of
-// Llama-3.2-1B 1 % slower.
+// H200, us (bfloat16, pages of 16; Llama-3.2-1B with 8 kv heads of 64, Llama-3.2-3B with 8 of 128):
+//   1 x 2048              6.4    9.0      128 x 1024                      70   131
+//   1 x 32768            29.0   48.5      512 x 1024                     257   501
+//   16 x 2048            25.1   44.0      256 x 768, 512 of them shared   56    92, else 78  146
+// With positions as the rows of the products and a softmax every 16 positions, 133 instructions for
+// them instead of 88 (199 instead of 129 with heads of 128): 7.0, 32.6, 28.0, 80, 284 and 72.6. As
+// many blocks as are on the machine at once, of several splits each, instead of one split each:
+// 1 x 32768 28.9 and 51.0, 16 x 2048 24.3 and 42.4.
+// Tried on an H100 (1 x 2048 9.0 and 12.6, 16 x 2048 35.4 and 62.1, 512 x 1024 376 and 732): K and
+// V through a ring of asynchronous copies in shared memory, 16 to 24 kB a warp and on across
+// splits, a prologue of fewer loads, own positions beside prefix_kernel's: 1 x 2048 in 6.8 and 8.9,
+// 16 x 2048 in 30.7 and 56.7, but 512 x 1024 in 410 and 802 and the shared row in 97 and 159: what
+// goes through shared memory takes more instructions than a warp has time for. Clusters whose first
+// block folds what the others have in shared memory, instead of combine_kernel: 1 x 2048 in 9.5
+// and 11.1, 16 x 2048 in 37.7 and 67.2, a decode step of Llama-3.2-1B 1 % slower.
 
 #include <algorithm>
 

@@ -28,16 +28,8 @@
 // Bytes that must move (P = N = 64, no sharing), a head and token: 512 for x, B, C and y, 4 or 8
 // for scalars; split, 256 more for x and B and 64 to 128 for states. 70 FLOP a byte.
 //
-// H100, bfloat16, all by this walk, us, and the share of 3.03 TB/s that the necessary bytes
-// reach:
-//   Llamba-1B 8 x 4096     237  75 %      Llamba-3B 8 x 4096 (P 96)           317  53 %
-//             64 x 512     216  83 %      Llamba-8B 8 x 4096 (P 128)          388  69 %
-//             512 x 512   1599  89 %      24 heads of 128 x 128, 8 x 4096     542  49 %
-//             1 x 2048      33  34 %      80 heads of 64 x 128, one group    1071  22 %
-//             1 x 32768    375  48 %
-// What is missing: P 96 and 128 spill some registers at two blocks a multiprocessor and have 192 to
-// 256 blocks in all; one group's C B^T is found anew for each head; a long sequence reads x and B
-// twice, and its three kernels follow each other.
+// That is what ssd_walk.cuh does for heads that ssd_scan_wgmma.cu does not take, and within the
+// mixers; times stand there.
 
 #include "ssd_walk.cuh"
 

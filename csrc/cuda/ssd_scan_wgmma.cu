@@ -30,6 +30,19 @@
 //   P, N           64, 64   128, 64   64, 128   128, 128
 //   walks               2         1         1          1     of a block
 //   shared, kB        190       136       221        218     one block a multiprocessor
+//
+// H200, bfloat16, us, and the share of a copy's 4.2 TB/s that the necessary bytes reach; in
+// brackets ssd_walk.cuh, of the larger ones on an H100:
+//   Llamba-1B 8 x 4096    144  89 % (235)     Llamba-3B 8 x 4096 (P 96)         191  63 %  (317)
+//             64 x 512    172  75 % (196)     Llamba-8B 8 x 4096 (P 128)        267  72 %  (388)
+//             512 x 512  1391  74 % (1519)    24 heads of 128 x 128, 8 x 4096   282  68 %  (542)
+//             1 x 2048   24.0  34 % (31)      80 heads of 64 x 128, one group   441  38 % (1071)
+//             1 x 32768   262  49 % (318)     Llamba-1B 1 x 131072             1011  51 % (1227)
+// What limits, by a profile of the form before the last: at 64 x 128 with one group shared memory,
+// 74 % busy, with the memory at 46 % and 41 % of issue slots taken; at 128 x 64 the second-level
+// cache, 84 %. A long sequence reads x and B twice, and its three kernels follow each other. One
+// C B^T for both heads of a group would move as many bytes in shared memory as it spares; scores
+// ahead at N 128 spill. Next: copies by tensor maps, with B and C for a cluster.
 #include <algorithm>
 #include <climits>
 #include <iterator>
