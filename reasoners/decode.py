@@ -20,8 +20,8 @@ from reasoners.sampling import SamplingParams
 ENDED = -2  # drawn by a row that has nothing to draw; -1 stands for logits that are not finite
 
 # Pages that rows share are read for all of them in pieces of this many tokens, by a launch more in
-# each layer. It pays when it spares about as many tokens a step: on an H100 11,520 cost 5 to 6 us a
-# layer more than they spare, 130,560 spare 14 (8 heads of 64) to 33 us (8 of 128).
+# each layer. It pays when it spares about as many tokens a step: on an H200 11,520 cost 2 to 5 us a
+# layer more than they spare, 130,560 spare 22 (8 heads of 64) to 53 us (8 of 128).
 SHARED_PIECE = 64
 SHARED_PAYS = 40_000
 
