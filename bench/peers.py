@@ -231,29 +231,11 @@ def flashinfer_cascade(backend):
     return prepare
 
 
-def flashinfer_prefill(backend):
-    """The same of rows with several queries each, the last ones of their row, causally."""
-    module = _flashinfer("prefill")
-
-    def prepare(sets):
-        sizes, dtypes = _kinds(sets[0])
-        pages = _pages(sets[0]["page_table"], sets[0]["kv_lengths"], sizes[-1])
-        wrapper = module.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "HND", backend=backend)
-        wrapper.plan(sets[0]["cu_seqlens_q"], *pages, *sizes, causal=True, **dtypes)
-        return _runs(wrapper, sets)
-
-    return prepare
-
-
 DECODE = {  # the better of the first two is to be quoted; the last two are for rows with a prefix
     "flashinfer": lambda: flashinfer_decode(False),
     "flashinfer-tc": lambda: flashinfer_decode(True),
     "cascade-fa2": lambda: flashinfer_cascade("fa2"),
     "cascade-fa3": lambda: flashinfer_cascade("fa3"),
-}
-PREFILL = {
-    "flashinfer-fa2": lambda: flashinfer_prefill("fa2"),
-    "flashinfer-fa3": lambda: flashinfer_prefill("fa3"),
 }
 
 

@@ -41,6 +41,10 @@ __device__ inline void wait_for_copies() {
 __device__ inline void init_barrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
 }
+// By the thread that began them, and before the others meet: all see the barriers then.
+__device__ inline void show_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -81,10 +85,12 @@ __device__ inline void copy_bulk_once(void* shared, const void* global, int byte
       : "memory");
 }
 
-// The way back. What this thread wrote to shared memory is there for bulk copies, after a barrier.
-__device__ inline void show_to_bulk_copies() {
+// What this thread wrote to shared memory, or saw that others had, is there for bulk copies and for
+// tensor cores that read it by themselves; for what they do after a barrier, too.
+__device__ inline void show_to_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// The way back.
 __device__ inline void store_bulk_once(void* global, const void* shared, int bytes) {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -251,8 +251,8 @@ class Row {
       shared_.bar = 0;
       if constexpr (kAligned) {
         for (uint64_t& arrived : shared_.arrived) init_barrier(&arrived, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        show_barriers();
+        show_to_copies();
       }
     }
     if (g_.blocks > 1) begin_in_cluster();

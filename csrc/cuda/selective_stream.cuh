@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kStreamChannels, kStreamBlocks<typename Mixer:
   if (thread == 0) {
     // The first warp's lanes as their copies land, and the first of them once more.
     for (int stage = 0; stage < kStages; ++stage) init_barrier(&full[stage], 33);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show_barriers();
   }
   let_next_start();
   // The first rows, a warp each.
@@ -174,9 +174,8 @@ __global__ void __launch_bounds__(kStreamChannels, kStreamBlocks<typename Mixer:
     }
     arrive_after_copies(full);
   };
-  // A part's tickets start at 0, and as each block draws one too many, the last one drawn leaves 0.
-  const auto draw_ticket = [&] {
-    return lane == 0 ? static_cast<int>(atomicInc(&p.tickets[blockIdx.x], drawn + walkers - 1)) : 0;
+  const auto draw_next = [&] {
+    return lane == 0 ? draw_ticket(&p.tickets[blockIdx.x], drawn, walkers) : 0;
   };
   int ticket = 0;
   if (fetches) {
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kStreamChannels, kStreamBlocks<typename Mixer:
 #pragma unroll
     for (int turn = 0; turn < kStages; ++turn)
       rows[turn] = look_at(dealt_row(turn) < dealt ? dealt_row(turn) : p.batch);
-    if (drawn > 0) ticket = draw_ticket();
+    if (drawn > 0) ticket = draw_next();
 #pragma unroll
     for (int turn = 0; turn < kStages; ++turn) fetch(rows[turn], stages[turn], &full[turn]);
   }
@@ -196,7 +195,7 @@ __global__ void __launch_bounds__(kStreamChannels, kStreamBlocks<typename Mixer:
       const int i = __shfl_sync(~0u, ticket, 0);
       if (i < drawn) {
         next = look_at(dealt + i);
-        ticket = draw_ticket();
+        ticket = draw_next();
       }
     }
     auto& stage = stages[at];
@@ -220,7 +219,7 @@ __global__ void __launch_bounds__(kStreamChannels, kStreamBlocks<typename Mixer:
                                       values(stage.inputs.C + place.c), state_t{});
         raw = advanced.state, y[j] = advanced.y;
       }
-      show_to_bulk_copies();
+      show_to_copies();
 #pragma unroll
       for (int offset = kChunks / 2; offset > 0; offset /= 2)
 #pragma unroll

@@ -13,6 +13,12 @@
 namespace reasoners {
 namespace {
 
+constexpr int kSegmentTokens = kSegment * kChunk;
+
+__device__ __host__ constexpr int count_segments(int64_t length) {
+  return static_cast<int>((length + kSegmentTokens - 1) / kSegmentTokens);
+}
+
 // How the segments of a sequence are dealt to blocks; `blocks` 0: one block has them all.
 struct Deal {
   int each, blocks;
@@ -26,7 +32,7 @@ struct Places {
   int heads;
 
   __device__ Places(const SsdScanParams& p, const Sequence& sequence, int64_t index, int head)
-      : first(first_checkpoint(sequence, p.length, index, kSegment * kChunk) * p.heads + head),
+      : first(first_checkpoint(sequence, p.length, index, kSegmentTokens) * p.heads + head),
         heads(p.heads) {}
   __device__ int64_t of(int segment) const { return first + int64_t(segment) * heads; }
 };
@@ -43,8 +49,7 @@ __global__ void __launch_bounds__(kCarryThreads)
   const int head = blockIdx.x % p.heads, index = blockIdx.x / p.heads;
   if (4 * element >= size) return;
   const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
-  constexpr int kTokens = kSegment * kChunk;
-  const int segments = static_cast<int>((sequence.end - sequence.begin + kTokens - 1) / kTokens);
+  const int segments = count_segments(sequence.end - sequence.begin);
   const Places places(p, sequence, index, head);
   const auto vector = [&](float* data, int64_t place) {
     return reinterpret_cast<float4*>(data + place * size) + element;
@@ -80,16 +85,16 @@ constexpr int kProcessors = 132;
 // As many blocks for each sequence as the machine holds at once: `per_processor` blocks of
 // `together` heads on each multiprocessor.
 inline Deal make_deal(const SsdScanParams& p, int per_processor, int together = 1) {
-  constexpr int kTokens = kSegment * kChunk;
   const int64_t walks = p.sequences * p.heads / together;
-  const int64_t most = (p.length + kTokens - 1) / kTokens;  // segments of a sequence
+  const int64_t most = count_segments(p.length);
   if (walks == 0 || walks * 5 >= kProcessors * 6 || most < 2) return {};
   const int64_t blocks = kProcessors * per_processor / (p.batch * p.heads / together);
   if (blocks < 2) return {};
   Deal deal{};
   deal.each = static_cast<int>((most + blocks - 1) / blocks);
   deal.blocks = static_cast<int>((most + deal.each - 1) / deal.each);
-  const int64_t places = count_checkpoints(p.batch * p.length, p.sequences, kTokens) * p.heads;
+  const int64_t places =
+      count_checkpoints(p.batch * p.length, p.sequences, kSegmentTokens) * p.heads;
   deal.decays = places * p.head_dim * p.state_dim;
   deal.size = deal.decays + places;
   return deal;

@@ -527,7 +527,7 @@ void launch_walk(const typename Source::Params& params, cudaStream_t stream) {
     cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     Deal single = deal;  // segments
     single.each = 1;
-    single.blocks = (p.length + kSegment * kChunk - 1) / (kSegment * kChunk);
+    single.blocks = count_segments(p.length);
     launch_overlapping(add, walks * single.blocks, T::kThreads, kBytes, stream, params, single);
     launch_carry(p, deal, stream);
   }

@@ -298,6 +298,12 @@ __device__ inline int guess_slot(const Params& p, int64_t row) {
   return slot < p.num_slots ? slot : -1;
 }
 
+// The next of `drawn` rows that `walkers` blocks draw, from 0 on. Each block draws one too many,
+// and the last number drawn leaves 0 for the next launch.
+__device__ inline int draw_ticket(uint32_t* tickets, int drawn, int walkers) {
+  return static_cast<int>(atomicInc(tickets, drawn + walkers - 1));
+}
+
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mixer mixer) {
   constexpr int kVec = 16 / sizeof(state_t), kPasses = kStateDim / (2 * kVec);

@@ -230,12 +230,11 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
     const int slot = row < p.batch ? p.slots[row] : -1;
     dealt = look_at(row, slot, slot >= 0 && p.recent.pending ? p.recent.pending[slot] : 0);
   }
-  // A head's tickets start at 0, and as each block draws one too many, the last one drawn leaves 0.
-  // One is drawn ahead.
+  // One ticket is drawn ahead.
   const int drawn = p.batch - draw.dealt;
   const ConsumersSync sync{static_cast<int>(blockDim.x) - 32};
-  const auto draw_ticket = [&] {
-    return lane == 0 ? static_cast<int>(atomicInc(&p.tickets[head], drawn + draw.walkers - 1)) : 0;
+  const auto draw_next = [&] {
+    return lane == 0 ? draw_ticket(&p.tickets[head], drawn, draw.walkers) : 0;
   };
   int ticket = 0;
   RowFacts next;
@@ -314,7 +313,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
     if (now.row >= p.batch) return;
     if (turn + 1 < layout.stages) continue;
     if (drawn > 0 && turn + 1 == layout.stages) {
-      ticket = draw_ticket();
+      ticket = draw_next();
       if (lists_rows(p, draw)) sync.wait_as_producer();
     }
     const int i = __shfl_sync(~0u, ticket, 0);
@@ -329,7 +328,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
       const int row = draw.dealt + i;
       next = look_at(row, p.slots[row], 0);
     }
-    ticket = draw_ticket();
+    ticket = draw_next();
   }
 }
 
@@ -432,7 +431,7 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim + 32, 2)
       init_barrier(&shared.full[stage], 64);  // every lane of the producer, twice
       init_barrier(&shared.empty[stage], blockDim.x / 32 - 1);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show_barriers();
   }
   const HeadPlace place = place_of(mixer.p, blockIdx.x % mixer.p.heads);
   const bool produces = threadIdx.x >= blockDim.x - 32;

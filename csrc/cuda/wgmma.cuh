@@ -53,12 +53,6 @@ __device__ constexpr uint64_t depth_step(int k) {  // of the k-th 16 columns
 }
 __device__ constexpr uint64_t tall_step(int k) { return k * (16 * 128) / 16; }
 
-// What this thread wrote to shared memory is there for the tensor cores, after a barrier.
-__device__ inline void show_to_copies() {
-#ifdef REASONERS_WGMMA
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
 // Before the first product that reads registers that were written since the last one.
 __device__ inline void begin_products() {
 #ifdef REASONERS_WGMMA
