@@ -84,6 +84,20 @@ def test_packed_and_strided_equal_separate_bitwise_cuda(dtype):
         assert torch.equal(final_i[0], final[i])
 
 
+@pytest.mark.cuda("selective_scan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_sequences_equal_many_bitwise_cuda(dtype):
+    """The number of tiles decides how states are dealt out to threads: each of the three ways here."""
+    inputs = selective_scan_inputs(7, 75, channels=2048, Gb=32, Gc=128, dtype=dtype)
+    inputs = {k: v if v is None else v.cuda() for k, v in inputs.items()}
+    y, final = ops.selective_scan(**inputs)
+    for rows in (slice(2, 6), slice(6, 7)):
+        part = {k: inputs[k][rows] for k in ("x", "delta", "B", "C", "initial_state")}
+        y_part, final_part = ops.selective_scan(**inputs | part)
+        assert torch.equal(y_part, y[rows])
+        assert torch.equal(final_part, final[rows])
+
+
 @pytest.mark.parametrize("case", SELECTIVE_UPDATE_CASES.values(), ids=SELECTIVE_UPDATE_CASES.keys())
 def test_update_against_reference(case):
     before = selective_update_inputs(**case)

@@ -2,25 +2,306 @@
 // other, with a decay for every channel and state entry.
 //
 // A block serves one sequence and a tile of neighbouring channels that read the same group of B and
-// of C, and walks all tokens of the sequence. kLanes neighbouring threads hold one channel's state
-// of N entries and its row of A in registers; the product with C is reduced over them by shuffles.
-// Tokens come in stages of kStage: while one stage is computed from shared memory, the next is on
-// its way into registers, and the two buffers in shared memory let one barrier a stage suffice.
-// Channels past the tile and entries past N are zeros that take part and are not written. What is
-// left is the exponentials, one per state entry and token.
+// of C, and walks all tokens of the sequence. kLanes neighbouring threads hold their channels'
+// states and rows of A in registers. Tokens come in stages of kStage: while one stage is computed
+// from shared memory, the next is on its way into registers, and the two buffers in shared memory
+// let one barrier a stage suffice. Channels past the tile and entries past N are zeros that take
+// part and are not written.
 //
-//   N        <= 16   <= 32   <= 64   <= 128   <= 256
-//   kLanes      4       4       8       16       32     channels per block: 128 / kLanes
-//   kStage     16      16       8        8        4     tokens
+// N <= 16: a tile is 16 channels, as many as read one group in MambaInLlama, and each thread brings
+// four neighbours of two tokens of each input a stage. kLanes threads hold kPer channels, 16 /
+// kLanes entries of each. The products with C are added up for as many tokens at once as make one
+// sum a thread: threads exchange halves, so that kLanes sums take kLanes - 1 shuffles and not
+// kLanes log2(kLanes), and each thread finishes one y. The fewer entries a thread has, the more
+// warps there are, and the more each token costs:
+//
+//   tiles    < 396   < 792   more     of all sequences
+//   kLanes       8       4      4
+//   kPer         1       1      2     channels
+//   threads    128      64     32
+//   kStage      64      32     16     tokens
+//   issued    10.8     9.1    8.6     instructions a state entry and token; 1.3 of them for loads
+//
+// All three add in the same order (pairs, then neighbours, their neighbours, ...), so the bits do
+// not depend on which of them runs. The exponentials set the floor, one per state entry and token:
+// a warp's takes a scheduler 8 cycles, 290 us for 32,768 tokens of 2048 channels with N = 16 on 132
+// multiprocessors at 1.755 GHz, where the bytes (8 a channel and token, 16-bit) take 180 us at 3
+// TB/s. Making a share of them by a polynomial on the multiply-add units costs nine instructions
+// more for each, and as many are issued as there are cycles already. Cutting a sequence into
+// segments computes all exponentials twice, for what a segment adds and then for y.
+//
+// N above 16: kLanes threads hold one channel, and the sum goes over them by shuffles.
+//
+//   N        <= 32   <= 64   <= 128   <= 256
+//   kLanes       4       8       16       32     channels per block: 128 / kLanes
+//   kStage      16       8        8        4     tokens
 
+#include <cstring>
 #include <numeric>
 
 #include "convert.cuh"
 #include "kernels.h"
+#include "mma.cuh"
 #include "scan.cuh"
 
 namespace reasoners {
 namespace {
+
+// ---- N <= 16
+
+constexpr int kNarrow = 16;  // entries of a state, channels of a tile
+constexpr int kFour = 4;     // neighbours that a thread brings at once
+
+// How the states of a tile are dealt out to threads.
+template <int kLanes_, int kPer_>
+struct NarrowDeal {
+  static constexpr int kLanes = kLanes_, kPer = kPer_, kEntries = kNarrow / kLanes;
+  static constexpr int kThreads = kNarrow / kPer * kLanes;
+  static constexpr int kRows = kThreads * kFour / kNarrow;  // tokens that they bring at once
+  static constexpr int kStage = 2 * kRows;
+  static constexpr int kGroup = kLanes / kPer;  // tokens whose sums are exchanged
+  static constexpr int kTurn = 2 * kGroup;      // tokens of an iteration
+  static_assert(kStage % kTurn == 0);
+  // Rows of x are this far apart: a warp reads kGroup rows at once, each in banks of its own.
+  static constexpr int kPitch = kNarrow + 32 / kLanes * kPer % kNarrow;
+};
+
+template <typename Deal>
+struct alignas(16) NarrowStage {
+  float b[Deal::kStage][kNarrow], c[Deal::kStage][kNarrow];
+  float2 steps[Deal::kStage][kNarrow];  // delta, delta x
+  float x[Deal::kStage][Deal::kPitch];
+};
+
+// Sums of each of kLanes values over kLanes neighbouring threads, of which each leaves with one:
+// thread l with that of value l. The whole warp takes part.
+template <int kLanes>
+__device__ float exchange_sums(float (&v)[kLanes], int lane) {
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < kLanes / 2; ++i) {
+      if (i >= kLanes / 2 / offset) continue;
+      const float kept = upper ? v[2 * i + 1] : v[2 * i], sent = upper ? v[2 * i] : v[2 * i + 1];
+      v[i] = kept + __shfl_xor_sync(~0u, sent, offset);
+    }
+  }
+  return v[0];
+}
+
+// Four neighbours as they come: taken apart at once, they would have to be there at once.
+template <typename data_t>
+using Four = Vec<uint32_t, sizeof(data_t)>;
+
+template <typename data_t>
+__device__ Four<data_t> load_four(const data_t* from, int count) {
+  data_t values[kFour];
+#pragma unroll
+  for (int k = 0; k < kFour; ++k) values[k] = k < count ? from[k] : from_float<data_t>(0.f);
+  Four<data_t> to;
+  memcpy(&to, values, sizeof(to));
+  return to;
+}
+
+__device__ float4 to_floats(float, const Four<float>& from) {
+  return {__uint_as_float(from.at[0]), __uint_as_float(from.at[1]), __uint_as_float(from.at[2]),
+          __uint_as_float(from.at[3])};
+}
+__device__ float4 to_floats(__nv_bfloat16, const Four<__nv_bfloat16>& from) {
+  const auto lower = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+  const auto upper = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+  return {lower(from.at[0]), upper(from.at[0]), lower(from.at[1]), upper(from.at[1])};
+}
+__device__ float4 to_floats(__half, const Four<__half>& from) {
+  __half2 pairs[2];
+  memcpy(pairs, &from, sizeof(from));
+  const float2 one = __half22float2(pairs[0]), two = __half22float2(pairs[1]);
+  return {one.x, one.y, two.x, two.y};
+}
+
+// aligned: all rows of all inputs begin, and all tiles are cut, at multiples of four elements.
+template <typename data_t, typename Deal>
+__global__ void __launch_bounds__(Deal::kThreads, 512 / Deal::kThreads)
+    narrow_scan_kernel(const SelectiveScanParams p, int run, int tiles, bool aligned) {
+  constexpr int kLanes = Deal::kLanes, kPer = Deal::kPer, kEntries = Deal::kEntries,
+                kRows = Deal::kRows, kStage = Deal::kStage, kGroup = Deal::kGroup;
+  __shared__ NarrowStage<Deal> stages[2];
+
+  const int blocks = p.channels / run * tiles;  // of one sequence
+  const int64_t index = blockIdx.x / blocks;
+  const int block = blockIdx.x % blocks;
+  const int first_of_run = block / tiles * run, first = first_of_run + block % tiles * kNarrow;
+  const int channels = min(kNarrow, first_of_run + run - first);  // of this tile
+  const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
+
+  // This thread's part of every stage: four neighbours of a token.
+  const int row = threadIdx.x / (kNarrow / kFour), column = threadIdx.x % (kNarrow / kFour) * kFour;
+  const int64_t begin = sequence.begin + row;
+  const auto* x = static_cast<const data_t*>(p.x) + sequence.batch * p.x_strides.batch +
+                  begin * p.x_strides.token + first + column;
+  const float* delta = p.delta + sequence.batch * p.delta_strides.batch +
+                       begin * p.delta_strides.token + first + column;
+  const auto* b = static_cast<const data_t*>(p.B) + sequence.batch * p.b_strides.batch +
+                  begin * p.b_strides.token +
+                  int64_t(first / (p.channels / p.b_groups)) * p.state_dim + column;
+  const auto* c = static_cast<const data_t*>(p.C) + sequence.batch * p.c_strides.batch +
+                  begin * p.c_strides.token +
+                  int64_t(first / (p.channels / p.c_groups)) * p.state_dim + column;
+  Four<data_t> next_b[2], next_c[2], next_x[2];
+  Four<float> next_delta[2];
+  const auto fetch = [&](int left) {  // tokens from the stage's first on
+    const int entries = p.state_dim - column, inputs = channels - column;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const bool in = row + k * kRows < left;
+      const data_t *from_b = b + k * kRows * p.b_strides.token,
+                   *from_c = c + k * kRows * p.c_strides.token,
+                   *from_x = x + k * kRows * p.x_strides.token;
+      const float* from_delta = delta + k * kRows * p.delta_strides.token;
+      if (aligned) {
+        next_b[k] = next_c[k] = next_x[k] = {};
+        next_delta[k] = {};
+        if (in && entries > 0) {
+          next_b[k] = *reinterpret_cast<const Four<data_t>*>(from_b);
+          next_c[k] = *reinterpret_cast<const Four<data_t>*>(from_c);
+        }
+        if (in && inputs > 0) {
+          next_x[k] = *reinterpret_cast<const Four<data_t>*>(from_x);
+          next_delta[k] = *reinterpret_cast<const Four<float>*>(from_delta);
+        }
+      } else {
+        next_b[k] = load_four(from_b, in ? entries : 0);
+        next_c[k] = load_four(from_c, in ? entries : 0);
+        next_x[k] = load_four(from_x, in ? inputs : 0);
+        next_delta[k] = load_four(from_delta, in ? inputs : 0);
+      }
+    }
+    b += kStage * p.b_strides.token;
+    c += kStage * p.c_strides.token;
+    x += kStage * p.x_strides.token;
+    delta += kStage * p.delta_strides.token;
+  };
+  const auto put = [&](NarrowStage<Deal>& stage) {
+    const auto four = [](float* to) -> float4& { return *reinterpret_cast<float4*>(to); };
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = row + k * kRows;
+      four(&stage.b[i][column]) = to_floats(data_t(), next_b[k]);
+      four(&stage.c[i][column]) = to_floats(data_t(), next_c[k]);
+      const float4 input = to_floats(data_t(), next_x[k]), step = to_floats(0.f, next_delta[k]);
+      four(&stage.x[i][column]) = input;
+      four(&stage.steps[i][column].x) = {step.x, step.x * input.x, step.y, step.y * input.y};
+      four(&stage.steps[i][column + 2].x) = {step.z, step.z * input.z, step.w, step.w * input.w};
+    }
+  };
+
+  // Of the sums that its neighbours exchange, this thread finishes that of one token and channel.
+  const int lane = threadIdx.x % kLanes, local = threadIdx.x / kLanes * kPer;
+  const int token = lane / kPer, own = local + lane % kPer;
+  const float skip = p.D && own < channels ? p.D[first + own] : 0.f;
+  const int64_t home = (index * p.channels + first + local) * p.state_dim;  // in a state tensor
+  // exp(delta A) is 2 to the power of delta times this: one multiplication less an entry.
+  constexpr float kLog2e = 1.44269504088896f;
+  float exponent[kPer][kEntries], state[kPer][kEntries];
+#pragma unroll
+  for (int e = 0; e < kPer; ++e) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      const int n = lane * kEntries + j;
+      const bool in = local + e < channels && n < p.state_dim;
+      const float* A = p.A + int64_t(first + local + e) * p.state_dim;
+      exponent[e][j] = in ? A[n] * kLog2e : 0.f;
+      state[e][j] = in && p.initial_state ? p.initial_state[home + e * p.state_dim + n] : 0.f;
+    }
+  }
+
+  auto* y = static_cast<data_t*>(p.y) +
+            (sequence.batch * p.length + sequence.begin + token) * p.channels + first + own;
+  int buffer = 0;
+  int left = static_cast<int>(sequence.end - sequence.begin);
+  fetch(left);
+  for (; left > 0; left -= kStage) {
+    const auto& stage = stages[buffer];
+    put(stages[buffer]);
+    buffer ^= 1;
+    __syncthreads();
+    fetch(left - kStage);
+    // Tokens past the last have neither input nor decay, and leave the state as it is.
+    const int count = min(left, kStage);
+    for (int turn = 0; turn < count; turn += Deal::kTurn) {
+#pragma unroll
+      for (int group = 0; group < Deal::kTurn; group += kGroup) {
+        float sums[kLanes];
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) {
+          const int i = turn + group + k;
+          const auto in =
+              *reinterpret_cast<const Vec<float, kEntries>*>(&stage.b[i][lane * kEntries]);
+          const auto out =
+              *reinterpret_cast<const Vec<float, kEntries>*>(&stage.c[i][lane * kEntries]);
+          const auto steps = *reinterpret_cast<const Vec<float, 2 * kPer>*>(&stage.steps[i][local]);
+#pragma unroll
+          for (int e = 0; e < kPer; ++e) {
+            const float step = steps.at[2 * e], gain = steps.at[2 * e + 1];
+            float pairs[kEntries / 2];
+#pragma unroll
+            for (int j = 0; j < kEntries; ++j) {
+              float& s = state[e][j];
+              s = fmaf(exp2_fast(step * exponent[e][j]), s, gain * in.at[j]);
+              pairs[j / 2] = j % 2 == 0 ? s * out.at[j] : fmaf(s, out.at[j], pairs[j / 2]);
+            }
+            sums[k * kPer + e] = pairs[0];
+            if constexpr (kEntries == 4) sums[k * kPer + e] += pairs[1];
+          }
+        }
+        const float sum = exchange_sums(sums, lane);
+        const int i = turn + group + token;
+        if (i < count && own < channels) *y = from_float<data_t>(fmaf(skip, stage.x[i][own], sum));
+        y += int64_t(kGroup) * p.channels;
+      }
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kPer; ++e) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      const int n = lane * kEntries + j;
+      if (local + e < channels && n < p.state_dim)
+        p.final_state[home + e * p.state_dim + n] = state[e][j];
+    }
+  }
+}
+
+template <typename data_t, typename Deal>
+void launch_narrow(const SelectiveScanParams& p, int run, int tiles, cudaStream_t stream) {
+  const auto in_fours = [](const TokenStrides& strides) {
+    return strides.batch % kFour == 0 && strides.token % kFour == 0;
+  };
+  const bool aligned = run % kFour == 0 && p.state_dim % kFour == 0 && in_fours(p.x_strides) &&
+                       in_fours(p.delta_strides) && in_fours(p.b_strides) &&
+                       in_fours(p.c_strides) && is_aligned<Four<data_t>>(p.x) &&
+                       is_aligned<Four<data_t>>(p.B) && is_aligned<Four<data_t>>(p.C) &&
+                       is_aligned<Four<float>>(p.delta);
+  const int64_t blocks = p.sequences * (p.channels / run) * tiles;
+  narrow_scan_kernel<data_t, Deal>
+      <<<static_cast<unsigned>(blocks), Deal::kThreads, 0, stream>>>(p, run, tiles, aligned);
+}
+
+template <typename data_t>
+void dispatch_narrow(const SelectiveScanParams& p, cudaStream_t stream) {
+  const int run = std::gcd(p.channels / p.b_groups, p.channels / p.c_groups);
+  const int tiles = (run + kNarrow - 1) / kNarrow;
+  constexpr int64_t kProcessors = 132;
+  const int64_t blocks = p.sequences * (p.channels / run) * tiles;
+  if (blocks < 3 * kProcessors)
+    return launch_narrow<data_t, NarrowDeal<8, 1>>(p, run, tiles, stream);
+  if (blocks < 6 * kProcessors)
+    return launch_narrow<data_t, NarrowDeal<4, 1>>(p, run, tiles, stream);
+  launch_narrow<data_t, NarrowDeal<4, 2>>(p, run, tiles, stream);
+}
+
+// ---- N above 16
 
 constexpr int kThreads = 128;
 constexpr int kBlocks = 4;  // per multiprocessor: room for the registers of four unrolled tokens
@@ -127,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < kEntries; ++j) {
-        state[j] = fmaf(exp2f(step * exponent[j]), state[j], gain * in[j]);
+        state[j] = fmaf(exp2_fast(step * exponent[j]), state[j], gain * in[j]);
         sum = fmaf(state[j], out[j], sum);
       }
       sum = Row::sum(sum);
@@ -152,7 +433,7 @@ void launch(const SelectiveScanParams& p, cudaStream_t stream) {
 
 template <typename data_t>
 void dispatch_width(const SelectiveScanParams& p, cudaStream_t stream) {
-  if (p.state_dim <= 16) return launch<data_t, 16, 4, 16>(p, stream);
+  if (p.state_dim <= kNarrow) return dispatch_narrow<data_t>(p, stream);
   if (p.state_dim <= 32) return launch<data_t, 32, 4, 16>(p, stream);
   if (p.state_dim <= 64) return launch<data_t, 64, 8, 8>(p, stream);
   if (p.state_dim <= 128) return launch<data_t, 128, 16, 8>(p, stream);
