@@ -36,21 +36,18 @@
 //   kLanes       4       8       16       32     channels per block: 128 / kLanes
 //   kStage      16       8        8        4     tokens
 
-#include <cstring>
 #include <numeric>
 
 #include "convert.cuh"
 #include "kernels.h"
 #include "mma.cuh"
 #include "scan.cuh"
+#include "selective_tile.cuh"
 
 namespace reasoners {
 namespace {
 
 // ---- N <= 16
-
-constexpr int kNarrow = 16;  // entries of a state, channels of a tile
-constexpr int kFour = 4;     // neighbours that a thread brings at once
 
 // How the states of a tile are dealt out to threads.
 template <int kLanes_, int kPer_>
@@ -73,54 +70,6 @@ struct alignas(16) NarrowStage {
   float x[Deal::kStage][Deal::kPitch];
 };
 
-// Sums of each of kLanes values over kLanes neighbouring threads, of which each leaves with one:
-// thread l with that of value l. The whole warp takes part.
-template <int kLanes>
-__device__ float exchange_sums(float (&v)[kLanes], int lane) {
-#pragma unroll
-  for (int offset = 1; offset < kLanes; offset *= 2) {
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int i = 0; i < kLanes / 2; ++i) {
-      if (i >= kLanes / 2 / offset) continue;
-      const float kept = upper ? v[2 * i + 1] : v[2 * i], sent = upper ? v[2 * i] : v[2 * i + 1];
-      v[i] = kept + __shfl_xor_sync(~0u, sent, offset);
-    }
-  }
-  return v[0];
-}
-
-// Four neighbours as they come: taken apart at once, they would have to be there at once.
-template <typename data_t>
-using Four = Vec<uint32_t, sizeof(data_t)>;
-
-template <typename data_t>
-__device__ Four<data_t> load_four(const data_t* from, int count) {
-  data_t values[kFour];
-#pragma unroll
-  for (int k = 0; k < kFour; ++k) values[k] = k < count ? from[k] : from_float<data_t>(0.f);
-  Four<data_t> to;
-  memcpy(&to, values, sizeof(to));
-  return to;
-}
-
-__device__ float4 to_floats(float, const Four<float>& from) {
-  return {__uint_as_float(from.at[0]), __uint_as_float(from.at[1]), __uint_as_float(from.at[2]),
-          __uint_as_float(from.at[3])};
-}
-__device__ float4 to_floats(__nv_bfloat16, const Four<__nv_bfloat16>& from) {
-  const auto lower = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-  const auto upper = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-  return {lower(from.at[0]), upper(from.at[0]), lower(from.at[1]), upper(from.at[1])};
-}
-__device__ float4 to_floats(__half, const Four<__half>& from) {
-  __half2 pairs[2];
-  memcpy(pairs, &from, sizeof(from));
-  const float2 one = __half22float2(pairs[0]), two = __half22float2(pairs[1]);
-  return {one.x, one.y, two.x, two.y};
-}
-
-// aligned: all rows of all inputs begin, and all tiles are cut, at multiples of four elements.
 template <typename data_t, typename Deal>
 __global__ void __launch_bounds__(Deal::kThreads, 512 / Deal::kThreads)
     narrow_scan_kernel(const SelectiveScanParams p, int run, int tiles, bool aligned) {
@@ -275,14 +224,7 @@ __global__ void __launch_bounds__(Deal::kThreads, 512 / Deal::kThreads)
 
 template <typename data_t, typename Deal>
 void launch_narrow(const SelectiveScanParams& p, int run, int tiles, cudaStream_t stream) {
-  const auto in_fours = [](const TokenStrides& strides) {
-    return strides.batch % kFour == 0 && strides.token % kFour == 0;
-  };
-  const bool aligned = run % kFour == 0 && p.state_dim % kFour == 0 && in_fours(p.x_strides) &&
-                       in_fours(p.delta_strides) && in_fours(p.b_strides) &&
-                       in_fours(p.c_strides) && is_aligned<Four<data_t>>(p.x) &&
-                       is_aligned<Four<data_t>>(p.B) && is_aligned<Four<data_t>>(p.C) &&
-                       is_aligned<Four<float>>(p.delta);
+  const bool aligned = come_in_fours<data_t>(p, run);
   const int64_t blocks = p.sequences * (p.channels / run) * tiles;
   narrow_scan_kernel<data_t, Deal>
       <<<static_cast<unsigned>(blocks), Deal::kThreads, 0, stream>>>(p, run, tiles, aligned);
