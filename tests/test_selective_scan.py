@@ -27,6 +27,10 @@ CUDA_TABLE = (
             "lengths": [100, 3, 0, 64, 65, 1], "dtype": torch.bfloat16,
         },
         "several tiles of a group": {"channels": 200, "Gb": 1, "Gc": 1, "length": 20},
+        "a tile and a rest of a group": {"channels": 20, "Gb": 1, "Gc": 1, "length": 70},
+        "groups of tiles out of step, bf16": {
+            "channels": 192, "Gb": 2, "Gc": 6, "length": 130, "dtype": torch.bfloat16,
+        },
     }
 )  # fmt: skip
 

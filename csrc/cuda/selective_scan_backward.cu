@@ -4,20 +4,20 @@
 //   dx_t = delta_t (dS_t . B_t) + D dy_t        dS_{t-1} = decay_t dS_t + dy_{t-1} C_{t-1}
 //   with e_t = dS_t decay_t S_{t-1}: ddelta_t = e_t . A + x_t (dS_t . B_t), dA = sum of delta_t e_t
 //
-// The blocks are those of the forward: one sequence, a tile of neighbouring channels that read the
-// same group of B and of C, kLanes neighbouring threads for one channel's state. A block first
-// walks its sequence forwards and leaves the state at the start of every span of kSpan tokens in
-// global memory (each thread its own entries, in an order of its own). Then it takes the spans from
-// the last to the first: forwards again with the state of every stage of kStage tokens left in
-// shared memory, then stage by stage backwards, with the states of the stage's tokens in registers.
+// N <= 16 with up to 64 channels to a group: selective_segments.cuh. Else a block serves one
+// sequence, a tile of neighbouring channels that read the same group of B and of C, and kLanes
+// neighbouring threads hold one channel's state. A block first walks its sequence forwards and
+// leaves the state at the start of every span of kSpan tokens in global memory (each thread its own
+// entries, in an order of its own). Then it takes the spans from the last to the first: forwards
+// again with the state of every stage of kStage tokens left in shared memory, then stage by stage
+// backwards, with the states of the stage's tokens in registers.
 //
 // dx and ddelta go through shared memory to rows of whole lines. Sums over channels are made within
 // a warp by exchanging halves, across warps in shared memory, across tiles of a group by a second
 // launch from fp32; dA and dD across sequences likewise; everything in fixed order.
 //
-//   N        <= 16     <= 32   <= 64   <= 128   <= 256
-//   kLanes      4         8      16       32       32
-//   threads  64, 256     256     256      256      256    64 where only that many read one group
+//   N        <= 16   <= 32   <= 64   <= 128   <= 256
+//   kLanes      4       8      16       32       32     of 256 threads
 //
 // Bytes that must move, 16-bit: 14 a channel and token (x, delta, dy in, dx, ddelta out) beside B,
 // C and their gradients: 4.7 us for a million at 3 TB/s. The four exponentials a state entry and
@@ -30,8 +30,10 @@
 
 #include "convert.cuh"
 #include "kernels.h"
+#include "mma.cuh"
 #include "scan.cuh"
 #include "scan_backward.cuh"
+#include "selective_segments.cuh"
 #include "sum_partials.cuh"
 
 namespace reasoners {
@@ -41,10 +43,13 @@ constexpr int kStage = 8;                // tokens
 constexpr int kStages = 8;               // of a span
 constexpr int kSpan = kStage * kStages;  // tokens
 
-template <typename Row, int kThreads>
-constexpr int kBlocks = kThreads == 64     ? 7
-                        : Row::kSize <= 32 ? 2
-                                           : 1;  // per multiprocessor
+template <typename Row>
+constexpr int kBlocks = Row::kSize <= 32 ? 2 : 1;  // per multiprocessor
+
+// Neighbouring channels that read the same group of B and of C.
+int count_run(const SelectiveScanParams& f) {
+  return std::gcd(f.channels / f.b_groups, f.channels / f.c_groups);
+}
 
 // How the channels are dealt out to blocks; see the forward.
 struct Tiles {
@@ -52,7 +57,7 @@ struct Tiles {
   int b_tiles, c_tiles;      // that sum into one group of B, of C
 
   Tiles(const SelectiveScanParams& f, int per_block)
-      : run(std::gcd(f.channels / f.b_groups, f.channels / f.c_groups)),
+      : run(count_run(f)),
         per_run((run + per_block - 1) / per_block),
         blocks(f.channels / run * per_run),
         b_tiles(f.channels / f.b_groups / run * per_run),
@@ -91,7 +96,7 @@ struct alignas(16) Shared {
 };
 
 template <typename data_t, typename Row, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocks<Row, kThreads>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Row>)
     selective_scan_backward_kernel(const SelectiveScanBackwardParams p, const Tiles tiles,
                                    const Scratch scratch) {
   constexpr int kSize = Row::kSize, kEntries = Row::kEntries, kChannels = kThreads / Row::kLanes;
@@ -171,7 +176,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Row, kThreads>)
   const int64_t channel = first + local;
   const float skip = f.D && writes ? f.D[channel] : 0.f;
   const int64_t home = (index * f.channels + channel) * f.state_dim;  // in a state tensor
-  constexpr float kLog2e = 1.44269504088896f;
   float exponent[kEntries], state[kEntries];
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
@@ -186,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Row, kThreads>)
     const float step = stage.delta[i][local], gain = step * stage.x[i][local];
 #pragma unroll
     for (int j = 0; j < kEntries; ++j)
-      state[j] = fmaf(exp2f(step * exponent[j]), state[j], gain * in[j]);
+      state[j] = fmaf(exp2_fast(step * exponent[j]), state[j], gain * in[j]);
   };
 
   float* checkpoint = p.scratch + scratch.checkpoints + threadIdx.x +
@@ -290,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Row, kThreads>)
           sums[j] = total * gain;
           sums[kEntries + j] = g * state[j];
           dgain = fmaf(total, in[j], dgain);
-          dstate[j] = total * exp2f(step * exponent[j]);
+          dstate[j] = total * exp2_fast(step * exponent[j]);
           const float dexponent = dstate[j] * before[i][j];
           dstep = fmaf(dexponent, exponent[j], dstep);
           dA[j] = fmaf(dexponent, step, dA[j]);
@@ -348,10 +352,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Row, kThreads>)
 // What a shape runs on; the two uses are the launch and the size of its scratch memory.
 template <typename Use>
 void with_tile(const SelectiveScanParams& f, const Use& use) {
-  const int run = std::gcd(f.channels / f.b_groups, f.channels / f.c_groups);
-  if (f.state_dim <= 16 && run <= 16) {
-    use(StateRow<16, 4>(), std::integral_constant<int, 64>());
-  } else if (f.state_dim <= 16) {
+  if (f.state_dim <= 16) {
     use(StateRow<16, 4>(), std::integral_constant<int, 256>());
   } else if (f.state_dim <= 32) {
     use(StateRow<32, 8>(), std::integral_constant<int, 256>());
@@ -364,9 +365,17 @@ void with_tile(const SelectiveScanParams& f, const Use& use) {
   }
 }
 
+// Whether a shape runs in segments: with more channels to a group, the sums of dB and dC over the
+// tiles of a group would move more than all else.
+bool in_segments(const SelectiveScanParams& f, int run) {
+  return f.state_dim <= kNarrow && run <= 4 * kNarrow;
+}
+
 template <typename data_t>
 void launch(const SelectiveScanBackwardParams& p, cudaStream_t stream) {
   const SelectiveScanParams& f = p.forward;
+  if (const int run = count_run(f); in_segments(f, run))
+    return launch_segments<data_t>(p, Segments(f, run), stream);
   with_tile(f, [&](auto row, auto threads) {
     using Row = decltype(row);
     constexpr int kThreads = decltype(threads)::value;
@@ -397,6 +406,7 @@ void launch(const SelectiveScanBackwardParams& p, cudaStream_t stream) {
 
 int64_t count_selective_scan_scratch(const SelectiveScanParams& f) {
   if (f.channels == 0) return 0;
+  if (const int run = count_run(f); in_segments(f, run)) return Segments(f, run).size;
   int64_t floats = 0;
   with_tile(f, [&](auto row, auto threads) {
     using Row = decltype(row);
