@@ -1,6 +1,13 @@
-"""The Mamba-1 mixer's operators at MambaInLlama-1B shapes, beside plain PyTorch at the same dtype."""
+"""The Mamba-1 mixer's operators at MambaInLlama-1B shapes, beside plain PyTorch at the same dtype.
+
+On CUDA the scan and its derivative alone: the roof is the longer of the bytes' time and that of one
+exponential for every state entry and token.
+"""
+
+from functools import partial
 
 import cost
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,3 +68,82 @@ def bench_selective_update(measure, batch, dtype, impl):
         inputs |= {n: reference.share(inputs[n], CHANNELS, 1) for n in ("B", "C")}
     num_bytes = cost.selective_update_bytes(batch, CHANNELS, STATE_DIM)
     measure(lambda: run(**inputs), num_bytes=num_bytes, tokens=batch)
+
+
+# ---- CUDA, bf16
+
+CASES = {  # batch, length
+    "mambainllama-1b 1 x 2048": (1, 2048),
+    "mambainllama-1b 8 x 4096": (8, 4096),
+    "mambainllama-1b 64 x 512": (64, 512),
+    "mambainllama-1b 1 x 32768": (1, 32768),
+}
+
+
+def make_cuda(batch, length):
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    return {
+        "x": normal(batch, length, CHANNELS),
+        "delta": F.softplus(torch.randn(batch, length, CHANNELS, device="cuda") - 3),
+        "A": -torch.arange(1.0, STATE_DIM + 1, device="cuda").repeat(CHANNELS, 1),
+        "B": normal(batch, length, B_GROUPS, STATE_DIM),
+        "C": normal(batch, length, C_GROUPS, STATE_DIM),
+        "D": torch.randn(CHANNELS, device="cuda"),
+    }
+
+
+def roof_cuda(bytes_of, batch, length):
+    tokens = batch * length
+    num_bytes = bytes_of(tokens, CHANNELS, 2)
+    roof_s = cost.selective_scan_s(num_bytes, tokens, CHANNELS, STATE_DIM)
+    return {"num_bytes": num_bytes, "roof_s": roof_s, "tokens": tokens}
+
+
+def last_group(inputs, tokens):
+    """Arguments of the last row's first tokens and last group of C, in float64 on the CPU."""
+    x, delta, A, B, C, D = inputs.values()
+    channels = CHANNELS // C_GROUPS
+    rows = [t[-1:, :tokens] for t in (x, delta, B, C)]
+    part = rows[0][..., -channels:], rows[1][..., -channels:], A[-channels:]
+    part += rows[2][:, :, -1:], rows[3][:, :, -1:], D[-channels:]
+    return [t.double().cpu() for t in part]
+
+
+@pytest.mark.cuda("selective_scan")
+@pytest.mark.parametrize("impl", ["reasoners"])
+@pytest.mark.parametrize("case", CASES)
+def bench_selective_scan_cuda(measure, case, impl):
+    torch.manual_seed(0)
+    inputs = make_cuda(*CASES[case])
+    call = partial(ops.selective_scan, **inputs)
+    expected, _ = reference.selective_scan(*last_group(inputs, 4096))
+    channels, tokens = expected.shape[2], expected.shape[1]
+    peers.require_close(call()[0][-1:, :tokens, -channels:].cpu(), expected)
+    measure(call, **roof_cuda(cost.selective_scan_bytes, *CASES[case]))
+
+
+@pytest.mark.cuda("selective_scan_backward")
+@pytest.mark.parametrize("impl", ["reasoners"])
+@pytest.mark.parametrize("case", CASES)
+def bench_selective_scan_backward_cuda(measure, case, impl):
+    torch.manual_seed(0)
+    inputs = make_cuda(*CASES[case])
+    dy = torch.randn_like(inputs["x"])
+    tokens = min(CASES[case][1], 4096)
+    dy[:, tokens:] = 0  # so that the first tokens can be checked alone
+    dfinal = torch.zeros(dy.shape[0], CHANNELS, STATE_DIM, device="cuda")
+    backward = torch.ops.reasoners.selective_scan_backward
+    call = partial(backward, dy, dfinal, *inputs.values(), None, None)
+    part = last_group(inputs, tokens)
+    x, delta, A, B, C, D = (t.requires_grad_() for t in part)
+    channels = x.shape[2]
+    with torch.enable_grad():
+        y, _ = reference.selective_scan(x, delta, A, B, C, D)
+        wanted = torch.autograd.grad(y, (x, delta, C), dy[-1:, :tokens, -channels:].double().cpu())
+    dx, ddelta, _, _, dC, *_ = call()
+    found = dx[..., -channels:], ddelta[..., -channels:], dC[:, :, -1:]
+    for name, actual, expected in zip(("dx", "ddelta", "dC"), found, wanted):
+        peers.require_close(actual[-1:, :tokens].cpu(), expected, name)
+    measure(call, **roof_cuda(cost.selective_scan_backward_bytes, *CASES[case]))

@@ -11,12 +11,13 @@ import torch
 @dataclass(frozen=True)
 class Device:
     """What a GPU does at most: bytes a second of a device copy (read + write), FLOPs a second of a bf16
-    8192^3 product of random matrices."""
+    8192^3 product of random matrices, exponentials a second: 16 a cycle of a multiprocessor."""
 
     name: str
     bytes_per_s: float
     flops_per_s: float
     l2_bytes: float = 50e6
+    exponentials_per_s: float = 132 * 16 * 1.755e9
 
 
 H100 = Device("NVIDIA H100 80GB HBM3", 3.03e12, 753e12)  # measured; the targets are for it
@@ -47,6 +48,7 @@ def device():
     return Device(
         properties.name, 2 * source.numel() / copy_s, 2 * 8192**3 / product_s,
         properties.L2_cache_size,
+        properties.multi_processor_count * 16 * getattr(properties, "clock_rate", 1.755e6) * 1e3,
     )  # fmt: skip
 
 
@@ -118,6 +120,17 @@ def sample_bytes(batch, vocabulary, data_bytes=4):
 def selective_scan_bytes(tokens, channels, data_bytes=4):
     """x and the fp32 step come in and y goes out once; B and C are small beside them."""
     return tokens * channels * (2 * data_bytes + 4)
+
+
+def selective_scan_backward_bytes(tokens, channels, data_bytes=4):
+    """dy, x and the fp32 step come in, and the gradients of the last two go out once."""
+    return tokens * channels * (3 * data_bytes + 8)
+
+
+def selective_scan_s(num_bytes, tokens, channels, state_dim):
+    """The longer of the bytes' time and that of an exponential for every state entry and token."""
+    exponentials = tokens * channels * state_dim
+    return max(num_bytes / device().bytes_per_s, exponentials / device().exponentials_per_s)
 
 
 def selective_update_bytes(batch, channels, state_dim, state_bytes=4):

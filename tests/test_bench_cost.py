@@ -38,6 +38,14 @@ def test_paged_attention_with_a_prefix():
     assert cost.paged_attention_bytes(*none, 32, 8, 64, 2, prefix=512) == 0
 
 
+def test_selective_scan():
+    # A million channels and tokens in bf16: x, y 2 B each and the step 4 B; 16 exponentials each.
+    assert cost.selective_scan_bytes(500, 2000, 2) == 8_000_000
+    assert cost.selective_scan_backward_bytes(500, 2000, 2) == 14_000_000
+    assert cost.selective_scan_s(8_000_000, 500, 2000, 16) == 16e6 / (132 * 16 * 1.755e9)
+    assert cost.selective_scan_s(8_000_000, 500, 2000, 1) == 8e6 / 3.03e12
+
+
 def test_llamba_step():
     # Scan: 16 layers x 32 x 64 x 64 x 4 B, read and written = 16.8 MB. Convolution: 16 layers x (3
     # inputs read, 1 written) x (2048 + 2048 + 2048) channels x 2 B = 0.8 MB. Its length changes nothing.
