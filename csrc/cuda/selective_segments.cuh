@@ -1,5 +1,5 @@
 // The derivative of selective_scan (its equations: selective_scan_backward.cu) for N <= 16 where
-// few channels read one group: segments of kSegment tokens that all run at once.
+// few channels read one group: segments of kTokens tokens that all run at once.
 //
 // 1. A block for each segment and tile of 16 channels walks its tokens and leaves what the segment
 //    adds: to the state after it, from zero, and to the gradient of the state before it, the sum of
@@ -7,26 +7,29 @@
 //    and token. The decay of a segment is the exponential of A times the sum of its delta.
 // 2. One thread a state entry goes through the segments forwards, another backwards, and makes of
 //    that the state before, and the gradient after, each segment.
-// 3. A block for each segment and tile brings all its inputs to shared memory, walks forwards
-// leaving
-//    the state at the start of each stage of kStage tokens there, and takes the stages backwards:
-//    forwards once more with states and decays in registers, then back.
+// 3. A block for each segment and tile brings all its inputs to shared memory, walks forwards and
+//    leaves the state at the start of each stage of kStage tokens there, and takes the stages
+//    backwards: forwards once more with states and decays in registers, then back.
 //
 // Four neighbouring threads hold a channel's state. Sums over them are exchanged for four tokens at
 // once, so that each thread finishes one token's dx and ddelta. For the sums over channels all
 // threads leave their parts of four tokens in shared memory, where each thread adds up eight
-// channels' parts of four entries, and two neighbours put theirs together; the sums over the tiles
-// of a group, and those of dA and dD over the segments, are made by other launches. Everything is
-// in fixed order.
+// channels' parts of four entries, and two neighbours put theirs together. Sums of dB over the
+// tiles of a group are made by the blocks of a cluster where a group of C is one tile; other sums
+// over tiles, and those of dA and dD over the segments, by other launches. Everything is in fixed
+// order.
 //
-// Exponentials: three a state entry and token, 24 cycles of a scheduler for a warp's; instructions,
-// by the compiled loops: 8.5 in step 1 and 28 in step 3, and about 2 more for loads. Bytes, 16-bit:
-// 8 + 14 a channel and token, N / 2 for the segments, and for the sums across the tiles of a group
-// 4 N a tile and token, written and read. Places for segments are dealt out as those of checkpoints
-// are (scan.cuh); those that no segment takes leave zeros for the sums of dA and dD.
+// Exponentials: three a state entry and token, 24 cycles of a scheduler for a warp's. Instructions,
+// by the compiled loops: 8.5 in step 1 and 26 in step 3, and about 3 more for loads and stores.
+// Bytes, 16-bit: 8 + 14 a channel and token, N / 2 for the segments, and 4 N a tile and token,
+// written and read, for sums over tiles that no cluster makes. Places for segments are dealt out as
+// those of checkpoints are (scan.cuh); those that no segment takes leave zeros for the sums of dA
+// and dD.
 #pragma once
 
+#include "cluster.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "mma.cuh"
 #include "scan.cuh"
 #include "selective_tile.cuh"
@@ -43,6 +46,7 @@ struct Segments {
 
   int run, per_run, blocks;  // channels that share B and C, tiles of those, tiles of a sequence
   int b_tiles, c_tiles;      // that sum into one group of B, of C
+  int cluster;               // neighbouring tiles that sum dB among themselves, or 1
   int64_t places;
   // In scratch memory, in floats. At each place and channel: a state, later dA; the gradient of a
   // state; the sum of delta, later dD.
@@ -54,13 +58,15 @@ struct Segments {
         blocks(f.channels / run * per_run),
         b_tiles(f.channels / f.b_groups / run * per_run),
         c_tiles(f.channels / f.c_groups / run * per_run),
+        cluster(c_tiles == 1 && b_tiles <= kMostClusterBlocks ? b_tiles : 1),
         places(f.sequences > 0 ? count_checkpoints(f.batch * f.length, f.sequences, kTokens) : 0) {
     const int64_t tokens = f.batch * f.length, entries = places * f.channels * f.state_dim;
     states = 0;
     gradients = entries;
     steps = 2 * entries;
+    const bool apart = b_tiles > cluster;
     dB = steps + places * f.channels;
-    dC = dB + (b_tiles > 1 ? b_tiles * tokens * f.b_groups * f.state_dim : 0);
+    dC = dB + (apart ? b_tiles * tokens * f.b_groups * f.state_dim : 0);
     size = dC + (c_tiles > 1 ? c_tiles * tokens * f.c_groups * f.state_dim : 0);
   }
 };
@@ -282,6 +288,81 @@ struct alignas(16) Parts {
   float of[Segments::kBatch][kNarrow][2][kNarrow];
 };
 
+// Where a thread's four entries of the sums over the channels of a tile go.
+template <typename data_t>
+struct Output {
+  int64_t pitch;
+  data_t* whole;
+  float* partial;  // instead, of this tile of several; or null
+  int entries;     // that there are
+  bool in_fours;
+
+  __device__ Output(const SelectiveScanBackwardParams& p, const Segments& s, const Segment& segment,
+                    void* whole_, int groups, int64_t part, bool apart, int n)
+      : partial(nullptr), entries(p.forward.state_dim - n) {
+    const SelectiveScanParams& f = p.forward;
+    const int share = f.channels / groups, first_of_run = segment.first / s.run * s.run;
+    pitch = int64_t(groups) * f.state_dim;
+    in_fours = f.state_dim % kFour == 0;
+    const int64_t at = (segment.sequence.batch * f.length + segment.begin) * pitch +
+                       int64_t(segment.first / share) * f.state_dim + n;
+    whole = static_cast<data_t*>(whole_) + at;
+    const int tile =
+        first_of_run % share / s.run * s.per_run + (segment.first - first_of_run) / kNarrow;
+    if (apart) partial = p.scratch + part + tile * f.batch * f.length * pitch + at;
+  }
+  __device__ void store(int i, float4 sum) const {
+    if (entries <= 0) return;
+    const float sums[] = {sum.x, sum.y, sum.z, sum.w};
+    Vec<data_t, kFour> rounded;
+#pragma unroll
+    for (int l = 0; l < kFour; ++l) rounded.at[l] = from_float<data_t>(sums[l]);
+    if (partial == nullptr && in_fours) {
+      *reinterpret_cast<Vec<data_t, kFour>*>(whole + i * pitch) = rounded;
+      return;
+    }
+#pragma unroll
+    for (int l = 0; l < kFour; ++l) {
+      if (l >= entries) continue;
+      if (partial) {
+        partial[i * pitch + l] = sums[l];
+      } else {
+        whole[i * pitch + l] = rounded.at[l];
+      }
+    }
+  }
+};
+
+// Writes the sums over the tile's channels that are where B and C were; those of dB are first added
+// up over the cluster's tiles, each block some of the tokens.
+template <typename data_t>
+__device__ void store_sums(const SelectiveScanBackwardParams& p, const Segments& s,
+                           const Segment& segment, Tokens<data_t>& tokens) {
+  constexpr int kRows = Segments::kThreads * kFour / kNarrow;
+  const int row = threadIdx.x / (kNarrow / kFour), n = threadIdx.x % (kNarrow / kFour) * kFour;
+  const auto four = [](const float* from) { return *reinterpret_cast<const float4*>(from); };
+  if (s.cluster > 1) arrive_in_cluster();
+  const Output<data_t> dC(p, s, segment, p.dC, p.forward.c_groups, s.dC, s.c_tiles > 1, n);
+  for (int i = row; i < segment.count; i += kRows) dC.store(i, four(&tokens.c[i][n]));
+  const Output<data_t> dB(p, s, segment, p.dB, p.forward.b_groups, s.dB, s.b_tiles > s.cluster, n);
+  if (s.cluster == 1) {
+    for (int i = row; i < segment.count; i += kRows) dB.store(i, four(&tokens.b[i][n]));
+    return;
+  }
+  wait_for_cluster();
+  const int rank = blockIdx.x % s.cluster;
+  for (int i = rank * kRows + row; i < segment.count; i += s.cluster * kRows) {
+    float4 sum{};
+    for (int r = 0; r < s.cluster; ++r) {
+      const float4 part = four(in_block(&tokens.b[i][n], r));
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    dB.store(i, sum);
+  }
+  arrive_in_cluster();
+  wait_for_cluster();
+}
+
 template <typename data_t>
 __global__ void __launch_bounds__(Segments::kThreads, Segments::kBlocks)
     segment_gradients_kernel(const SelectiveScanBackwardParams p, const Segments s, bool aligned) {
@@ -290,6 +371,7 @@ __global__ void __launch_bounds__(Segments::kThreads, Segments::kBlocks)
   __shared__ float4 starts[Segments::kStages][Segments::kThreads];
   __shared__ Parts parts;
   const SelectiveScanParams& f = p.forward;
+  wait_for_inputs();
   const Segment segment(f, s);
   const Share4 mine(segment);
   const int64_t home = segment.place * f.channels + mine.channel;
@@ -324,18 +406,11 @@ __global__ void __launch_bounds__(Segments::kThreads, Segments::kBlocks)
     auto* dx = static_cast<data_t*>(p.dx) + row * f.channels + mine.channel;
     float* ddelta = p.ddelta + row * f.channels + mine.channel;
     // This thread's place in the sums over channels: of a token of the batch, of dB or dC, four
-    // entries of eight channels, and then two entries of all.
+    // entries of eight channels, and then two entries of all. They go where B and C of those tokens
+    // were, which nobody needs any more.
     const int summed = threadIdx.x / 16, half = threadIdx.x / 8 % 2, of_c = threadIdx.x / 4 % 2;
-    const int quad = threadIdx.x % 4 * kFour, n = quad + 2 * half;
-    const int share = f.channels / (of_c ? f.c_groups : f.b_groups);
-    const int64_t pitch = int64_t(of_c ? f.c_groups : f.b_groups) * f.state_dim;
-    const int64_t at = row * pitch + int64_t(segment.first / share) * f.state_dim + n;
-    const int tiles = of_c ? s.c_tiles : s.b_tiles;
-    const int first_of_run = segment.first / s.run * s.run;
-    const int tile =
-        first_of_run % share / s.run * s.per_run + (segment.first - first_of_run) / kNarrow;
-    auto* whole = static_cast<data_t*>(of_c ? p.dC : p.dB) + at;
-    float* partial = p.scratch + (of_c ? s.dC : s.dB) + tile * f.batch * f.length * pitch + at;
+    const int quad = threadIdx.x % 4 * kFour;
+    float* summed_to = &(of_c ? tokens.c : tokens.b)[summed][quad + 2 * half];
 
     for (int k = stages - 1; k >= 0; --k) {
       float before[kStage][kEntries], decays[kStage][kEntries];
@@ -395,29 +470,23 @@ __global__ void __launch_bounds__(Segments::kThreads, Segments::kBlocks)
           dD = fmaf(g, input, dD);
         }
         __syncthreads();
-        float sums[kFour] = {};
+        float sums[kFour];
 #pragma unroll
         for (int r = 0; r < kNarrow / 2; ++r) {
           const auto part = *reinterpret_cast<const Vec<float, kFour>*>(
               &parts.of[summed][half * (kNarrow / 2) + r][of_c ^ (r % 2)][quad]);
 #pragma unroll
-          for (int l = 0; l < kFour; ++l) sums[l] += part.at[l];
+          for (int l = 0; l < kFour; ++l) sums[l] = r == 0 ? part.at[l] : sums[l] + part.at[l];
         }
-        const int i = k * kStage + batch + summed;
-#pragma unroll
-        for (int l = 0; l < 2; ++l) {
-          const float kept = half ? sums[2 + l] : sums[l], sent = half ? sums[l] : sums[2 + l];
-          const float sum = kept + __shfl_xor_sync(~0u, sent, 8);
-          if (i >= segment.count || n + l >= f.state_dim) continue;
-          if (tiles > 1) {
-            partial[i * pitch + l] = sum;
-          } else {
-            whole[i * pitch + l] = from_float<data_t>(sum);
-          }
-        }
+        float2 sum;
+        sum.x = half ? sums[2] : sums[0], sum.y = half ? sums[3] : sums[1];
+        sum.x += __shfl_xor_sync(~0u, half ? sums[0] : sums[2], 8);
+        sum.y += __shfl_xor_sync(~0u, half ? sums[1] : sums[3], 8);
+        *reinterpret_cast<float2*>(summed_to + (k * kStage + batch) * kNarrow) = sum;
         __syncthreads();
       }
     }
+    store_sums(p, s, segment, tokens);
     if (p.dinitial_state && segment.leads && mine.in) {
 #pragma unroll
       for (int j = 0; j < kEntries; ++j) {
@@ -453,7 +522,8 @@ void launch_segments(const SelectiveScanBackwardParams& p, const Segments& s, cu
     sum_segments_kernel<data_t><<<blocks, Segments::kThreads, 0, stream>>>(p, s, aligned);
     join_segments_kernel<<<dim3(static_cast<unsigned>(f.sequences * parts), 2), kJoinThreads, 0,
                            stream>>>(p, s, parts);
-    segment_gradients_kernel<data_t><<<blocks, Segments::kThreads, 0, stream>>>(p, s, aligned);
+    launch_clusters(segment_gradients_kernel<data_t>, s.cluster, blocks, Segments::kThreads, 0,
+                    stream, p, s, aligned);
   }
   sum_partials(p.scratch + s.states, states, s.places, states, p.dA, stream);
   if (p.dD != nullptr)
@@ -462,7 +532,7 @@ void launch_segments(const SelectiveScanBackwardParams& p, const Segments& s, cu
     if (count > 1)
       sum_partials(p.scratch + part, size, count, size, static_cast<data_t*>(sums), stream);
   };
-  add_up(s.dB, s.b_tiles, tokens * f.b_groups * f.state_dim, p.dB);
+  if (s.b_tiles > s.cluster) add_up(s.dB, s.b_tiles, tokens * f.b_groups * f.state_dim, p.dB);
   add_up(s.dC, s.c_tiles, tokens * f.c_groups * f.state_dim, p.dC);
 }
 
