@@ -20,7 +20,7 @@
 //   kPer         1       1      2     channels
 //   threads    128      64     32
 //   kStage      64      32     16     tokens
-//   issued    10.8     9.1    8.6     instructions a state entry and token; 1.3 of them for loads
+//   issued    10.1     9.0    8.6     instructions a state entry and token; 1.3 of them for loads
 //
 // All three add in the same order (pairs, then neighbours, their neighbours, ...), so the bits do
 // not depend on which of them runs. The exponentials set the floor, one per state entry and token:
@@ -63,11 +63,30 @@ struct NarrowDeal {
   static constexpr int kPitch = kNarrow + 32 / kLanes * kPer % kNarrow;
 };
 
+// Tokens lie in pairs, so that a thread of few entries reads what it needs of both at once.
 template <typename Deal>
-struct alignas(16) NarrowStage {
-  float b[Deal::kStage][kNarrow], c[Deal::kStage][kNarrow];
-  float2 steps[Deal::kStage][kNarrow];  // delta, delta x
+struct alignas(32) NarrowStage {
+  using Entries = Vec<float, Deal::kEntries>;
+  using Steps = Vec<float2, Deal::kPer>;
+  Vec<Entries, 2> b[Deal::kStage / 2][Deal::kLanes], c[Deal::kStage / 2][Deal::kLanes];
+  Vec<Steps, 2> steps[Deal::kStage / 2][kNarrow / Deal::kPer];  // delta, delta x
   float x[Deal::kStage][Deal::kPitch];
+
+  __device__ float& b_at(int i, int n) {
+    return of(b, i, n / Deal::kEntries).at[n % Deal::kEntries];
+  }
+  __device__ float& c_at(int i, int n) {
+    return of(c, i, n / Deal::kEntries).at[n % Deal::kEntries];
+  }
+  __device__ float2& steps_at(int i, int k) {
+    return of(steps, i, k / Deal::kPer).at[k % Deal::kPer];
+  }
+
+ private:
+  template <typename T, int kRows, int kColumns>
+  __device__ static T& of(Vec<T, 2> (&all)[kRows][kColumns], int i, int column) {
+    return all[i / 2][column].at[i % 2];
+  }
 };
 
 template <typename data_t, typename Deal>
@@ -132,16 +151,33 @@ __global__ void __launch_bounds__(Deal::kThreads, 512 / Deal::kThreads)
     delta += kStage * p.delta_strides.token;
   };
   const auto put = [&](NarrowStage<Deal>& stage) {
-    const auto four = [](float* to) -> float4& { return *reinterpret_cast<float4*>(to); };
+    // As many as lie together.
+    const auto entries = [&](float* first, float* second, float4 from) {
+      if constexpr (kEntries == kFour) {
+        *reinterpret_cast<float4*>(first) = from;
+      } else {
+        *reinterpret_cast<float2*>(first) = {from.x, from.y};
+        *reinterpret_cast<float2*>(second) = {from.z, from.w};
+      }
+    };
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int i = row + k * kRows;
-      four(&stage.b[i][column]) = to_floats(data_t(), next_b[k]);
-      four(&stage.c[i][column]) = to_floats(data_t(), next_c[k]);
+      entries(&stage.b_at(i, column), &stage.b_at(i, column + 2), to_floats(data_t(), next_b[k]));
+      entries(&stage.c_at(i, column), &stage.c_at(i, column + 2), to_floats(data_t(), next_c[k]));
       const float4 input = to_floats(data_t(), next_x[k]), step = to_floats(0.f, next_delta[k]);
-      four(&stage.x[i][column]) = input;
-      four(&stage.steps[i][column].x) = {step.x, step.x * input.x, step.y, step.y * input.y};
-      four(&stage.steps[i][column + 2].x) = {step.z, step.z * input.z, step.w, step.w * input.w};
+      *reinterpret_cast<float4*>(&stage.x[i][column]) = input;
+      const float4 one{step.x, step.x * input.x, step.y, step.y * input.y},
+          two{step.z, step.z * input.z, step.w, step.w * input.w};
+      if constexpr (kPer == 2) {
+        *reinterpret_cast<float4*>(&stage.steps_at(i, column)) = one;
+        *reinterpret_cast<float4*>(&stage.steps_at(i, column + 2)) = two;
+      } else {
+        stage.steps_at(i, column) = {one.x, one.y};
+        stage.steps_at(i, column + 1) = {one.z, one.w};
+        stage.steps_at(i, column + 2) = {two.x, two.y};
+        stage.steps_at(i, column + 3) = {two.z, two.w};
+      }
     }
   };
 
@@ -182,23 +218,26 @@ __global__ void __launch_bounds__(Deal::kThreads, 512 / Deal::kThreads)
 #pragma unroll
       for (int group = 0; group < Deal::kTurn; group += kGroup) {
         float sums[kLanes];
+        Vec<Vec<float, kEntries>, 2> in, out;
+        Vec<Vec<float2, kPer>, 2> steps;
 #pragma unroll
         for (int k = 0; k < kGroup; ++k) {
-          const int i = turn + group + k;
-          const auto in =
-              *reinterpret_cast<const Vec<float, kEntries>*>(&stage.b[i][lane * kEntries]);
-          const auto out =
-              *reinterpret_cast<const Vec<float, kEntries>*>(&stage.c[i][lane * kEntries]);
-          const auto steps = *reinterpret_cast<const Vec<float, 2 * kPer>*>(&stage.steps[i][local]);
+          const int pair = (turn + group + k) / 2;
+          if (k % 2 == 0) {
+            in = stage.b[pair][lane];
+            out = stage.c[pair][lane];
+            steps = stage.steps[pair][local / kPer];
+          }
 #pragma unroll
           for (int e = 0; e < kPer; ++e) {
-            const float step = steps.at[2 * e], gain = steps.at[2 * e + 1];
+            const float2 step = steps.at[k % 2].at[e];
             float pairs[kEntries / 2];
 #pragma unroll
             for (int j = 0; j < kEntries; ++j) {
               float& s = state[e][j];
-              s = fmaf(exp2_fast(step * exponent[e][j]), s, gain * in.at[j]);
-              pairs[j / 2] = j % 2 == 0 ? s * out.at[j] : fmaf(s, out.at[j], pairs[j / 2]);
+              const float from = in.at[k % 2].at[j], to = out.at[k % 2].at[j];
+              s = fmaf(exp2_fast(step.x * exponent[e][j]), s, step.y * from);
+              pairs[j / 2] = j % 2 == 0 ? s * to : fmaf(s, to, pairs[j / 2]);
             }
             sums[k * kPer + e] = pairs[0];
             if constexpr (kEntries == 4) sums[k * kPer + e] += pairs[1];

@@ -180,12 +180,12 @@ __device__ void bring(const SelectiveScanBackwardParams& p, const Segment& segme
 }
 
 // What a thread holds of its channel: entries of a state from lane * kEntries on.
-struct Share4 {
+struct Holding {
   int lane, local;  // of its channel; channel of the tile
   bool in;          // the channel is one of the tile's
   int64_t channel;
 
-  __device__ Share4(const Segment& segment)
+  __device__ Holding(const Segment& segment)
       : lane(threadIdx.x % Segments::kLanes),
         local(threadIdx.x / Segments::kLanes),
         in(local < segment.channels),
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Segments::kThreads, 8)
   const Segment segment(f, s);
   if (!segment.exists) return;
   bring(p, segment, aligned, tokens);
-  const Share4 mine(segment);
+  const Holding mine(segment);
   float exponent[kEntries], state[kEntries] = {}, product[kEntries], gradient[kEntries] = {};
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(Segments::kThreads, Segments::kBlocks)
   const SelectiveScanParams& f = p.forward;
   wait_for_inputs();
   const Segment segment(f, s);
-  const Share4 mine(segment);
+  const Holding mine(segment);
   const int64_t home = segment.place * f.channels + mine.channel;
   float exponent[kEntries], state[kEntries], dstate[kEntries], dA[kEntries] = {}, dD = 0.f;
 #pragma unroll
