@@ -47,8 +47,9 @@ __device__ inline Part<kVec> nothing() {
   return {kMinusInfinity, 0.f, {}};
 }
 
+// One operation waits for the fold before it, not two: rows of many splits are long chains of them.
 __device__ inline float fold(float all, float keep, float part, float take) {
-  return __fmaf_rn(take, part, __fmul_rn(keep, all));
+  return __fmaf_rn(keep, all, __fmul_rn(take, part));
 }
 template <int kVec>
 __device__ inline void fold(Part<kVec>& all, const Part<kVec>& part) {

@@ -29,7 +29,8 @@
 // With positions as the rows of the products and a softmax every 16 positions, 133 instructions for
 // them instead of 88 (199 instead of 129 with heads of 128): 7.0, 32.6, 28.0, 80, 284 and 72.6. As
 // many blocks as are on the machine at once, of several splits each, instead of one split each:
-// 1 x 32768 28.9 and 51.0, 16 x 2048 24.3 and 42.4.
+// 1 x 32768 28.9 and 51.0, 16 x 2048 24.3 and 42.4; and with the next split's K and V on their way
+// to the second-level cache meanwhile 30.5 and 47.9, 28.4 and 46.2.
 // Tried on an H100 (1 x 2048 9.0 and 12.6, 16 x 2048 35.4 and 62.1, 512 x 1024 376 and 732): K and
 // V through a ring of asynchronous copies in shared memory, 16 to 24 kB a warp and on across
 // splits, a prologue of fewer loads, own positions beside prefix_kernel's: 1 x 2048 in 6.8 and 8.9,
@@ -49,6 +50,8 @@
 
 namespace reasoners {
 namespace {
+
+__host__ __device__ constexpr int divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
@@ -503,11 +506,14 @@ template <typename data_t, int kDim, int kParts>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const PagedAttentionParams p, const Plan plan) {
   constexpr int kChannels = kDim / kParts;
-  constexpr int kBatch = kParts == 1 ? 8192 / kDim : kCombineThreads;  // splits in shared memory
+  constexpr int kTurn = 8;  // splits of which registers hold what is folded, and as many are read
+  constexpr int kBatch =    // splits in shared memory
+      kParts == 1 ? 8192 / kDim / (2 * kTurn) * (2 * kTurn) : kCombineThreads;
   constexpr int kEarly = kBatch / 4;  // that are asked for before it is known how many there are
   static_assert(kBatch <= kCombineThreads && kChannels <= kCombineThreads && kChannels % 4 == 0);
+  static_assert(kBatch % (2 * kTurn) == 0);
   __shared__ float4 values[kBatch * kChannels / 4];
-  __shared__ float4 folds[kBatch];  // keep, take, sum of the split, maximum so far
+  __shared__ float4 folds[kBatch];  // keep, take, what the split's sum adds, maximum so far
   __shared__ float max[kCombineThreads / 32];
   const int first = blockIdx.x % kParts * kChannels, index = blockIdx.x / kParts;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -552,18 +558,46 @@ __global__ void __launch_bounds__(kCombineThreads)
     if (thread < count) {
       for (int w = 0; w < warp; ++w) before = fmaxf(before, max[w]);
       const float now = fmaxf(before, stats.x);
-      folds[thread] = make_float4(weight(before, now), weight(stats.x, now), stats.y, now);
+      const float take = weight(stats.x, now);
+      folds[thread] = make_float4(weight(before, now), take, __fmul_rn(take, stats.y), now);
+    } else if (thread < kBatch) {
+      folds[thread] = make_float4(1.f, 0.f, -0.f, 0.f);
     }
     wait_copies();
+    // The last turns are filled up with what adds nothing, not even to -0; by the threads that have
+    // asked for what it replaces.
+    const int last = count * (kChannels / 4);
+    for (int i = last - last % kCombineThreads + thread;
+         i < divide_up(count, 2 * kTurn) * (2 * kTurn) * (kChannels / 4); i += kCombineThreads)
+      if (i >= last) values[i] = make_float4(-0.f, -0.f, -0.f, -0.f);
     __syncthreads();
-    if (thread < kChannels)
-#pragma unroll 8
-      for (int i = 0; i < count; ++i) {
-        const auto [keep, take, part, now] = folds[i];
-        sum = fold(sum, keep, part, take);
-        value =
-            fold(value, keep, reinterpret_cast<const float*>(values)[i * kChannels + thread], take);
+    if (thread < kChannels) {
+      // Shared memory is read a turn ahead, or every split would wait for it.
+      float4 steps[2][kTurn];
+      float parts[2][kTurn];
+      const auto read = [&](int half, int turn) {
+#pragma unroll
+        for (int i = 0; i < kTurn; ++i) {
+          steps[half][i] = folds[turn + i];
+          parts[half][i] = reinterpret_cast<const float*>(values)[(turn + i) * kChannels + thread];
+        }
+      };
+      const auto take_turn = [&](int half) {
+#pragma unroll
+        for (int i = 0; i < kTurn; ++i) {
+          const auto [keep, take, more, now] = steps[half][i];
+          sum = __fmaf_rn(keep, sum, more);
+          value = fold(value, keep, parts[half][i], take);
+        }
+      };
+      read(0, 0);
+      for (int turn = 0; turn < count; turn += 2 * kTurn) {
+        read(1, turn + kTurn);
+        take_turn(0);
+        read(0, min(turn + 2 * kTurn, kBatch - kTurn));
+        take_turn(1);
       }
+    }
     top = folds[count - 1].w;
     __syncthreads();
   }
@@ -860,8 +894,6 @@ constexpr int kFull = 352;                        // thread blocks that keep the
 constexpr int kWave = 1056;                       // as many as a machine of 132 SMs likes to get
 constexpr int kPrefixWave = 528;                  // of prefix_kernel
 constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
-
-int divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Plan make_plan(const PagedAttentionParams& p) {
   const int blocks = num_blocks<kTileHeads>(p);
