@@ -204,6 +204,11 @@ SAMPLE_CASES = {
     "top-p, bf16 ties": {"top_p": 0.7, "dtype": torch.bfloat16, "vocabulary": 5000},
     "min-p": {"min_p": 0.1},
     "min-p 1": {"min_p": 1.0},
+    # On CUDA the mass of all is known beforehand with temperature 1, and summed otherwise.
+    "cool, top-p": {"temperature": 0.7, "top_p": 0.95},
+    "hot, top-p": {"temperature": 1.5, "top_p": 0.5, "vocabulary": 20000, "batch": 40},
+    "top-p, many rows": {"top_p": 0.95, "vocabulary": 20000, "batch": 60, "spread": 1.0},
+    "a large top-k and top-p": {"top_k": 700, "top_p": 0.95, "vocabulary": 20000},
     "everything": {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
     "a different mix per row": {
         "temperature": (0.0, 0.5, 1.0, 1.5) * 3, "top_k": (0, 0, 3, 0, 9, 9) * 2,

@@ -24,9 +24,11 @@
 //   top-p, without candidates. Draw first, ask afterwards: the winner is in the nucleus if less
 //      than top_p of the mass is above it. Then it wins there too. If not, nothing that is no
 //      higher is in the nucleus either, and it is drawn again from what is higher. 1 / top_p draws
-//      or fewer are to be expected, mostly one; a refusal about halves the mass that is left. The
-//      mass of all is summed while drawing, and afterwards what is above the winner, by the warps
-//      that have read something higher.
+//      or fewer are to be expected, mostly one; a refusal about halves the mass that is left.
+//      With temperature 1 the mass of all is known from step 1, and what a fifth of the row has
+//      below the winner is mostly more than the share that top-p drops: then it is in. Only
+//      otherwise the row is read again for what is above the winner, by the warps that have read
+//      something higher; with other temperatures by all, for the mass of all, too.
 // Neither token nor log-probability depends on the number of blocks: maxima and counts have no
 // order, candidates weigh in fixed point, and what else is added are always the same lanes of
 // kGroups parts of the row, in the same order.
@@ -40,7 +42,10 @@
 // time and now (integer ones, at half rate, in brackets):
 //   log-sum-exp   74 -> 67, and 80 -> 72 cycles of exponentials
 //   draw         156 (72) -> 114 (60)    of which 75 (38) are Philox
-//   top-p        118 -> 41 in the draw, and 25 to 41 for what is above
+//   top-p        118 -> 41 in the draw, and 25 to 41 for what is above; since the table above 70
+//                for both without the draw, and with temperature 1 about 60 for a fifth of the
+//                row, and 25 to 41 for the quarter of random rows that this does not settle.
+//                Predicted: 192 and 152
 // and of a block that reads 10 units a thread about 600 -> 300 besides. By these counts no filter
 // was to take 140 and 105, top-p alone 175 and 140: a wide product, of which Philox has most, costs
 // more than the two cycles that were assumed.
@@ -82,6 +87,7 @@ constexpr float kBinsPerUnit = 64;  // of z
 constexpr int kBinsOfThread = (kBins + kThreads - 1) / kThreads;
 constexpr unsigned kAll = ~0u;
 constexpr float kRaised = 4;
+constexpr float kMostBelow = 0.125f;  // of the mass, that a fifth of the row is likely to have
 constexpr float kInfinity = INFINITY;
 constexpr float kLowest = -0x1.fffffep+127f;
 constexpr float kLog2E = 0x1.715476p+0f;
@@ -274,12 +280,11 @@ class Row {
     }
     // The winner is in the nucleus if less than top_p of the mass is above it. If not, nor is
     // anything that is no higher than it.
+    const bool sum_is_mass = scale_ == 1 && kept == -kInfinity;
+    const float least = kept;
     Best best{};
     for (bool first = true;; first = false) {
-      if (top_p < 1 && first)
-        draw<true>(kept, kept_z);
-      else
-        draw<false>(kept, kept_z);
+      draw(kept, kept_z);
       if (threadIdx.x < 32) {
         best = winner(g_.blocks * kWarps);
         if (threadIdx.x == 0) shared_.higher = nextafterf(best.logit, kInfinity);
@@ -287,10 +292,15 @@ class Row {
       if (!(top_p < 1)) break;
       __syncthreads();
       kept = shared_.higher;
-      weigh(kept);
+      if (first && sum_is_mass && 1 - top_p < kMostBelow && has_enough_below(kept, 1 - top_p))
+        break;
+      if (first && !sum_is_mass)
+        weigh_both(kept, least);
+      else
+        weigh(kept);
       sync();
       if (threadIdx.x < 32) {
-        const double above = mass_of(kAbove), all = mass_of(kOfAll);
+        const double above = mass_of(kAbove), all = sum_is_mass ? summary_.sum : mass_of(kOfAll);
         if (threadIdx.x == 0) {
           shared_.in_nucleus = above == 0 || above < top_p * all;
           shared_.bar = 0;
@@ -792,6 +802,54 @@ class Row {
       put_mass(kAbove, place, above);
     });
   }
+  // The same, and what the tokens at or above a second, lower one weigh.
+  __device__ void weigh_both(float least, float least_of_all) const {
+    const float scale = scale_ * kLog2E;
+    for_groups([&](int group) {
+      float above = 0, all = 0;
+      for_eights(group, [&](int, const Eight& eight) {
+        float x[8], weights[8];
+        eight.widen(x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) weights[i] = exp2_fast((x[i] - summary_.max) * scale);
+        if (least_of_all > -kInfinity) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) weights[i] = x[i] < least_of_all ? 0.f : weights[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = x[i] < least ? 0.f : weights[i];
+        above += add(x);
+        all += add(weights);
+      });
+      const int place = group * kWarps + threadIdx.x / 32;
+      put_mass(kAbove, place, above);
+      put_mass(kOfAll, place, all);
+    });
+  }
+  // Whether what every thread has first of a group, and is below a logit, is sure to be more than
+  // this share of the mass of all, which is the sum of the summary: its place is free, so.
+  __device__ bool has_enough_below(float limit, double share) const {
+    constexpr double kSlack = 1e-4;  // over the rounding of either
+    for_groups([&](int group) {
+      const int unit = group * g_.units_per_group + threadIdx.x, end = end_of(group);
+      float below = 0;
+      if (unit < end) {
+        float x[8];
+        read_eight(unit, end).widen(x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = x[i] < limit ? exp_below(x[i], summary_.max) : 0.f;
+        below = add(x);
+      }
+      put_mass(kOfAll, group * kWarps + threadIdx.x / 32, below);
+    });
+    sync();
+    if (threadIdx.x < 32) {
+      const double below = mass_of(kOfAll);
+      if (threadIdx.x == 0) shared_.in_nucleus = below > (share + kSlack) * summary_.sum;
+    }
+    __syncthreads();
+    return shared_.in_nucleus;
+  }
   __device__ void put_mass(int which, int place, float of_lane) const {
     const int lane = threadIdx.x % 32;
     const double mass = sum_of_lanes(static_cast<double>(of_lane));
@@ -805,33 +863,18 @@ class Row {
     return sum_of_lanes(mass);
   }
 
-  // The best score of every warp that reaches the bar, for winner(). kWeighToo: also what all that
-  // is kept weighs, but for what is below e^-32 of the highest, for mass_of().
-  template <bool kWeighToo>
+  // The best score of every warp that reaches the bar, for winner().
   __device__ void draw(float kept, float kept_z) const {
     if (threadIdx.x < 32) set_bar(kept, kept_z);
     __syncthreads();
     const NoiseRounds noise = shared_.noise;
     constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
-    constexpr float kNegligible = -32;
     const uint32_t reached = stage_ - kSharedBytes + static_cast<uint32_t>(offsetof(Shared, bar));
     const float scale = scale_ * kLog2E, least_z = fmaxf(kept_z, z(kept));
     Best best{-kInfinity, size_, 0.f};
-    float mass = 0;
     const auto visit = [&](int unit, const Eight& eight) {
       const float raised = __int_as_float(load_shared_int(reached));  // by anyone, at whatever time
       const float top = eight.maximum() - summary_.max, top_z = top * scale_;
-      if (kWeighToo && top_z >= kNegligible) {
-        float x[8];
-        eight.widen(x);
-        if (kept > -kInfinity) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) x[i] = x[i] < kept ? -kInfinity : x[i];
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = exp2_fast((x[i] - summary_.max) * scale);
-        mass += add(x);
-      }
       // A word w may win if w + 1/2 <= 2^32 exp(z - bar): of eight, the least and the highest z.
       const float most = top * scale + (32 + (kSlack + kRaised) * kLog2E - raised * kLog2E);
       if (top_z < least_z || most < -1) return;
@@ -863,11 +906,7 @@ class Row {
         }
       }
     };
-    for_groups([&](int group) {
-      mass = 0;
-      for_eights(group, visit);
-      if (kWeighToo) put_mass(kOfAll, group * kWarps + threadIdx.x / 32, mass);
-    });
+    for_groups([&](int group) { for_eights(group, visit); });
     best = combine_lanes(best);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (lane < g_.blocks) *in_block(&shared_.bests[rank_ * kWarps + warp], lane) = best;
