@@ -159,6 +159,36 @@ CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES | {
         "batch": 1, "length": 70, "P": 72, "N": 40, "H": 1, "Hx": 1, "Gb": 1, "Gc": 1,
         "dtype": torch.bfloat16,
     },
+    # Where the derivative keeps states on its way: in rows of dB and dC, or of dC, dB or dx alone, of
+    # one chunk or of two.
+    "several chunks, P 128, N 128, (kv, kv, H), bf16": {
+        "batch": 1, "length": 330, "P": 128, "N": 128, "H": 3, "Hx": 1, "Gb": 1, "Gc": 3, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "several chunks, P 128, N 64, B of each head, bf16": {
+        "batch": 1, "length": 330, "P": 128, "N": 64, "H": 2, "Hx": 1, "Gb": 2, "Gc": 1, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "several chunks, P 128, N 64, one group, bf16": {
+        "batch": 1, "length": 330, "P": 128, "N": 64, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "several chunks, P 64, N 64, one group, bf16": {
+        "batch": 1, "length": 330, "P": 64, "N": 64, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "several chunks, P 40, N 64, one group, bf16": {
+        "batch": 1, "length": 330, "P": 40, "N": 64, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "several chunks, P 104, N 120, one group, bf16": {
+        "batch": 1, "length": 330, "P": 104, "N": 120, "H": 2, "Hx": 2, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "several chunks, all shared, fp16": {
+        "batch": 1, "length": 330, "P": 64, "N": 64, "H": 4, "Hx": 1, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.float16,
+    },
     "odd extents, bf16": {"P": 7, "N": 5, "dtype": torch.bfloat16},
     "P 136, bf16": {"P": 136, "length": 20, "dtype": torch.bfloat16},
     "no scale, bf16": {"scale": False, "length": 70, "dtype": torch.bfloat16},
@@ -243,6 +273,36 @@ def test_gradients_of_long_sequences_cuda():
     *tokens, _, dinitial = backward(dy[:, 4197:], dfinal[2:], *alone.values())
     assert_equal(tokens, [gradient[:, 4197:] for gradient in found[:5]])
     assert torch.equal(dinitial, found[6][2:])
+
+
+MEMORY_CUDA = {  # H, Hx, Gb, Gc, P, N, and the most, of what the inputs take
+    "Llamba-1B": (32, 32, 32, 32, 64, 64, 0.1),
+    "Llamba-3B": (24, 24, 24, 24, 96, 64, 0.1),
+    "Llamba-8B": (32, 32, 32, 32, 128, 64, 0.1),
+    "P 128, N 128": (24, 24, 24, 24, 128, 128, 0.1),
+}
+
+
+@pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize(
+    "extents", [{"length": 4096, "batch": 1}, {"length": 512}, {"length": 8200, "batch": 1},
+                {"lengths": [1000, 10, 5000, 300]}],
+    ids=["4096", "2 x 512", "8200", "packed"],
+)  # fmt: skip
+@pytest.mark.parametrize("model", MEMORY_CUDA)
+def test_memory_for_gradients_cuda(model, extents):
+    """What is allocated beyond inputs and gradients."""
+    *sizes, most = MEMORY_CUDA[model]
+    case = dict(zip(("H", "Hx", "Gb", "Gc", "P", "N"), sizes)) | extents
+    outer, inputs = backward_arguments_cuda(torch.bfloat16, **case)
+    backward = torch.ops.reasoners.ssd_scan_backward
+    backward(*outer, *inputs.values())
+    torch.cuda.reset_peak_memory_stats()
+    gradients = backward(*outer, *inputs.values())
+    beyond = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    data = [inputs[name] for name in ("x", "log_decay", "B", "C", "scale")]
+    assert beyond <= most * sum(t.nbytes for t in data)
+    del gradients
 
 
 @pytest.mark.cuda("ssd_scan_backward")

@@ -13,17 +13,17 @@
 // All of it comes from the fp32 sums of the products, and as plain sums, never as a difference of
 // larger ones: a decay of 0 passes on exactly nothing.
 //
-// The way there: forwards over the sequence, leaving the state at the start of every segment of
-// kSegment chunks in global memory, rounded to the data's type, 6 % of the input at P = N = 64;
-// then segment by segment from the last, forwards once more, leaving the states between the
-// segment's chunks (they and the segment's x and B are still in the second-level cache), and
-// backwards with dS in fp32 registers. What is read for the next step is on its way while one is
-// computed. Nothing quadratic in the chunk leaves the multiprocessor.
+// The way there: forwards over the chunks, leaving the state before each in global memory, rounded
+// to the data's type; then backwards with dS in fp32 registers. The states take no memory of their
+// own: the state before a chunk lies in the rows of the chunk before it of gradients that are this
+// head's alone, which are written later. Where these are too few, every second state is kept, and
+// the one after it computed from it once more. What is read for the next step is on its way while
+// one is computed. Nothing quadratic in the chunk leaves the multiprocessor.
 //
-// A sequence of more than kRun segments is dealt to several blocks, a run of kRun each, whose two
-// walks begin at the state before the run and at the gradient of the state after it: a kernel finds
-// what each run adds to both, from zeros, another carries them from run to run. That depends on the
-// sequence's length alone, so that its gradients are the same bits in any company.
+// A sequence of more than kRunChunks chunks is dealt to several blocks, a run of as many each,
+// whose two walks begin at the state before the run and at the gradient of the state after it: a
+// kernel finds what each run adds to both, from zeros, another carries them from run to run. That
+// depends on the sequence's length alone, so that its gradients are the same bits in any company.
 //
 // Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
 // computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
@@ -38,13 +38,15 @@
 //
 // Bytes that must move (P = N = 64, no sharing), a head and token: 512 in for x, B, C and dy, 384
 // out for their gradients but dy's, 16 for scalars; this kernel moves 256 more, for x and B of the
-// first walk, and 16 for states. Gradients that heads share go through fp32 sums of each head, 8
-// bytes an element and head more; a cluster of the heads that share could save that.
+// first walk, and 256 for states, part of them in the second-level cache. Gradients that heads
+// share go through fp32 sums of each head, 8 bytes an element and head more; a cluster of the heads
+// that share could save that.
 //
-// H100, bfloat16, us: Llamba-1B 8 x 4096 924, 64 x 512 883, 1 x 32768 1161 (5165 by one block a
-// head), Llamba-3B 1303, Llamba-8B 1664; 316 for 1 x 2048, for want of blocks; 5669 for 80 heads of
-// one group, for the sums. A third of the bandwidth: not profiled yet, instructions are the likely
-// limit.
+// Tried before: states kept every 256 tokens and those between them computed again in a second walk
+// forwards: 9 to 25 % of the input's bytes, and the instructions of three walks instead of two.
+// With it, on an H200, bfloat16, us: Llamba-1B 8 x 4096 862, 64 x 512 828, 1 x 32768 1085; 320 for
+// 1 x 2048, for want of blocks; 5339 for 80 heads of one group, for the sums. A third of the
+// bandwidth: not profiled yet, instructions are the likely limit.
 
 #include <algorithm>
 #include <type_traits>
@@ -116,45 +118,96 @@ struct Tile {
     Rest rest;
   };
   static_assert(kWanted * (sizeof(Shared) + 1024) <= kPerSM);
+  static constexpr int kColumns = kN;
   // A state in registers: rows 16 (r + 4 m), columns 8 n of the warp's half.
   static constexpr int kRowTiles = (kP / 16 + kBlocks - 1) / kBlocks;
   static constexpr int kColumnTiles = kN / 8 / kHalves;
-  static constexpr int kStateValues = kRowTiles * kColumnTiles * 4;  // of a thread
 };
 
 // The longest walk: 4,096 tokens, so that 32,768 tokens of 32 heads are 256 blocks, in one sequence
 // or in eight. With shorter ones more would be read twice.
-constexpr int kRun = 16, kRunTokens = kRun * kSegment * kChunk;
+constexpr int kRunChunks = 64, kRunTokens = kRunChunks * kChunk;
+
+// Rows of 64 tokens that are a head's own, and not yet written: of a gradient, or scratch memory.
+struct OwnRows {
+  enum Where { kdX, kdB, kdC, kScratch } where;
+  void* data;
+  int width;  // values of a row; a token has one for each head
+};
+
+// Where the state before a chunk is kept on the way forwards, as the way back wants it: its rows 0
+// to 63 and 64 to 127 in rows of the chunk before it, or of the two before it, or the halves of its
+// columns in those.
+struct KeptStates {
+  OwnRows rows[2];
+  int every;  // chunks from one kept state to the next
+  bool halves;
+
+  // With `columns` the tile's. Rows of dB or dC are as long as a state's; those of dx may do.
+  static KeptStates of(const SsdScanParams& f, int columns) {
+    const bool tall = f.head_dim > 64;
+    const auto same = [&](OwnRows::Where where, int width) {
+      const OwnRows rows{where, nullptr, width};
+      return KeptStates{{rows, rows}, tall ? 2 : 1, false};
+    };
+    if (f.b_groups == f.heads && f.c_groups == f.heads) {
+      const OwnRows b{OwnRows::kdB, nullptr, f.state_dim}, c{OwnRows::kdC, nullptr, f.state_dim};
+      return {{b, c}, 1, false};
+    }
+    if (f.c_groups == f.heads) return same(OwnRows::kdC, f.state_dim);
+    if (f.b_groups == f.heads) return same(OwnRows::kdB, f.state_dim);
+    if (f.x_heads == f.heads) {
+      if (f.state_dim <= f.head_dim) return same(OwnRows::kdX, f.head_dim);
+      if (!tall && columns / kHalves <= f.head_dim) {
+        KeptStates kept = same(OwnRows::kdX, f.head_dim);
+        kept.every = 2;
+        kept.halves = true;
+        return kept;
+      }
+    }
+    return same(OwnRows::kScratch, f.state_dim);
+  }
+};
 
 struct TileScratch : SsdScanScratch {
-  int first_between;  // of the states between the chunks of a segment, among all states
-  int between;        // how many a block keeps
+  KeptStates kept;
   // For runs of dealt sequences: the state before, the gradient of the state after; and before they
   // are carried what the run adds to them, and its decay.
   int64_t run_states, run_dstates, run_decays;
 };
 
-// The runs have places as checkpoints have, so that few blocks have none.
+// Runs have places by the lengths of sequences where all have the same, and else as checkpoints
+// have, so that few blocks have none.
+__device__ __host__ inline int64_t runs_of_each(const SsdScanParams& f) {
+  return f.length > kRunTokens ? (f.length + kRunTokens - 1) / kRunTokens : 1;
+}
 inline int64_t count_runs(const SsdScanParams& f) {
+  if (f.cu_seqlens == nullptr) return f.sequences * runs_of_each(f);
   return count_checkpoints(f.batch * f.length, f.sequences, kRunTokens);
 }
-// Those of dealt sequences have places of their own, two for what a run is long.
+// Those of dealt sequences, which are longer than a run, have places of their own: two for what a
+// run is long, where lengths differ.
 inline int64_t count_dealt_runs(const SsdScanParams& f) {
-  return f.length > kRunTokens ? 2 * (f.batch * f.length / kRunTokens + 1) : 0;
+  if (f.length <= kRunTokens) return 0;
+  return f.cu_seqlens == nullptr ? count_runs(f) : 2 * (f.batch * f.length / kRunTokens);
 }
 
 // A head's run of a sequence.
 struct Run {
   Sequence sequence;
   int head, index, batch, begin, length;
-  int segments;                     // of the sequence
-  int first_segment, last_segment;  // of the run, and one past it
-  int first_chunk, last_chunk;
-  bool first, dealt;  // the first of the sequence; one of several
-  int place;          // among the runs of dealt sequences
+  int chunks;                   // of the sequence
+  int first_chunk, last_chunk;  // of the run, and one past it
+  bool first, dealt;            // the first of the sequence; one of several
+  int place;                    // among the runs of dealt sequences
 
   __device__ Run(const SsdScanParams& f, int block) : head(block % f.heads) {
     const int64_t at = block / f.heads;
+    if (f.cu_seqlens == nullptr) {
+      const int64_t each = runs_of_each(f);
+      set(f, at / each, static_cast<int>(at % each));
+      return;
+    }
     const auto first_of = [&](int64_t index) {
       return first_checkpoint(sequence_at(f.cu_seqlens, f.length, index), f.length, index,
                               kRunTokens);
@@ -182,17 +235,15 @@ struct Run {
     batch = static_cast<int>(sequence.batch);
     begin = static_cast<int>(sequence.begin);
     length = static_cast<int>(sequence.end - sequence.begin);
-    const int chunks = (length + kChunk - 1) / kChunk;
-    segments = (chunks + kSegment - 1) / kSegment;
-    first_segment = min(run * kRun, segments);
-    last_segment = min(first_segment + kRun, segments);
-    first_chunk = first_segment * kSegment;
-    last_chunk = min(last_segment * kSegment, chunks);
+    chunks = (length + kChunk - 1) / kChunk;
+    first_chunk = min(run * kRunChunks, chunks);
+    last_chunk = min(first_chunk + kRunChunks, chunks);
     first = run == 0;
-    dealt = segments > kRun;
-    // Dealt sequences begin further apart than kRunTokens.
-    const int64_t whole = (sequence.batch * f.length + sequence.begin) / kRunTokens;
-    place = static_cast<int>((2 * whole + run) * f.heads + head);
+    dealt = chunks > kRunChunks;
+    // Of different lengths, dealt sequences begin further apart than kRunTokens.
+    const int64_t before =
+        f.cu_seqlens == nullptr ? of * runs_of_each(f) : sequence.begin / kRunTokens * 2;
+    place = static_cast<int>((before + run) * f.heads + head);
   }
 };
 
@@ -205,6 +256,20 @@ __device__ inline float sum_warp(float v) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
   return v;
+}
+
+// Of neighbours in two tiles of D, left and right, the lanes of a row trade some: those that are
+// even get four neighbours of the left tile and the odd ones of the right tile, to move 8 bytes
+// each and a whole sector together. Twice is as before.
+__device__ inline uint2 trade(uint2 mine) {
+  const bool odd = threadIdx.x & 1;
+  const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine.x : mine.y, 1);
+  return odd ? uint2{theirs, mine.y} : uint2{mine.x, theirs};
+}
+// The first column of what a lane has then.
+__device__ inline int traded_column() {
+  const int q = threadIdx.x % 4;
+  return q % 2 * 8 + q / 2 * 4;
 }
 
 // Where the rows of a chunk's gradient go: the output, or sums in fp32 for the heads of a group.
@@ -224,25 +289,20 @@ struct GradientRows {
                ? scratch + gradient.parts + head % gradient.count * tokens * token + at
                : nullptr;
   }
-  // Two tiles of D with the rows row + g and row + g + 8 and the columns from `column` on. Lanes
-  // trade halves of tiles so that each writes 8 bytes and four write a whole sector.
+  // Two tiles of D with the rows row + g and row + g + 8 and the columns from `column` on.
   __device__ void store(int count, int row, int column, int width, const float (&left)[4],
                         const float (&right)[4]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const bool odd = q & 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float *l = left + half * 2, *r = right + half * 2;
-      const uint32_t mine[2] = {pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])};
-      const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine[0] : mine[1], 1);
+      const uint2 traded = trade({pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])});
       const int i = row + g + half * 8;
       if (i >= count) continue;
       const int64_t first = int64_t(i) * token;
       if (part == nullptr) {
-        const int at = odd ? column + 8 + 2 * (q - 1) : column + 2 * q;
-        if (at < width)
-          *reinterpret_cast<uint2*>(whole + first + at) =
-              odd ? uint2{theirs, mine[1]} : uint2{mine[0], theirs};
+        const int at = column + traded_column();
+        if (at < width) *reinterpret_cast<uint2*>(whole + first + at) = traded;
       } else {
         float* to = part + first + column + 2 * q;
         if (column < width) *reinterpret_cast<float2*>(to) = {l[0], l[1]};
@@ -268,6 +328,10 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   // Where the block is; offsets follow from it, in 64 bits, where they are needed.
   const Run run(f, blockIdx.x);
   const int head = run.head, batch = run.batch, begin = run.begin, length = run.length;
+  if (!run.first && run.first_chunk == run.last_chunk) {  // there is no such run
+    if (p.dD && threadIdx.x == 0) p.scratch[scratch.dD + blockIdx.x] = 0.f;
+    return;
+  }
   const int x_offset = head / (f.heads / f.x_heads) * f.head_dim,
             b_offset = head / (f.heads / f.b_groups) * f.state_dim,
             c_offset = head / (f.heads / f.c_groups) * f.state_dim;
@@ -343,6 +407,16 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
       }
     });
   };
+  const auto of_run = [&](int64_t states) {
+    return p.scratch + states + int64_t(run.place) * f.head_dim * f.state_dim;
+  };
+  const auto home = [&] {  // in a state tensor
+    return (int64_t(run.index) * f.heads + head) * f.head_dim * f.state_dim;
+  };
+  const auto begin_of_run = [&]() -> const float* {
+    if (run.dealt) return of_run(scratch.run_states);
+    return f.initial_state ? f.initial_state + home() : nullptr;
+  };
   // to = whole to + (weight rows)^T columns, summed over the chunk's tokens.
   const auto advance = [&](State& to, float whole, const auto& rows, const float* weight,
                            const auto& columns) {
@@ -361,45 +435,72 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
                     pack<data_t>(state[m][n][2 * half], state[m][n][2 * half + 1]));
     });
   };
-  // Kept states are in the order of the threads that keep them, and nobody else reads them.
-  constexpr int kVectors = T::kStateValues / 8;
-  const auto kept = [&](int place) {
-    return reinterpret_cast<uint4*>(p.scratch + scratch.states) +
-           int64_t(place) * kVectors * kThreads + threadIdx.x;
-  };
-  const int first_kept = static_cast<int>(
-      first_checkpoint(run.sequence, f.length, run.index, kSegment * kChunk) * f.heads + head);
-  const auto place_of = [&](int segment, int chunk) {  // of the state before a segment's chunk
-    return chunk == 0 ? first_kept + segment * f.heads
-                      : scratch.first_between + int(blockIdx.x) * scratch.between + chunk - 1;
-  };
-  const auto keep = [&](int place, const State& state) {
-    const float* values = &state[0][0][0];
-    uint4* to = kept(place);
+  // A state as it is kept: its lanes have traded. Who keeps a part of it recalls that part.
+  using Kept = uint2[kRowTiles][kColumnTiles / 2][2];
+  const auto fold = [&](const State& state, Kept& to) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v)
-      to[v * kThreads] = {pack<data_t>(values[8 * v], values[8 * v + 1]),
-                          pack<data_t>(values[8 * v + 2], values[8 * v + 3]),
-                          pack<data_t>(values[8 * v + 4], values[8 * v + 5]),
-                          pack<data_t>(values[8 * v + 6], values[8 * v + 7])};
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles / 2; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float *l = state[m][2 * n] + 2 * half, *r = state[m][2 * n + 1] + 2 * half;
+          to[m][n][half] = trade({pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])});
+        }
   };
-  const auto recall = [&](int place, uint4(&to)[kVectors]) {
-    const uint4* data = kept(place);
+  const auto unfold = [&](const Kept& data, State& to) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) to[v] = data[v * kThreads];
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles / 2; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint2 pairs = trade(data[m][n][half]);
+          const float2 left = unpack<data_t>(pairs.x), right = unpack<data_t>(pairs.y);
+          to[m][2 * n][2 * half] = left.x;
+          to[m][2 * n][2 * half + 1] = left.y;
+          to[m][2 * n + 1][2 * half] = right.x;
+          to[m][2 * n + 1][2 * half + 1] = right.y;
+        }
   };
-  const auto widen = [&](const uint4(&data)[kVectors], State& to) {
-    float* values = &to[0][0][0];
+  const int every = scratch.kept.every;
+  // Visits what the thread has of the state before a chunk, and where it is kept.
+  const auto each_kept = [&](int chunk, auto&& visit) {
+    const KeptStates& kept = scratch.kept;
+    const int column = n_half + traded_column();
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32_t words[4] = {data[v].x, data[v].y, data[v].z, data[v].w};
+    for (int m = 0; m < kRowTiles; ++m) {
+      const int before = every == 1 ? 1 : 1 + (kept.halves ? h : m);  // chunks
+      const int64_t row = int64_t(f.heads) * kept.rows[m].width;
+      const int64_t token =
+          opaque(batch) * f.length + opaque(begin + (chunk - before) * kChunk + first_token + g);
+      data_t* data = static_cast<data_t*>(kept.rows[m].data) + token * row +
+                     head * kept.rows[m].width + column - (kept.halves ? n_half : 0);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = unpack<data_t>(words[k]);
-        values[8 * v + 2 * k] = pair.x;
-        values[8 * v + 2 * k + 1] = pair.y;
-      }
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < kColumnTiles / 2; ++n)
+          visit(m, n, half, reinterpret_cast<uint2*>(data + half * 8 * row + n * 16),
+                m * kChunk + first_token + g + half * 8 < f.head_dim &&
+                    column + n * 16 < f.state_dim);
     }
+  };
+  const auto keep = [&](int chunk, const Kept& state) {
+    each_kept(chunk, [&](int m, int n, int half, uint2* there, bool in) {
+      if (in) *there = state[m][n][half];
+    });
+  };
+  // The state before the run is where it came from.
+  const auto recall = [&](int chunk, Kept& to) {
+    if (chunk == run.first_chunk) {
+      State state;
+      read_state(begin_of_run(), state);
+      fold(state, to);
+      return;
+    }
+    each_kept(chunk, [&](int m, int n, int half, const uint2* there, bool in) {
+      to[m][n][half] = in ? *there : uint2{};
+    });
   };
 
   // ---- The walks.
@@ -420,51 +521,39 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   };
 
   const int chunks = run.last_chunk;
-  const auto of_run = [&](int64_t states) {
-    return p.scratch + states + int64_t(run.place) * f.head_dim * f.state_dim;
-  };
-  const auto home = [&] {  // in a state tensor
-    return (int64_t(run.index) * f.heads + head) * f.head_dim * f.state_dim;
-  };
+  const int last_kept = run.first_chunk + max(chunks - run.first_chunk - 1, 0) / every * every;
   {
     State state;
-    read_state(run.dealt         ? of_run(scratch.run_states)
-               : f.initial_state ? f.initial_state + home()
-                                 : nullptr,
-               state);
+    read_state(begin_of_run(), state);
+    // Where this walk ends the other begins, backwards if that is the last chunk.
     if (run.first_chunk < chunks) request(run.first_chunk, run.first_chunk + 1 == chunks);
-    for (int segment = run.first_segment; segment < run.last_segment; ++segment) {
-      keep(place_of(segment, 0), state);
-      if (segment + 1 == run.last_segment) break;
 #pragma unroll 1
-      for (int k = 0; k < kSegment; ++k) {
-        // At the end of this walk that is where the other begins, backwards if it is the last.
-        const int next = segment * kSegment + k + 1;
-        step_forwards(state, [&] { request(next, next + 1 == chunks); });
-      }
+    for (int chunk = run.first_chunk; chunk < last_kept;) {
+      step_forwards(state, [&] { request(chunk + 1, chunk + 2 == chunks); });
+      ++chunk;
+      if (chunk % every > 0) continue;
+      Kept kept;
+      fold(state, kept);
+      keep(chunk, kept);
     }
   }
 
   State dstate;
   read_state(run.dealt ? of_run(scratch.run_dstates) : p.dfinal_state + home(), dstate);
   float dD = 0.f;
-  for (int segment = run.last_segment - 1; segment >= run.first_segment; --segment) {
-    const int count_of_chunks = min(kSegment, chunks - segment * kSegment);
-    uint4 before[kVectors];
-    {
-      State state;
-      recall(place_of(segment, 0), before);
-      widen(before, state);
+  Kept before;
+  recall(last_kept, before);
 #pragma unroll 1
-      for (int k = 0; k + 1 < count_of_chunks; ++k) {
-        step_forwards(state,
-                      [&] { request(segment * kSegment + k + 1, k + 2 == count_of_chunks); });
-        keep(place_of(segment, k + 1), state);
-      }
-      if (count_of_chunks > 1) recall(place_of(segment, count_of_chunks - 1), before);
+  for (int first = last_kept; first >= run.first_chunk; first -= every) {
+    const int count_of_chunks = min(every, chunks - first);
+    if (count_of_chunks > 1) {
+      State state;
+      unfold(before, state);
+      step_forwards(state, [&] { request(first + 1, true); });
+      fold(state, before);
     }
     for (int k = count_of_chunks - 1; k >= 0; --k) {
-      const int t = (segment * kSegment + k) * kChunk, count = min(kChunk, length - t);
+      const int t = (first + k) * kChunk, count = min(kChunk, length - t);
       // The chunk's rows of a gradient.
       const auto rows_of = [&](const PartedGradient& gradient, void* sum, int offset) {
         const int64_t tokens = f.batch * f.length;
@@ -472,15 +561,16 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         return GradientRows<data_t>(gradient, sum, p.scratch, head, offset, tokens, first);
       };
       const auto request_next = [&] {
-        const int here = segment * kSegment + k;
-        // From a segment's first chunk on to the first one of the segment before.
-        if (here > run.first_chunk) request(k > 0 ? here - 1 : here - kSegment, k > 0);
+        // From the first of two chunks, whose second is computed from it, on to the first of the
+        // two before.
+        const int here = first + k;
+        if (here > run.first_chunk) request(k > 0 ? here - 1 : here - every, k > 0 || every == 1);
       };
 
       // The states on both sides of the chunk, for the products with them.
       {
         State state;
-        widen(before, state);
+        unfold(before, state);
         put_state(rest.state, state);
         put_state(rest.dstate, dstate);
         float inner = 0.f;
@@ -671,7 +761,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         for (int n = 0; n < kTiles; n += 2)
           dx.store(count, first_token, p_half + n * 8, f.head_dim, d[n], d[n + 1]);
       }
-      if (k > 0) recall(place_of(segment, k - 1), before);
+      if (first + k > run.first_chunk) recall(k > 0 ? first : first - every, before);
       advance(dstate, scalars.whole, in.dy, scalars.since, in.c);
       __syncthreads();
       if (T::kBuffers == 1) request_next();
@@ -902,7 +992,7 @@ __global__ void __launch_bounds__(kCarryThreads)
   const int64_t home = int64_t(index) * f.heads + head;
   float4 state{}, dstate = *vector(p.dfinal_state, home);
   if (f.initial_state) state = *vector(f.initial_state, home);
-  const int runs = (first.segments + kRun - 1) / kRun;
+  const int runs = (first.chunks + kRunChunks - 1) / kRunChunks;
   for (int run = 0; run < runs; ++run) {
     carry(state, scratch.run_states, run);
     carry(dstate, scratch.run_dstates, runs - 1 - run);
@@ -929,16 +1019,12 @@ void with_tile(const SsdScanParams& f, const Use& use) {
 
 template <typename T>
 TileScratch scratch_of(const SsdScanParams& f) {
-  constexpr int kStateValues = T::kStateValues;
   TileScratch scratch{};
-  const int64_t checkpoints =
-      count_checkpoints(f.batch * f.length, f.sequences, kSegment * kChunk) * f.heads;
-  const int64_t most = std::min((f.length + kChunk - 1) / kChunk, int64_t(kSegment));
-  scratch.between = static_cast<int>(std::max(most - 1, int64_t(0)));
-  scratch.first_between = static_cast<int>(checkpoints);
+  scratch.kept = KeptStates::of(f, T::kColumns);
+  // Where no gradient has rows that are a head's own.
+  const bool none = scratch.kept.rows[0].where == OwnRows::kScratch;
+  scratch.states = scratch.take(none ? f.batch * f.length * f.heads * f.state_dim / 2 : 0);
   const int64_t blocks = count_runs(f) * f.heads, dealt = count_dealt_runs(f) * f.heads;
-  const int64_t states = checkpoints + blocks * scratch.between;
-  scratch.states = scratch.take(states * (kStateValues / 2 * kThreads));  // of 16 bits
   scratch.run_states = scratch.take(dealt * f.head_dim * f.state_dim);
   scratch.run_dstates = scratch.take(dealt * f.head_dim * f.state_dim);
   scratch.run_decays = scratch.take(dealt);
@@ -956,7 +1042,12 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
     constexpr int kP = rows(), kN = columns();
     using T = Tile<data_t, kP, kN>;
     constexpr int kBytes = sizeof(typename T::Shared);
-    const TileScratch scratch = scratch_of<T>(f);
+    TileScratch scratch = scratch_of<T>(f);
+    for (OwnRows& rows : scratch.kept.rows)
+      rows.data = rows.where == OwnRows::kdX   ? p.dx
+                  : rows.where == OwnRows::kdB ? p.dB
+                  : rows.where == OwnRows::kdC ? p.dC
+                                               : p.scratch + scratch.states;
     const auto blocks = static_cast<unsigned>(f.sequences > 0 ? count_runs(f) * f.heads : 0);
     if (blocks > 0 && count_dealt_runs(f) > 0) {
       const auto add = add_kernel<data_t, kP, kN>;
