@@ -230,11 +230,17 @@ def backward_arguments_cuda(dtype, **case):
 
 
 @pytest.mark.cuda("ssd_scan_backward")
-@pytest.mark.parametrize(("dtype", "sizes"), SIZES_CUDA)
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [*SIZES_CUDA,
+     (torch.bfloat16, {"P": 128, "N": 128, "H": 6, "Gb": 2, "Gc": 6}),
+     (torch.bfloat16, {"P": 64, "N": 128, "H": 80, "Hx": 80, "Gc": 1})],
+)  # fmt: skip
 def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, sizes):
     """And two runs give the same bits, of the sums over all tokens too."""
     lengths, backward = [33, 1, 64, 300], torch.ops.reasoners.ssd_scan_backward
-    (dy, dfinal), packed = backward_arguments_cuda(dtype, lengths=lengths, Hx=2, Gb=1, **sizes)
+    shared = {"Hx": 2, "Gb": 1} | sizes
+    (dy, dfinal), packed = backward_arguments_cuda(dtype, lengths=lengths, **shared)
     together = backward(dy, dfinal, *packed.values())
     assert_equal(backward(dy, dfinal, *packed.values()), together)
     begin = 0
@@ -280,6 +286,10 @@ MEMORY_CUDA = {  # H, Hx, Gb, Gc, P, N, and the most, of what the inputs take
     "Llamba-3B": (24, 24, 24, 24, 96, 64, 0.1),
     "Llamba-8B": (32, 32, 32, 32, 128, 64, 0.1),
     "P 128, N 128": (24, 24, 24, 24, 128, 128, 0.1),
+    # And one fp32 sum of what heads share; states of 4,096 tokens of every head weigh more there.
+    "MambaInLlama-3B": (24, 8, 8, 24, 128, 128, 1.0),
+    "MambaInLlama-8B": (32, 8, 8, 32, 128, 128, 0.8),
+    "Mamba-2, one group": (80, 80, 1, 1, 64, 128, 0.3),
 }
 
 

@@ -25,6 +25,11 @@
 // kernel finds what each run adds to both, from zeros, another carries them from run to run. That
 // depends on the sequence's length alone, so that its gradients are the same bits in any company.
 //
+// A gradient that heads share is summed in fp32 by the blocks of a group's heads one after the
+// other: each waits until the block of the head before it has left a chunk's sums in global memory,
+// adds its own and lets the next one go on; the last writes the gradient. Blocks are numbered as
+// they begin and wait for those before them alone, so that they need not run at the same time.
+//
 // Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
 // computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
 // the lower triangle of 16 x 16 blocks is computed for (C B^T * L) and (dY U^T * L); through shared
@@ -38,15 +43,17 @@
 //
 // Bytes that must move (P = N = 64, no sharing), a head and token: 512 in for x, B, C and dy, 384
 // out for their gradients but dy's, 16 for scalars; this kernel moves 256 more, for x and B of the
-// first walk, and 256 for states, part of them in the second-level cache. Gradients that heads
-// share go through fp32 sums of each head, 8 bytes an element and head more; a cluster of the heads
-// that share could save that.
+// first walk, and 256 for states, part of them in the second-level cache. Sums of shared gradients
+// come to 8 bytes an element and head more, in that cache: a group's blocks are a few microseconds
+// apart. They take 4 bytes an element of the gradient, 9 % of the input's bytes for 80 heads of
+// 64 x 128 in one group.
 //
 // Tried before: states kept every 256 tokens and those between them computed again in a second walk
 // forwards: 9 to 25 % of the input's bytes, and the instructions of three walks instead of two.
 // With it, on an H200, bfloat16, us: Llamba-1B 8 x 4096 862, 64 x 512 828, 1 x 32768 1085; 320 for
-// 1 x 2048, for want of blocks; 5339 for 80 heads of one group, for the sums. A third of the
-// bandwidth: not profiled yet, instructions are the likely limit.
+// 1 x 2048, for want of blocks; 5339 for 80 heads of one
+// group, of each of which the parts were kept in fp32 and then summed, 8 bytes an element and head.
+// A third of the bandwidth: not profiled yet, instructions are the likely limit.
 
 #include <algorithm>
 #include <type_traits>
@@ -118,7 +125,7 @@ struct Tile {
     Rest rest;
   };
   static_assert(kWanted * (sizeof(Shared) + 1024) <= kPerSM);
-  static constexpr int kColumns = kN;
+  static constexpr int kRows = kP, kColumns = kN;
   // A state in registers: rows 16 (r + 4 m), columns 8 n of the warp's half.
   static constexpr int kRowTiles = (kP / 16 + kBlocks - 1) / kBlocks;
   static constexpr int kColumnTiles = kN / 8 / kHalves;
@@ -174,6 +181,9 @@ struct TileScratch : SsdScanScratch {
   // For runs of dealt sequences: the state before, the gradient of the state after; and before they
   // are carried what the run adds to them, and its decay.
   int64_t run_states, run_dstates, run_decays;
+  // Where heads share: how many blocks have begun, then how far every warp of every block is. All
+  // counts, of 32 bits, and zero at the start.
+  int64_t progress, counts;
 };
 
 // Runs have places by the lengths of sequences where all have the same, and else as checkpoints
@@ -190,6 +200,12 @@ inline int64_t count_runs(const SsdScanParams& f) {
 inline int64_t count_dealt_runs(const SsdScanParams& f) {
   if (f.length <= kRunTokens) return 0;
   return f.cu_seqlens == nullptr ? count_runs(f) : 2 * (f.batch * f.length / kRunTokens);
+}
+
+// The sums of shared gradients have places for every chunk.
+inline int64_t count_chunks(const SsdScanParams& f) {
+  if (f.cu_seqlens == nullptr) return f.sequences * ((f.length + kChunk - 1) / kChunk);
+  return count_checkpoints(f.batch * f.length, f.sequences, kChunk);
 }
 
 // A head's run of a sequence.
@@ -272,47 +288,45 @@ __device__ inline int traded_column() {
   return q % 2 * 8 + q / 2 * 4;
 }
 
-// Where the rows of a chunk's gradient go: the output, or sums in fp32 for the heads of a group.
+// Where the rows of a chunk's gradient go.
 template <typename data_t>
 struct GradientRows {
-  data_t* whole;
-  float* part;  // null when the head does not share
-  int token;    // values of one, all groups
+  data_t* data;
+  int token;  // values of one, all groups
 
   // `offset`: of the head's group within a token; `first`: the chunk's first token.
-  __device__ GradientRows(const PartedGradient& gradient, void* sum, float* scratch, int head,
-                          int offset, int64_t tokens, int64_t first)
+  __device__ GradientRows(const PartedGradient& gradient, void* all, int offset, int64_t first)
       : token(gradient.groups * gradient.width) {
-    const int64_t at = first * token + offset;
-    whole = static_cast<data_t*>(sum) + at;
-    part = gradient.count > 1
-               ? scratch + gradient.parts + head % gradient.count * tokens * token + at
-               : nullptr;
+    data = static_cast<data_t*>(all) + first * token + offset;
   }
   // Two tiles of D with the rows row + g and row + g + 8 and the columns from `column` on.
   __device__ void store(int count, int row, int column, int width, const float (&left)[4],
                         const float (&right)[4]) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const int g = threadIdx.x % 32 / 4, at = column + traded_column();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float *l = left + half * 2, *r = right + half * 2;
       const uint2 traded = trade({pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])});
       const int i = row + g + half * 8;
-      if (i >= count) continue;
-      const int64_t first = int64_t(i) * token;
-      if (part == nullptr) {
-        const int at = column + traded_column();
-        if (at < width) *reinterpret_cast<uint2*>(whole + first + at) = traded;
-      } else {
-        float* to = part + first + column + 2 * q;
-        if (column < width) *reinterpret_cast<float2*>(to) = {l[0], l[1]};
-        if (column + 8 < width) *reinterpret_cast<float2*>(to + 8) = {r[0], r[1]};
-      }
+      if (i < count && at < width)
+        *reinterpret_cast<uint2*>(data + int64_t(i) * token + at) = traded;
     }
   }
 };
 
-template <typename data_t, int kP, int kN>
+// One thread tells how far it is, and with that of what it, and those it met, wrote to global
+// memory; others wait until it is as far.
+__device__ inline void tell(uint32_t* progress, uint32_t step) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(progress), "r"(step) : "memory");
+}
+__device__ inline void wait_until(const uint32_t* progress, uint32_t step) {
+  uint32_t there;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(progress) : "memory");
+  while (there < step);
+}
+
+// With kShares some heads share something.
+template <typename data_t, int kP, int kN, bool kShares>
 __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     ssd_scan_backward_kernel(const SsdScanBackwardParams p, const TileScratch scratch) {
   using T = Tile<data_t, kP, kN>;
@@ -325,11 +339,22 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   let_next_start();
   wait_for_inputs();
   const SsdScanParams& f = p.forward;
+  // Blocks wait for blocks before them alone, which have begun: so they take their places in the
+  // order in which they begin.
+  int block = blockIdx.x;
+  if (kShares) {
+    auto* counts = reinterpret_cast<uint32_t*>(p.scratch + scratch.progress);
+    int* drawn = reinterpret_cast<int*>(&rest.inner[0][0]);
+    if (threadIdx.x == 0) *drawn = static_cast<int>(atomicAdd(counts, 1u));
+    __syncthreads();
+    block = __shfl_sync(~0u, *drawn, 0);
+    __syncthreads();
+  }
   // Where the block is; offsets follow from it, in 64 bits, where they are needed.
-  const Run run(f, blockIdx.x);
+  const Run run(f, block);
   const int head = run.head, batch = run.batch, begin = run.begin, length = run.length;
   if (!run.first && run.first_chunk == run.last_chunk) {  // there is no such run
-    if (p.dD && threadIdx.x == 0) p.scratch[scratch.dD + blockIdx.x] = 0.f;
+    if (p.dD && threadIdx.x == 0) p.scratch[scratch.dD + block] = 0.f;
     return;
   }
   const int x_offset = head / (f.heads / f.x_heads) * f.head_dim,
@@ -556,9 +581,43 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
       const int t = (first + k) * kChunk, count = min(kChunk, length - t);
       // The chunk's rows of a gradient.
       const auto rows_of = [&](const PartedGradient& gradient, void* sum, int offset) {
-        const int64_t tokens = f.batch * f.length;
         const int64_t first = opaque(batch) * f.length + opaque(begin + t);
-        return GradientRows<data_t>(gradient, sum, p.scratch, head, offset, tokens, first);
+        return GradientRows<data_t>(gradient, sum, offset, first);
+      };
+      // Adds up a gradient that heads share: the sums of the heads so far pass from block to block,
+      // warp to warp and thread to thread. False for all but the last head, who writes them.
+      const auto add_up = [&](const PartedGradient& gradient, auto& d, int which) {
+        if (!kShares || gradient.count == 1) return true;
+        constexpr int kTiles = sizeof(d) / sizeof(d[0]);
+        const uint32_t step = 3 * (chunks - 1 - (first + k)) + which;
+        uint32_t* progress = reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 +
+                             opaque(block) * kWarps + warp;
+        // As count_chunks counts.
+        const int chunk = first + k +
+                          (f.cu_seqlens == nullptr ? run.index * ((length + kChunk - 1) / kChunk)
+                                                   : run.index + begin / kChunk);
+        const int64_t place = opaque(chunk) * gradient.groups + head / gradient.count;
+        auto* sums = reinterpret_cast<float4*>(p.scratch + gradient.parts) +
+                     place * (kTiles * kThreads) + threadIdx.x;
+        const int member = head % gradient.count;
+        if (member > 0) {
+          wait_until(progress - kWarps, step);
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            const float4 before_here = __ldcg(sums + n * kThreads);
+            d[n][0] += before_here.x;
+            d[n][1] += before_here.y;
+            d[n][2] += before_here.z;
+            d[n][3] += before_here.w;
+          }
+        }
+        if (member + 1 == gradient.count) return true;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          __stcg(sums + n * kThreads, float4{d[n][0], d[n][1], d[n][2], d[n][3]});
+        __syncwarp();
+        if (lane == 0) tell(progress, step);
+        return false;
       };
       const auto request_next = [&] {
         // From the first of two chunks, whose second is computed from it, on to the first of the
@@ -700,10 +759,12 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           rest.dscores.load_a(a, r, block);
           multiply_block<data_t>(d, a, in.b, block * kBlock, n_half);
         }
-        const auto dC = rows_of(scratch.dC, p.dC, c_offset);
+        if (add_up(scratch.dC, d, 1)) {
+          const auto dC = rows_of(scratch.dC, p.dC, c_offset);
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; n += 2)
-          dC.store(count, first_token, n_half + n * 8, f.state_dim, d[n], d[n + 1]);
+          for (int n = 0; n < kColumnTiles; n += 2)
+            dC.store(count, first_token, n_half + n * 8, f.state_dim, d[n], d[n + 1]);
+        }
       }
       {
         float d[kColumnTiles][4] = {};
@@ -715,10 +776,12 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           rest.dscores.load_a_transposed(a, block, r);
           multiply_block<data_t>(d, a, in.c, block * kBlock, n_half);
         }
-        const auto dB = rows_of(scratch.dB, p.dB, b_offset);
+        if (add_up(scratch.dB, d, 2)) {
+          const auto dB = rows_of(scratch.dB, p.dB, b_offset);
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; n += 2)
-          dB.store(count, first_token, n_half + n * 8, f.state_dim, d[n], d[n + 1]);
+          for (int n = 0; n < kColumnTiles; n += 2)
+            dB.store(count, first_token, n_half + n * 8, f.state_dim, d[n], d[n + 1]);
+        }
       }
       // dU, and from it dX and dscale.
       {
@@ -756,10 +819,12 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         dscale[0] = sum_row(dscale[0]);
         dscale[1] = sum_row(dscale[1]);
         if (q < 2) rest.dscale[h][j0 + q * 8] = q == 0 ? dscale[0] : dscale[1];
-        const auto dx = rows_of(scratch.dx, p.dx, x_offset);
+        if (add_up(scratch.dx, d, 3)) {
+          const auto dx = rows_of(scratch.dx, p.dx, x_offset);
 #pragma unroll
-        for (int n = 0; n < kTiles; n += 2)
-          dx.store(count, first_token, p_half + n * 8, f.head_dim, d[n], d[n + 1]);
+          for (int n = 0; n < kTiles; n += 2)
+            dx.store(count, first_token, p_half + n * 8, f.head_dim, d[n], d[n + 1]);
+        }
       }
       if (first + k > run.first_chunk) recall(k > 0 ? first : first - every, before);
       advance(dstate, scalars.whole, in.dy, scalars.since, in.c);
@@ -849,7 +914,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     __syncthreads();
     if (threadIdx.x > 0) return;
     for (int w = 1; w < kWarps; ++w) dD += rest.inner[0][w];
-    p.scratch[scratch.dD + blockIdx.x] = dD;
+    p.scratch[scratch.dD + block] = dD;
   }
 }
 
@@ -1002,6 +1067,13 @@ __global__ void __launch_bounds__(kCarryThreads)
 
 // ---- Launch
 
+__global__ void __launch_bounds__(kThreads) clear_kernel(float* counts, int64_t count) {
+  let_next_start();
+  wait_for_inputs();
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < count) counts[i] = 0.f;
+}
+
 // What a shape runs on; the two uses are the launch and the size of its scratch memory.
 template <typename Use>
 void with_tile(const SsdScanParams& f, const Use& use) {
@@ -1029,9 +1101,18 @@ TileScratch scratch_of(const SsdScanParams& f) {
   scratch.run_dstates = scratch.take(dealt * f.head_dim * f.state_dim);
   scratch.run_decays = scratch.take(dealt);
   scratch.dD = scratch.take(f.D ? blocks : 0);
-  scratch.dx = scratch.take_parts(f, f.heads / f.x_heads, f.x_heads, f.head_dim);
-  scratch.dB = scratch.take_parts(f, f.heads / f.b_groups, f.b_groups, f.state_dim);
-  scratch.dC = scratch.take_parts(f, f.heads / f.c_groups, f.c_groups, f.state_dim);
+  // Of a gradient that heads share the sums in fp32, chunk by chunk as the tile has them.
+  const auto take_sums = [&](int groups, int width, int columns) {
+    const int sharing = f.heads / groups;
+    const int64_t floats = sharing > 1 ? count_chunks(f) * groups * kChunk * columns : 0;
+    return PartedGradient{scratch.take(floats), sharing, groups, width};
+  };
+  const int64_t begin = scratch.size;
+  scratch.dx = take_sums(f.x_heads, f.head_dim, T::kRows);
+  scratch.dB = take_sums(f.b_groups, f.state_dim, T::kColumns);
+  scratch.dC = take_sums(f.c_groups, f.state_dim, T::kColumns);
+  scratch.counts = scratch.size > begin ? 1 + blocks * kWarps : 0;
+  scratch.progress = scratch.take(scratch.counts);
   return scratch;
 }
 
@@ -1049,6 +1130,11 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
                   : rows.where == OwnRows::kdC ? p.dC
                                                : p.scratch + scratch.states;
     const auto blocks = static_cast<unsigned>(f.sequences > 0 ? count_runs(f) * f.heads : 0);
+    if (blocks > 0 && scratch.counts > 0) {
+      const auto clearing = static_cast<unsigned>((scratch.counts + kThreads - 1) / kThreads);
+      launch_overlapping(clear_kernel, clearing, kThreads, 0, stream, p.scratch + scratch.progress,
+                         scratch.counts);
+    }
     if (blocks > 0 && count_dealt_runs(f) > 0) {
       const auto add = add_kernel<data_t, kP, kN>;
       constexpr int kAddBytes = sizeof(typename AddTile<data_t, kP, kN>::Shared);
@@ -1059,12 +1145,10 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
       const dim3 grid(walks, (vectors + kCarryThreads - 1) / kCarryThreads);
       launch_overlapping(carry_kernel, grid, kCarryThreads, 0, stream, p, scratch);
     }
-    const auto kernel = ssd_scan_backward_kernel<data_t, kP, kN>;
+    const auto kernel = scratch.counts > 0 ? ssd_scan_backward_kernel<data_t, kP, kN, true>
+                                           : ssd_scan_backward_kernel<data_t, kP, kN, false>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (blocks > 0) launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, scratch);
-    sum_parts(scratch.dx, p, static_cast<data_t*>(p.dx), stream);
-    sum_parts(scratch.dB, p, static_cast<data_t*>(p.dB), stream);
-    sum_parts(scratch.dC, p, static_cast<data_t*>(p.dC), stream);
     if (p.dD != nullptr)
       sum_partials(p.scratch + scratch.dD, f.heads, f.sequences > 0 ? count_runs(f) : 0, f.heads,
                    p.dD, stream);
