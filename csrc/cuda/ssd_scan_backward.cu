@@ -25,10 +25,13 @@
 // kernel finds what each run adds to both, from zeros, another carries them from run to run. That
 // depends on the sequence's length alone, so that its gradients are the same bits in any company.
 //
-// A gradient that heads share is summed in fp32 by the blocks of a group's heads one after the
-// other: each waits until the block of the head before it has left a chunk's sums in global memory,
-// adds its own and lets the next one go on; the last writes the gradient. Blocks are numbered as
-// they begin and wait for those before them alone, so that they need not run at the same time.
+// A gradient that heads share is summed in fp32, in the order of the heads, by the blocks of a
+// group. Where they are few and a state in shared memory has room for a chunk's sums, they are a
+// cluster: each leaves its parts of dB and dX where the states were, and adds up its share of all
+// blocks' parts. Else one after the other: each waits until the block of the head before it has
+// left a chunk's sums in global memory, adds its own and lets the next one go on; the last writes
+// the gradient. Those blocks are numbered as they begin and wait for those before them alone, so
+// that they need not run at the same time.
 //
 // Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
 // computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
@@ -43,22 +46,23 @@
 //
 // Bytes that must move (P = N = 64, no sharing), a head and token: 512 in for x, B, C and dy, 384
 // out for their gradients but dy's, 16 for scalars; this kernel moves 256 more, for x and B of the
-// first walk, and 256 for states, part of them in the second-level cache. Sums of shared gradients
-// come to 8 bytes an element and head more, in that cache: a group's blocks are a few microseconds
-// apart. They take 4 bytes an element of the gradient, 9 % of the input's bytes for 80 heads of
-// 64 x 128 in one group.
+// first walk, and 256 for states, part of them in the second-level cache. Sums that pass from block
+// to block come to 8 bytes an element and head more, in that cache: the blocks of a group are a few
+// microseconds apart (predicted). They take 4 bytes an element of the gradient, 9 % of the input's
+// bytes for 80 heads of 64 x 128 in one group. States between runs take 2 to 4 % without sharing.
 //
 // Tried before: states kept every 256 tokens and those between them computed again in a second walk
 // forwards: 9 to 25 % of the input's bytes, and the instructions of three walks instead of two.
 // With it, on an H200, bfloat16, us: Llamba-1B 8 x 4096 862, 64 x 512 828, 1 x 32768 1085; 320 for
-// 1 x 2048, for want of blocks; 5339 for 80 heads of one
-// group, of each of which the parts were kept in fp32 and then summed, 8 bytes an element and head.
-// A third of the bandwidth: not profiled yet, instructions are the likely limit.
+// 1 x 2048, for want of blocks; 5339 for 80 heads of one group, whose parts were all kept
+// in fp32 and then summed, 8 bytes an element and head. A third of the bandwidth: not profiled yet,
+// instructions are the likely limit.
 
 #include <algorithm>
 #include <type_traits>
 
 #include "async_copy.cuh"
+#include "cluster.cuh"
 #include "convert.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -126,6 +130,8 @@ struct Tile {
   };
   static_assert(kWanted * (sizeof(Shared) + 1024) <= kPerSM);
   static constexpr int kRows = kP, kColumns = kN;
+  // Whether the sums of a chunk fit where a state is.
+  static constexpr bool kSumsFit = kP >= 2 * kChunk && kN >= 2 * kChunk;
   // A state in registers: rows 16 (r + 4 m), columns 8 n of the warp's half.
   static constexpr int kRowTiles = (kP / 16 + kBlocks - 1) / kBlocks;
   static constexpr int kColumnTiles = kN / 8 / kHalves;
@@ -178,12 +184,13 @@ struct KeptStates {
 
 struct TileScratch : SsdScanScratch {
   KeptStates kept;
-  // For runs of dealt sequences: the state before, the gradient of the state after; and before they
-  // are carried what the run adds to them, and its decay.
-  int64_t run_states, run_dstates, run_decays;
+  // For every border between runs of dealt sequences: the state, its gradient; and before they are
+  // carried what the run before or after it adds to them, and that run's decay.
+  int64_t border_states, border_dstates, border_decays, border_ddecays;
   // Where heads share: how many blocks have begun, then how far every warp of every block is. All
   // counts, of 32 bits, and zero at the start.
   int64_t progress, counts;
+  int cluster;  // blocks
 };
 
 // Runs have places by the lengths of sequences where all have the same, and else as checkpoints
@@ -195,11 +202,10 @@ inline int64_t count_runs(const SsdScanParams& f) {
   if (f.cu_seqlens == nullptr) return f.sequences * runs_of_each(f);
   return count_checkpoints(f.batch * f.length, f.sequences, kRunTokens);
 }
-// Those of dealt sequences, which are longer than a run, have places of their own: two for what a
-// run is long, where lengths differ.
-inline int64_t count_dealt_runs(const SsdScanParams& f) {
-  if (f.length <= kRunTokens) return 0;
-  return f.cu_seqlens == nullptr ? count_runs(f) : 2 * (f.batch * f.length / kRunTokens);
+// Borders between runs. Those of a sequence of n tokens, (n - 1) / kRunTokens, fit in before those
+// of the next one where every sequence has its places from its first token / kRunTokens on.
+inline int64_t count_borders(const SsdScanParams& f) {
+  return f.length > kRunTokens ? f.batch * f.length / kRunTokens : 0;
 }
 
 // The sums of shared gradients have places for every chunk.
@@ -215,7 +221,7 @@ struct Run {
   int chunks;                   // of the sequence
   int first_chunk, last_chunk;  // of the run, and one past it
   bool first, dealt;            // the first of the sequence; one of several
-  int place;                    // among the runs of dealt sequences
+  int border;                   // the place of the one after the run
 
   __device__ Run(const SsdScanParams& f, int block) : head(block % f.heads) {
     const int64_t at = block / f.heads;
@@ -256,10 +262,8 @@ struct Run {
     last_chunk = min(first_chunk + kRunChunks, chunks);
     first = run == 0;
     dealt = chunks > kRunChunks;
-    // Of different lengths, dealt sequences begin further apart than kRunTokens.
-    const int64_t before =
-        f.cu_seqlens == nullptr ? of * runs_of_each(f) : sequence.begin / kRunTokens * 2;
-    place = static_cast<int>((before + run) * f.heads + head);
+    const int64_t before = (sequence.batch * f.length + sequence.begin) / kRunTokens;
+    border = static_cast<int>((before + run) * f.heads + head);
   }
 };
 
@@ -325,8 +329,11 @@ __device__ inline void wait_until(const uint32_t* progress, uint32_t step) {
   while (there < step);
 }
 
-// With kShares some heads share something.
-template <typename data_t, int kP, int kN, bool kShares>
+// How gradients that heads share are added up: there is none; from block to block; or the blocks of
+// a group are a cluster, which dB and dx have in common, and no other is shared.
+enum class Sums { kNone, kPassed, kInCluster };
+
+template <typename data_t, int kP, int kN, Sums kSums>
 __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     ssd_scan_backward_kernel(const SsdScanBackwardParams p, const TileScratch scratch) {
   using T = Tile<data_t, kP, kN>;
@@ -342,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   // Blocks wait for blocks before them alone, which have begun: so they take their places in the
   // order in which they begin.
   int block = blockIdx.x;
-  if (kShares) {
+  if (kSums == Sums::kPassed) {
     auto* counts = reinterpret_cast<uint32_t*>(p.scratch + scratch.progress);
     int* drawn = reinterpret_cast<int*>(&rest.inner[0][0]);
     if (threadIdx.x == 0) *drawn = static_cast<int>(atomicAdd(counts, 1u));
@@ -432,14 +439,14 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
       }
     });
   };
-  const auto of_run = [&](int64_t states) {
-    return p.scratch + states + int64_t(run.place) * f.head_dim * f.state_dim;
+  const auto at_border = [&](int64_t states, int border) {
+    return p.scratch + states + int64_t(border) * f.head_dim * f.state_dim;
   };
   const auto home = [&] {  // in a state tensor
     return (int64_t(run.index) * f.heads + head) * f.head_dim * f.state_dim;
   };
   const auto begin_of_run = [&]() -> const float* {
-    if (run.dealt) return of_run(scratch.run_states);
+    if (!run.first) return at_border(scratch.border_states, run.border - f.heads);
     return f.initial_state ? f.initial_state + home() : nullptr;
   };
   // to = whole to + (weight rows)^T columns, summed over the chunk's tokens.
@@ -564,7 +571,9 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   }
 
   State dstate;
-  read_state(run.dealt ? of_run(scratch.run_dstates) : p.dfinal_state + home(), dstate);
+  read_state(run.last_chunk < run.chunks ? at_border(scratch.border_dstates, run.border)
+                                         : p.dfinal_state + home(),
+             dstate);
   float dD = 0.f;
   Kept before;
   recall(last_kept, before);
@@ -584,10 +593,20 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         const int64_t first = opaque(batch) * f.length + opaque(begin + t);
         return GradientRows<data_t>(gradient, sum, offset, first);
       };
+      // In a cluster every block leaves its part where a state was that is no longer needed.
+      const auto leave = [&](auto& where, auto& d) {
+        static_assert(sizeof(where) >= sizeof(d) * kThreads || !T::kSumsFit);
+        auto* part = reinterpret_cast<float4*>(&where) + threadIdx.x;
+        constexpr int kTiles = sizeof(d) / sizeof(d[0]);
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          part[n * kThreads] = float4{d[n][0], d[n][1], d[n][2], d[n][3]};
+      };
       // Adds up a gradient that heads share: the sums of the heads so far pass from block to block,
       // warp to warp and thread to thread. False for all but the last head, who writes them.
       const auto add_up = [&](const PartedGradient& gradient, auto& d, int which) {
-        if (!kShares || gradient.count == 1) return true;
+        if (kSums != Sums::kPassed || gradient.count == 1) return true;
         constexpr int kTiles = sizeof(d) / sizeof(d[0]);
         const uint32_t step = 3 * (chunks - 1 - (first + k)) + which;
         uint32_t* progress = reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 +
@@ -776,7 +795,9 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           rest.dscores.load_a_transposed(a, block, r);
           multiply_block<data_t>(d, a, in.c, block * kBlock, n_half);
         }
-        if (add_up(scratch.dB, d, 2)) {
+        if (kSums == Sums::kInCluster) {
+          leave(rest.state, d);
+        } else if (add_up(scratch.dB, d, 2)) {
           const auto dB = rows_of(scratch.dB, p.dB, b_offset);
 #pragma unroll
           for (int n = 0; n < kColumnTiles; n += 2)
@@ -819,12 +840,48 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         dscale[0] = sum_row(dscale[0]);
         dscale[1] = sum_row(dscale[1]);
         if (q < 2) rest.dscale[h][j0 + q * 8] = q == 0 ? dscale[0] : dscale[1];
-        if (add_up(scratch.dx, d, 3)) {
+        if (kSums == Sums::kInCluster) {
+          leave(rest.dstate, d);
+        } else if (add_up(scratch.dx, d, 3)) {
           const auto dx = rows_of(scratch.dx, p.dx, x_offset);
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
             dx.store(count, first_token, p_half + n * 8, f.head_dim, d[n], d[n + 1]);
         }
+      }
+      if (kSums == Sums::kInCluster) {
+        // Pairs of tiles of both are dealt to the blocks, and added up by the threads that have
+        // them in every block.
+        arrive_in_cluster();
+        wait_for_cluster();
+        constexpr int kPairs = kN / 16 / kHalves, kAllPairs = kPairs + kP / 16 / kHalves;
+        const int sharing = f.heads / f.b_groups;
+        const auto dB = rows_of(scratch.dB, p.dB, b_offset),
+                   dx = rows_of(scratch.dx, p.dx, x_offset);
+#pragma unroll 1
+        for (int pair = head % sharing; pair < kAllPairs; pair += sharing) {
+          const bool of_dB = pair < kPairs;
+          const int n = 2 * (of_dB ? pair : pair - kPairs);
+          const auto* part = reinterpret_cast<const float4*>(of_dB ? &rest.state : &rest.dstate) +
+                             n * kThreads + threadIdx.x;
+          float sum[2][4] = {};
+          for (int member = 0; member < sharing; ++member) {
+            const float4* there = in_block(part, member);
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) {
+              const float4 values = there[tile * kThreads];
+              sum[tile][0] += values.x;
+              sum[tile][1] += values.y;
+              sum[tile][2] += values.z;
+              sum[tile][3] += values.w;
+            }
+          }
+          if (of_dB)
+            dB.store(count, first_token, n_half + n * 8, f.state_dim, sum[0], sum[1]);
+          else
+            dx.store(count, first_token, p_half + n * 8, f.head_dim, sum[0], sum[1]);
+        }
+        arrive_in_cluster();
       }
       if (first + k > run.first_chunk) recall(k > 0 ? first : first - every, before);
       advance(dstate, scalars.whole, in.dy, scalars.since, in.c);
@@ -894,10 +951,11 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           if (p.dscale) p.dscale[at] = rest.dscale[0][i] + rest.dscale[1][i];
         }
       }
+      if (kSums == Sums::kInCluster) wait_for_cluster();  // nobody reads the parts any more
     }
   }
 
-  if (p.dinitial_state && run.first && !run.dealt) {
+  if (p.dinitial_state && run.first) {
     each([&](int m, int n, int first_row, int first_column) {
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
@@ -947,7 +1005,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool back = blockIdx.x % 2;
   const Run run(f, blockIdx.x / 2);
   const int count = run.last_chunk - run.first_chunk;
-  if (!run.dealt || count <= 0) return;
+  // Nothing is carried past the ends of a sequence.
+  if (!run.dealt || count <= 0 || (back ? run.first : run.last_chunk == run.chunks)) return;
+  const int64_t border = run.border - (back ? f.heads : 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int r = warp % kBlocks, n_half = warp / kBlocks * (kN / kHalves);
@@ -1013,8 +1073,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                                    r, n_half);
     decay *= scalars.whole;
   }
-  float* to = p.scratch + (back ? scratch.run_dstates : scratch.run_states) +
-              int64_t(run.place) * f.head_dim * f.state_dim;
+  float* to = p.scratch + (back ? scratch.border_dstates : scratch.border_states) +
+              border * f.head_dim * f.state_dim;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -1026,10 +1086,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           *reinterpret_cast<float2*>(to + i * f.state_dim + j) = {state[m][n][2 * half],
                                                                   state[m][n][2 * half + 1]};
       }
-  if (threadIdx.x == 0 && !back) p.scratch[scratch.run_decays + run.place] = decay;
+  if (threadIdx.x == 0)
+    p.scratch[(back ? scratch.border_ddecays : scratch.border_decays) + border] = decay;
 }
 
-// What runs add becomes the states before them and the gradients of the states after them.
+// What runs add becomes the states between them and their gradients.
 constexpr int kCarryThreads = 128;
 
 __global__ void __launch_bounds__(kCarryThreads)
@@ -1045,24 +1106,23 @@ __global__ void __launch_bounds__(kCarryThreads)
   const auto vector = [&](const float* data, int64_t entry) {
     return reinterpret_cast<float4*>(const_cast<float*>(data) + entry * size) + element;
   };
-  const auto carry = [&](float4& state, int64_t states, int run) {
-    const int64_t place = first.place + int64_t(run) * f.heads;
+  const auto carry = [&](float4& state, int64_t states, int64_t decays, int border) {
+    const int64_t place = first.border + int64_t(border) * f.heads;
     float4* here = vector(p.scratch + states, place);
     const float4 added = *here;
-    const float decay = p.scratch[scratch.run_decays + place];
-    *here = state;
+    const float decay = p.scratch[decays + place];
     state = {fmaf(decay, state.x, added.x), fmaf(decay, state.y, added.y),
              fmaf(decay, state.z, added.z), fmaf(decay, state.w, added.w)};
+    *here = state;
   };
   const int64_t home = int64_t(index) * f.heads + head;
   float4 state{}, dstate = *vector(p.dfinal_state, home);
   if (f.initial_state) state = *vector(f.initial_state, home);
-  const int runs = (first.chunks + kRunChunks - 1) / kRunChunks;
-  for (int run = 0; run < runs; ++run) {
-    carry(state, scratch.run_states, run);
-    carry(dstate, scratch.run_dstates, runs - 1 - run);
+  const int borders = (first.chunks - 1) / kRunChunks;
+  for (int border = 0; border < borders; ++border) {
+    carry(state, scratch.border_states, scratch.border_decays, border);
+    carry(dstate, scratch.border_dstates, scratch.border_ddecays, borders - 1 - border);
   }
-  if (p.dinitial_state) *vector(p.dinitial_state, home) = dstate;
 }
 
 // ---- Launch
@@ -1096,17 +1156,23 @@ TileScratch scratch_of(const SsdScanParams& f) {
   // Where no gradient has rows that are a head's own.
   const bool none = scratch.kept.rows[0].where == OwnRows::kScratch;
   scratch.states = scratch.take(none ? f.batch * f.length * f.heads * f.state_dim / 2 : 0);
-  const int64_t blocks = count_runs(f) * f.heads, dealt = count_dealt_runs(f) * f.heads;
-  scratch.run_states = scratch.take(dealt * f.head_dim * f.state_dim);
-  scratch.run_dstates = scratch.take(dealt * f.head_dim * f.state_dim);
-  scratch.run_decays = scratch.take(dealt);
+  const int64_t blocks = count_runs(f) * f.heads, borders = count_borders(f) * f.heads;
+  scratch.border_states = scratch.take(borders * f.head_dim * f.state_dim);
+  scratch.border_dstates = scratch.take(borders * f.head_dim * f.state_dim);
+  scratch.border_decays = scratch.take(borders);
+  scratch.border_ddecays = scratch.take(borders);
   scratch.dD = scratch.take(f.D ? blocks : 0);
   // Of a gradient that heads share the sums in fp32, chunk by chunk as the tile has them.
   const auto take_sums = [&](int groups, int width, int columns) {
     const int sharing = f.heads / groups;
-    const int64_t floats = sharing > 1 ? count_chunks(f) * groups * kChunk * columns : 0;
+    const int64_t floats =
+        sharing > 1 && scratch.cluster == 1 ? count_chunks(f) * groups * kChunk * columns : 0;
     return PartedGradient{scratch.take(floats), sharing, groups, width};
   };
+  const int sharing = f.heads / f.b_groups;
+  const bool in_cluster = T::kSumsFit && f.x_heads == f.b_groups && f.c_groups == f.heads &&
+                          sharing <= kMostClusterBlocks;
+  scratch.cluster = in_cluster ? sharing : 1;
   const int64_t begin = scratch.size;
   scratch.dx = take_sums(f.x_heads, f.head_dim, T::kRows);
   scratch.dB = take_sums(f.b_groups, f.state_dim, T::kColumns);
@@ -1135,7 +1201,7 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
       launch_overlapping(clear_kernel, clearing, kThreads, 0, stream, p.scratch + scratch.progress,
                          scratch.counts);
     }
-    if (blocks > 0 && count_dealt_runs(f) > 0) {
+    if (blocks > 0 && count_borders(f) > 0) {
       const auto add = add_kernel<data_t, kP, kN>;
       constexpr int kAddBytes = sizeof(typename AddTile<data_t, kP, kN>::Shared);
       cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kAddBytes);
@@ -1145,10 +1211,18 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
       const dim3 grid(walks, (vectors + kCarryThreads - 1) / kCarryThreads);
       launch_overlapping(carry_kernel, grid, kCarryThreads, 0, stream, p, scratch);
     }
-    const auto kernel = scratch.counts > 0 ? ssd_scan_backward_kernel<data_t, kP, kN, true>
-                                           : ssd_scan_backward_kernel<data_t, kP, kN, false>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (blocks > 0) launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, scratch);
+    const auto walk = [&](auto kernel) {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      if (blocks > 0)
+        launch_clusters(kernel, scratch.cluster, blocks, kThreads, kBytes, stream, p, scratch);
+    };
+    if (scratch.cluster > 1) {
+      if constexpr (T::kSumsFit) walk(ssd_scan_backward_kernel<data_t, kP, kN, Sums::kInCluster>);
+    } else if (scratch.counts > 0) {
+      walk(ssd_scan_backward_kernel<data_t, kP, kN, Sums::kPassed>);
+    } else {
+      walk(ssd_scan_backward_kernel<data_t, kP, kN, Sums::kNone>);
+    }
     if (p.dD != nullptr)
       sum_partials(p.scratch + scratch.dD, f.heads, f.sequences > 0 ? count_runs(f) : 0, f.heads,
                    p.dD, stream);
