@@ -605,7 +605,10 @@ LINEAR_CASES = {
     "17 rows": {"rows": 17, "dtype": torch.bfloat16},
     "several stages": {"in_features": 3072, "dtype": torch.bfloat16},
     "several stages and a rest": {"in_features": 1120, "rows": 10, "dtype": torch.bfloat16},
+    "2 rows, many stages": {"rows": 2, "in_features": 4096, "dtype": torch.bfloat16},
+    "4 rows, and a rest": {"rows": 4, "in_features": 4624, "dtype": torch.bfloat16},
     "more tiles than blocks": {"out_features": 8224, "dtype": torch.bfloat16, "bias": False},
+    "tiles and a rest": {"in_features": 1120, "out_features": 8224, "dtype": torch.bfloat16},
     "odd features": {"in_features": 37, "out_features": 19, "dtype": torch.bfloat16},
     "three dimensions": {"shape": (2, 3), "dtype": torch.bfloat16},
 }

@@ -35,6 +35,7 @@ AROUND_CASES = {
     "a norm of two turns and several stages": {"in_features": 1120, "dtype": torch.bfloat16},
     "the longest norm": {"in_features": 4096, "dtype": torch.bfloat16},
     "a longer one": {"in_features": 4112, "dtype": torch.bfloat16},
+    "many stages and a rest": {"in_features": 3600, "dtype": torch.bfloat16},
     "more tiles than blocks": {"out_features": 8224, "dtype": torch.bfloat16},
     "odd features": {"in_features": 37, "out_features": 18, "dtype": torch.bfloat16},
     "three dimensions": {"shape": (1, 3), "dtype": torch.bfloat16},
@@ -104,7 +105,7 @@ def test_a_row_is_the_same_bits_among_any_number_of_rows(out_features, in_featur
     weight = torch.randn(out_features, in_features, device="cuda") / in_features**0.5
     weight, x = weight.bfloat16(), torch.randn(512, in_features, device="cuda").bfloat16()
     expected = ops.linear(x, weight)
-    for rows in (1, 2, 4, 5, 8, 9, 16, 17, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 448):
+    for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 448):
         assert torch.equal(ops.linear(x[:rows], weight), expected[:rows]), f"{rows} rows"
 
 
