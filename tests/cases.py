@@ -577,10 +577,49 @@ CUDA_MAMBA1_CASES = CUDA_CASES | {
         "many rows, odd stride": {"rest": 6, "dtype": torch.bfloat16},
     }.items()
 }
-# So many that blocks have several, or draw them.
+# So many that blocks have several, or draw them; a case for each operator.
+_BF16 = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16}
+_DATA = {"dtype": torch.bfloat16}
+_EIGHT = {"batch": 300, "H": 8, "Hx": 8, "Gb": 8, "Gc": 8, "N": 64}
+_MIXER = {"batch": 300, "H": 8, "G": 8, "N": 64}
+_MAMBA1 = {"rest": 0, "inner": 2048, "kv_dim": 512}
 MANY_ROWS = {
-    "150 rows": {"batch": 150, "inner": 2048, "kv_dim": 512},
-    "700 rows": {"batch": 700, "inner": 2048, "kv_dim": 512},
+    "state_update": {
+        "P 64, N 64": _EIGHT | _BF16 | {"P": 64},
+        "a small state, fp32": _EIGHT | _DATA | {"P": 32},
+        "P 64, N 128, one group": _EIGHT | _BF16 | {"P": 64, "N": 128, "Gb": 1, "Gc": 1},
+        "P 128, N 128, kv sharing": _EIGHT | _BF16 | {"P": 128, "N": 128, "Hx": 2, "Gb": 2},
+    },
+    "deferred_state_update": {
+        "fp32": _EIGHT | _DATA | {"P": 64},
+        "P 64, N 64": _EIGHT | _BF16 | {"P": 64},
+        "fp16 data": _EIGHT | {"P": 64, "dtype": torch.float16, "state_dtype": torch.bfloat16},
+        "P 32": _EIGHT | _BF16 | {"P": 32},
+        "P 96": _EIGHT | _BF16 | {"P": 96},
+        "P 64, N 128, one group": _EIGHT | _BF16 | {"P": 64, "N": 128, "Gb": 1, "Gc": 1},
+        "P 128, N 128, kv sharing": _EIGHT | _BF16 | {"P": 128, "N": 128, "Hx": 2, "Gb": 2},
+        "the most recent tokens": _EIGHT | _BF16 | {"P": 64, "period": 16, "capacity": 15},
+    },
+    "discrete_mamba2_update": {
+        "fp32": _MIXER | _DATA | {"P": 64},
+        "P 64, N 64": _MIXER | _BF16 | {"P": 64},
+        "width 3": _MIXER | _BF16 | {"P": 64, "width": 3},
+        "width 2, nothing kept": _MIXER
+        | _BF16
+        | {"P": 64, "width": 2, "recent": False, "period": 1},
+        "P 96": _MIXER | _BF16 | {"P": 96},
+    },
+    "mamba2_update": {
+        "fp32": {"batch": 300, "H": 8, "P": 64, "N": 64} | _DATA,
+        "P 64, N 64": {"batch": 300, "H": 8, "P": 64, "N": 64} | _BF16,
+        "P 128, N 128": {"batch": 300, "H": 6, "P": 128, "N": 128} | _BF16,
+    },
+    "mamba1_update": {
+        "150 rows, fp32": _MAMBA1 | _DATA | {"batch": 150},
+        "700 rows, fp32": _MAMBA1 | _DATA | {"batch": 700},
+        "150 rows": _MAMBA1 | _BF16 | {"batch": 150},
+        "700 rows": _MAMBA1 | _BF16 | {"batch": 700},
+    },
 }
 CUDA_STATE_CASES = CUDA_CASES | {
     "fp16 data and state": {"dtype": torch.float16, "state_dtype": torch.float16},

@@ -9,7 +9,6 @@ from cases import (
     DISCRETE_MAMBA2_UPDATE_CASES,
     MAMBA1_UPDATE_CASES,
     MAMBA2_UPDATE_CASES,
-    MANY_ROWS,
 )
 
 from reasoners import ops, reference
@@ -189,58 +188,6 @@ def test_batch_mates_and_threads_change_nothing(name):
         torch.set_num_threads(threads)
     for m in mutated:
         assert same(alone[m][slot], inputs[m][slot])
-
-
-@pytest.mark.cuda("mamba1_update")
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", MANY_ROWS.values(), ids=MANY_ROWS.keys())
-def test_many_rows_cuda(case, state_dtype):
-    """Right on some rows, and on all that are asked for alone too the same bits."""
-    name, batch = "mamba1_update", case["batch"]
-    slots = torch.randperm(batch + 2, generator=torch.Generator().manual_seed(1))[:batch]
-    slots[3::7] = -1
-    case = {"rest": 0, "dtype": torch.bfloat16, "state_dtype": state_dtype} | case
-    inputs = inputs_of(name, slots=slots.tolist(), **case)
-    inputs["lengths"][3::7] = -4
-    held = mutated_of(name, inputs)
-
-    def part(rows, device):
-        """The rows alone, each on a slot of its own."""
-        few = {k: v if k in SHARED else v[rows] for k, v in inputs.items()}
-        few |= {m: inputs[m][slots[rows].clamp(min=0)] for m in held}
-        own = torch.arange(len(few["slots"]))
-        few["slots"] = own.where(few["slots"] >= 0, -1).int()
-        return {k: v.to(device) if torch.is_tensor(v) else v for k, v in few.items()}
-
-    after = {k: v.to("cuda", copy=True) if torch.is_tensor(v) else v for k, v in inputs.items()}
-    y = ops.mamba1_update(**after)
-    kept = {m: after[m].cpu() for m in held}
-
-    def got(rows):
-        """y and, of rows that are no padding, what they hold."""
-        live = slots[rows] >= 0
-        return live, [y[rows].cpu(), *(kept[m][slots[rows][live]] for m in held)]
-
-    rows = torch.tensor([0, 3, 9, batch // 2, batch - 3, batch - 2, batch - 1])
-    live, actual = got(rows)
-    few = part(rows, "cpu")
-    wide = {k: reference.widen(v) for k, v in few.items()}
-    (oracle, *wide_held), (plain, *few_held) = (reference.mamba1_update(**k) for k in (wide, few))
-    oracle = [oracle, *(v[live] for v in wide_held)]
-    plain = [plain, *(v[live] for v in few_held)]
-    for i, results in enumerate(zip(actual, oracle, plain, strict=True)):
-        reference.assert_close(*results, f"{name}, result {i}")
-    for rows in torch.arange(batch).split(8):
-        alone = part(rows, "cuda")
-        out = ops.mamba1_update(**alone)
-        live, actual = got(rows)
-        assert torch.equal(out.cpu(), actual[0])
-        assert all(same(alone[m].cpu()[live], a) for m, a in zip(held, actual[1:], strict=True))
-    others = sorted({*range(batch + 2)} - {*slots.tolist()})
-    assert all(same(kept[m][others], inputs[m][others]) for m in held)
-    again = {k: v.to("cuda", copy=True) if torch.is_tensor(v) else v for k, v in inputs.items()}
-    assert torch.equal(ops.mamba1_update(**again), y)
-    assert all(same(again[m], after[m]) for m in held)
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -59,11 +59,15 @@ template <bool kSilu, typename data_t>
 __device__ inline data_t convolve(const ConvTaps& taps, int width, const PastInputs<data_t>& past,
                                   data_t input) {
   float sum = taps.bias;
+  if (width == kMaxConvWidth) {
 #pragma unroll
-  for (int w = 0; w < kMaxConvWidth - 1; ++w)
-    if (w < width - 1) sum += taps.at[w] * to_float(past.at[w]);
-  const float last = width == 4 ? taps.at[3] : width == 3 ? taps.at[2] : taps.at[1];
-  sum += last * to_float(input);
+    for (int w = 0; w < kMaxConvWidth - 1; ++w) sum += taps.at[w] * to_float(past.at[w]);
+    sum += taps.at[kMaxConvWidth - 1] * to_float(input);
+  } else {
+    sum += taps.at[0] * to_float(past.at[0]);
+    if (width == 3) sum += taps.at[1] * to_float(past.at[1]);
+    sum += (width == 3 ? taps.at[2] : taps.at[1]) * to_float(input);
+  }
   return from_float<data_t>(kSilu ? silu(sum) : sum);
 }
 

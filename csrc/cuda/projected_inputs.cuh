@@ -81,10 +81,18 @@ struct ProjectedInputs {
   // From a copy of the head's entries, oldest first, `stride` apart.
   __device__ Past past_of(const data_t* copy, int stride) const {
     Past past;
+    if (p.width == kMaxConvWidth)
 #pragma unroll
-    for (int w = 0; w < kMaxPast; ++w)
-      if (w < p.width - 1) past.at[w] = copy[w * stride];
+      for (int w = 0; w < kMaxPast; ++w) past.at[w] = copy[w * stride];
+    else
+#pragma unroll
+      for (int w = 0; w < kMaxPast - 1; ++w)
+        if (w < p.width - 1) past.at[w] = copy[w * stride];
     return past;
+  }
+  // The entry that takes the current input, of all channels.
+  __device__ data_t* newest(int64_t slot, int entry) const {
+    return ring(slot) + entry * channels();
   }
 
   // Of one of the head's channels, the same for all rows.
@@ -102,10 +110,10 @@ struct ProjectedInputs {
                       static_cast<const data_t*>(p.conv_bias), channel, p.width),
             channel, stores};
   }
-  __device__ float value(const Constants& constants, data_t input, const Past& past, int entry,
-                         int64_t slot) const {
-    if (constants.stores) ring(slot)[entry * channels() + constants.channel] = input;
-    return to_float(convolve<kSilu>(constants.taps, p.width, past, input));
+  __device__ data_t value(const Constants& constants, data_t input, const Past& past,
+                          data_t* newest) const {
+    if (constants.stores) newest[constants.channel] = input;
+    return convolve<kSilu>(constants.taps, p.width, past, input);
   }
   // Whether all of it may be copied 16 bytes at a time.
   bool aligned() const {

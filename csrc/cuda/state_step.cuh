@@ -21,17 +21,25 @@
 //   N      lanes, passes (fp32)    lanes, passes (16 bit)     threads: 2 P
 //   16          4, 2                     2, 1                 state registers: kPasses * 4
 //   32          8, 4                     4, 2
-//   64         16, 8                     8, 4
-//   128        32, 16                   16, 8
+//   64         16, 8                     4, 4
+//   128        32, 16                    4, 8
+//
+// From N = 64 on a state in 16 bits lies in the threads as the tensor cores want it (StateShare),
+// and where x, B and C are of its type, S0 C and the B_j . C are their products: exact ones, as
+// before, summed in fp32. A warp's S0 C at 64 x 64 takes 4 loads and 4 products instead of 140
+// instructions. Elsewhere lanes exchange halves of what they sum, 8 shuffles for 8 rows instead of
+// 32, so that loads do not wait for shuffles.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "activation.cuh"
 #include "async_copy.cuh"
 #include "convert.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "mma.cuh"
 #include "philox.h"
 
 namespace reasoners {
@@ -140,7 +148,7 @@ __device__ inline HeadPlace place_of(const Params& p, int head) {
 // One head's token, in shared memory, and the threads that work on it: 2 P of them for P rows.
 template <typename data_t, int kStateDim>
 struct HeadToken {
-  float* values;         // x (P), B (N), C (N)
+  data_t* values;        // x (kMaxHeadDim), B (N), C (N)
   const data_t* recent;  // (pending, P + N): the recent tokens' x and B
   float* y;              // (P)
   float* weight;         // (pending + 1): w_j of the recent tokens, then of this one
@@ -149,18 +157,84 @@ struct HeadToken {
   int rows, pending, threads;
   float scale;
 
-  __device__ const float* x() const { return values; }
-  __device__ const float* b() const { return values + rows; }
-  __device__ const float* c() const { return values + rows + kStateDim; }
+  static constexpr int kCount = kMaxHeadDim + 2 * kStateDim;
+  // The i-th of the rows' x, B and C.
+  __device__ data_t& value(int i) const { return values[i < rows ? i : i - rows + kMaxHeadDim]; }
+  __device__ const data_t* x() const { return values; }
+  __device__ const data_t* b() const { return values + kMaxHeadDim; }
+  __device__ const data_t* c() const { return values + kMaxHeadDim + kStateDim; }
   __device__ const data_t* recent_x(int j) const { return recent + j * (rows + kStateDim); }
   __device__ const data_t* recent_b(int j) const { return recent_x(j) + rows; }
+  // Of the token at hand, too.
+  __device__ const data_t* token_b(int j) const { return j < pending ? recent_b(j) : b(); }
 };
 
-// The weights, by the first warp. Lane j has the decay and the scale of recent token j; the decay
-// from it to now is the sum of the decays after it.
+// Which 16 bytes of a head's (P, N) state a thread has in each of kPasses: kColumns of each of
+// kRows rows. Either a row lies in neighbours, and the block's addresses are one stream; or, by
+// fragments, warp w has the rows 16 w + g and 16 w + g + 8 in the lanes 4 g + t, as of the A of
+// mma.cuh: k can be in any order there, as long as B's is the same, so that the neighbours 2 t and
+// 2 t + 8 of two products are the 8 of 16 bytes. Odd rows take the columns in another order, for
+// the banks.
+template <typename state_t, int kStateDim, bool kFragments>
+struct StateShare {
+  static constexpr int kVec = 16 / sizeof(state_t), kPasses = kStateDim / (2 * kVec);
+  static constexpr int kLanes = kFragments ? 4 : kStateDim / kVec;  // that have a row together
+  static constexpr int kColumns = kFragments ? kStateDim / (kLanes * kVec) : 1;
+  static constexpr int kRows = kPasses / kColumns;
+  int thread, threads;
+
+  __device__ static constexpr int pass(int row, int column) { return column * kRows + row; }
+  __device__ int row(int i) const {
+    return kFragments ? thread / 32 * 16 + thread % 32 / 4 + 8 * i
+                      : thread / kLanes + i * (threads / kLanes);
+  }
+  __device__ int column(int i) const {
+    return (kFragments ? thread % 4 + 4 * (i ^ (thread / 4 & 1)) : thread % kLanes) * kVec;
+  }
+  // The 16 bytes' place among those of the state.
+  __device__ int place(int pass) const {
+    if constexpr (!kFragments) return thread + pass * threads;
+    return (row(pass % kRows) * kStateDim + column(pass / kRows)) / kVec;
+  }
+};
+template <typename state_t, typename data_t, int kStateDim>
+constexpr bool kByFragments =
+    sizeof(state_t) == 2 && std::is_same_v<state_t, data_t> && kStateDim >= 64;
+
+// Rows of 16-bit values times a vector, as StateShare deals them: 16 bytes of a lane's row are an A
+// of mma.cuh, of which the second word, and the fourth, pass for another row's. So a product's
+// columns 0 and 1 are for the words of even rows, whose sums meet in lane 4 g, and columns 2 and 3,
+// whose B takes the vector in the order of odd rows, for those, in lane 4 g + 1.
+template <typename data_t, int kStateDim>
+struct RowProducts {
+  using Share = StateShare<data_t, kStateDim, true>;
+  uint32_t vector[Share::kColumns][2];
+
+  __device__ RowProducts(const data_t* of) {
+    const int lane = threadIdx.x % 32;
+    const Share like{lane / 8 % 2 * 4 + lane % 4, 32};  // a lane of a row as odd as the column's
+#pragma unroll
+    for (int column = 0; column < Share::kColumns; ++column) {
+      const auto* words =
+          reinterpret_cast<const uint32_t*>(of + like.column(column)) + lane / 4 % 2;
+      vector[column][0] = words[0], vector[column][1] = words[2];
+    }
+  }
+  // Adds 16 bytes of the lane's row.
+  __device__ void add(float (&sums)[4], uint4 values, int column) const {
+    multiply_add<data_t>(sums, {values.x, values.y, values.z, values.w}, vector[column][0],
+                         vector[column][1]);
+  }
+  // Whether this lane has the row's product then, and that.
+  __device__ static bool has_product() { return threadIdx.x % 4 == threadIdx.x / 4 % 2; }
+  __device__ static float product(const float (&sums)[4]) { return sums[0] + sums[3]; }
+};
+
+// The weights, by a warp. Lane j has the decay and the scale of recent token j; the decay from it
+// to now is the sum of the decays after it.
 template <typename Token>
 __device__ inline void weigh(const Token& token, float decay, float scale, float log_decay) {
-  const int lane = threadIdx.x;
+  const int lane = threadIdx.x % 32;
   if (token.pending == 0) {
     if (lane == 0) *token.kept = expf(log_decay), *token.weight = token.scale;
     return;
@@ -177,99 +251,185 @@ __device__ inline void weigh(const Token& token, float decay, float scale, float
   if (lane == 0) *token.kept = expf(total);
 }
 
-// S from S0 = load(pass) and all tokens, to store(pass, S); y = S C. A recent token's B is read
-// once for kTogether passes.
-template <typename state_t, int kStateDim, typename data_t, typename Load, typename Store>
+// The sums of kRows rows over the kLanes that have a row together, the farthest lanes first. Lanes
+// halve the rows between them as long as there are several, so that one is left: `row`, in each of
+// kLanes / kRows neighbours.
+template <int kLanes, int kRows, int kSize>
+__device__ inline float sum_rows(float (&sums)[kSize], int& row) {
+  constexpr int kHalf = kLanes / 2;
+  if constexpr (kRows > 1) {
+    const bool upper = (threadIdx.x & kHalf) != 0;
+    row += upper ? kRows / 2 : 0;
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) {
+      const float mine = upper ? sums[i + kRows / 2] : sums[i];
+      const float other = upper ? sums[i] : sums[i + kRows / 2];
+      sums[i] = mine + __shfl_xor_sync(~0u, other, kHalf);
+    }
+    return sum_rows<kHalf, kRows / 2>(sums, row);
+  } else if constexpr (kLanes > 1) {
+    sums[0] += __shfl_xor_sync(~0u, sums[0], kHalf);
+    return sum_rows<kHalf, 1>(sums, row);
+  } else {
+    return sums[0];
+  }
+}
+
+// S from S0 = load(pass) and all tokens, to store(pass, S); y = S C, in one order of sums for
+// either share. A recent token's B is read once for kTogether rows.
+template <typename state_t, bool kFragments, typename data_t, int kStateDim, typename Load,
+          typename Store>
 __device__ inline void write_state(const HeadToken<data_t, kStateDim>& token, const Load& load,
                                    const Store& store) {
-  constexpr int kVec = 16 / sizeof(state_t), kLanes = kStateDim / kVec;
-  constexpr int kPasses = kStateDim / (2 * kVec);
-  constexpr int kTogether = std::min(kPasses, kVec * kStateDim > 512 ? 2 : 4);  // as registers hold
-  const int lane = threadIdx.x % kLanes, step = token.threads / kLanes;
+  using Share = StateShare<state_t, kStateDim, kFragments>;
+  constexpr int kVec = Share::kVec, kRows = Share::kRows, kColumns = Share::kColumns;
+  constexpr int kTogether = std::min(kRows, kVec * kStateDim > 512 ? 2 : 4);  // as registers hold
+  using Row = Vec<data_t, kVec>;
+  const Share share{static_cast<int>(threadIdx.x), token.threads};
   const float kept = *token.kept;
-  float b[kVec], c[kVec];
+  struct Factors {
+    float b[kVec], c[kVec];
+  };
+  const auto factors_of = [&](int column) {
+    const auto token_b = *reinterpret_cast<const Row*>(token.b() + share.column(column));
+    const auto token_c = *reinterpret_cast<const Row*>(token.c() + share.column(column));
+    Factors factors;
 #pragma unroll
-  for (int k = 0; k < kVec; ++k) {
-    b[k] = token.scale * token.b()[lane * kVec + k];
-    c[k] = token.c()[lane * kVec + k];
-  }
-#pragma unroll
-  for (int first = 0; first < kPasses; first += kTogether) {
-    const int row = first * step + threadIdx.x / kLanes;
-    Floats<kVec> s[kTogether];
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      s[u] = widen(load(first + u), state_t{});
-      const float x = token.x()[row + u * step];
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) s[u].at[k] = kept * s[u].at[k] + x * b[k];
+    for (int k = 0; k < kVec; ++k) {
+      factors.b[k] = token.scale * to_float(token_b.at[k]);
+      factors.c[k] = to_float(token_c.at[k]);
     }
-    for (int j = 0; j < token.pending; ++j) {
-      const auto old = *reinterpret_cast<const Vec<data_t, kVec>*>(token.recent_b(j) + lane * kVec);
+    return factors;
+  };
+  const Factors first_factors = factors_of(0);
+#pragma unroll
+  for (int first = 0; first < kRows; first += kTogether) {
+    float sums[kColumns][kTogether] = {};
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      const Factors factors = column == 0 ? first_factors : factors_of(column);
+      Floats<kVec> s[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const float gain = token.weight[j] * to_float(token.recent_x(j)[row + u * step]);
+        s[u] = widen(load(Share::pass(first + u, column)), state_t{});
+        const float x = to_float(token.x()[share.row(first + u)]);
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) s[u].at[k] += gain * to_float(old.at[k]);
+        for (int k = 0; k < kVec; ++k) s[u].at[k] = kept * s[u].at[k] + x * factors.b[k];
+      }
+#pragma unroll 2
+      for (int j = 0; j < token.pending; ++j) {
+        const auto old = *reinterpret_cast<const Row*>(token.recent_b(j) + share.column(column));
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+          const float gain = token.weight[j] * to_float(token.recent_x(j)[share.row(first + u)]);
+#pragma unroll
+          for (int k = 0; k < kVec; ++k) s[u].at[k] += gain * to_float(old.at[k]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) sums[column][u] += s[u].at[k] * factors.c[k];
+        store(Share::pass(first + u, column), s[u]);
       }
     }
+    // As among neighbours, of which the farthest add first.
 #pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      float sum = 0.f;
+    for (int half = kColumns / 2; half > 0; half /= 2)
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) sum += s[u].at[k] * c[k];
-      store(first + u, s[u]);
+      for (int i = 0; i < half; ++i)
 #pragma unroll
-      for (int offset = kLanes / 2; offset > 0; offset /= 2)
-        sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
-      if (lane == 0) token.y[row + u * step] = sum;
+        for (int u = 0; u < kTogether; ++u) sums[i][u] += sums[i + half][u];
+    int row = 0;
+    const float sum = sum_rows<Share::kLanes, kTogether>(sums[0], row);
+    if (threadIdx.x % (Share::kLanes / kTogether) == 0) token.y[share.row(first + row)] = sum;
+  }
+}
+
+// y = w_0 S0 C.
+template <typename state_t, typename data_t, int kStateDim, typename Load>
+__device__ inline void read_state(const HeadToken<data_t, kStateDim>& token, const Load& load) {
+  constexpr bool kFragments = kByFragments<state_t, data_t, kStateDim>;
+  using Share = StateShare<state_t, kStateDim, kFragments>;
+  constexpr int kVec = Share::kVec;
+  const Share share{static_cast<int>(threadIdx.x), token.threads};
+  const float kept = *token.kept;
+  if constexpr (kFragments) {
+    const RowProducts<data_t, kStateDim> with_c(token.c());
+    float sums[Share::kRows][4] = {};
+#pragma unroll
+    for (int column = 0; column < Share::kColumns; ++column)
+#pragma unroll
+      for (int row = 0; row < Share::kRows; ++row)
+        with_c.add(sums[row], load(Share::pass(row, column)), column);
+    if (with_c.has_product())
+#pragma unroll
+      for (int row = 0; row < Share::kRows; ++row)
+        token.y[share.row(row)] = kept * with_c.product(sums[row]);
+  } else {
+    const auto c = *reinterpret_cast<const Vec<data_t, kVec>*>(token.c() + share.column(0));
+    float sums[Share::kRows] = {};
+#pragma unroll
+    for (int row = 0; row < Share::kRows; ++row) {
+      const auto s = widen(load(row), state_t{});
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) sums[row] += s.at[k] * to_float(c.at[k]);
+    }
+    int row = 0;
+    const float sum = sum_rows<Share::kLanes, Share::kRows>(sums, row);
+    if (threadIdx.x % (Share::kLanes / Share::kRows) == 0) token.y[share.row(row)] = kept * sum;
+  }
+}
+
+// The coefficients of the tokens, this one included: by one warp, the tokens as rows of a product,
+// or a warp a token.
+template <int kStateDim, typename data_t>
+__device__ inline void find_coefficients(const HeadToken<data_t, kStateDim>& token) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = token.threads / 32;
+  if constexpr (sizeof(data_t) == 2 && kStateDim >= 64) {
+    if (warp != warps - 1) return;
+    const RowProducts<data_t, kStateDim> with_c(token.c());
+    const StateShare<data_t, kStateDim, true> share{lane, 32};
+#pragma unroll 1
+    for (int first = 0; first <= token.pending; first += 8) {
+      const int j = first + share.row(0);  // past the last token it is repeated
+      const data_t* b = token.token_b(j);
+      float sums[4] = {};
+#pragma unroll
+      for (int column = 0; column < share.kColumns; ++column)
+        with_c.add(sums, *reinterpret_cast<const uint4*>(b + share.column(column)), column);
+      if (with_c.has_product() && j <= token.pending)
+        token.coefficient[j] = token.weight[j] * with_c.product(sums);
+    }
+  } else {
+    for (int j = warp; j <= token.pending; j += warps) {
+      float dot = 0.f;
+      for (int n = lane; n < kStateDim; n += 32)
+        dot += to_float(token.token_b(j)[n]) * to_float(token.c()[n]);
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+      if (lane == 0) token.coefficient[j] = token.weight[j] * dot;
     }
   }
 }
 
-// y = w_0 S0 C, and the coefficients of the tokens, this one included: a warp a token.
-template <typename state_t, int kStateDim, typename Token, typename Load>
-__device__ inline void read_state(const Token& token, const Load& load) {
-  constexpr int kVec = 16 / sizeof(state_t), kLanes = kStateDim / kVec;
-  constexpr int kPasses = kStateDim / (2 * kVec);
-  const int lane = threadIdx.x % kLanes, step = token.threads / kLanes;
-  const float kept = *token.kept;
-  float c[kVec];
-#pragma unroll
-  for (int k = 0; k < kVec; ++k) c[k] = token.c()[lane * kVec + k];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const auto s = widen(load(pass), state_t{});
-    float sum = 0.f;
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) sum += s.at[k] * c[k];
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2)
-      sum += __shfl_xor_sync(~0u, sum, offset, kLanes);
-    if (lane == 0) token.y[pass * step + threadIdx.x / kLanes] = kept * sum;
-  }
-  for (int j = threadIdx.x / 32; j <= token.pending; j += token.threads / 32) {
-    float dot = 0.f;
-    for (int n = threadIdx.x % 32; n < kStateDim; n += 32)
-      dot += (j < token.pending ? to_float(token.recent_b(j)[n]) : token.b()[n]) * token.c()[n];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
-    if (threadIdx.x % 32 == 0) token.coefficient[j] = token.weight[j] * dot;
-  }
-}
-
-// Keep a token for the step that writes; of the heads that share x or B, one does.
+// Keep a token for the step that writes, by one warp; of the heads that share x or B, one does.
 template <typename data_t, int kStateDim, typename Params>
 __device__ inline void keep(const HeadToken<data_t, kStateDim>& token, const Params& p,
                             int64_t slot, const HeadPlace& place, int first, float log_decay) {
+  if (threadIdx.x >= 32) return;
+  constexpr int kChunk = 16 / sizeof(data_t);
   const int64_t at = slot * p.recent.capacity + token.pending;
-  const int b_at = p.x_heads * p.head_dim;
+  const int b_at = p.x_heads * p.head_dim, x_chunks = token.rows / kChunk;
   auto* entry = static_cast<data_t*>(p.recent.tokens) + at * (b_at + p.b_groups * kStateDim);
-  if (place.owns_x && threadIdx.x < token.rows)
-    entry[place.x * p.head_dim + first + threadIdx.x] = from_float<data_t>(token.x()[threadIdx.x]);
-  if (place.owns_b && first == 0)
-    for (int n = threadIdx.x; n < kStateDim; n += token.threads)
-      entry[b_at + place.b * kStateDim + n] = from_float<data_t>(token.b()[n]);
+  for (int i = threadIdx.x; i < x_chunks + kStateDim / kChunk; i += 32) {
+    const bool of_x = i < x_chunks;
+    const int here = (of_x ? i : i - x_chunks) * kChunk;
+    const data_t* from = of_x ? token.x() : token.b();
+    data_t* to = entry + (of_x ? place.x * p.head_dim + first : b_at + place.b * kStateDim);
+    if (of_x ? place.owns_x : place.owns_b && first == 0)
+      *reinterpret_cast<uint4*>(to + here) = *reinterpret_cast<const uint4*>(from + here);
+  }
   if (first == 0 && threadIdx.x == 0) {
     float* decays = p.recent.decays + at * 2 * p.heads + place.head;
     decays[0] = log_decay, decays[p.heads] = token.scale;
@@ -281,11 +441,12 @@ template <typename Token>
 __device__ inline float finished(const Token& token, bool writes, float skip) {
   const int row = threadIdx.x;
   if (row >= token.rows) return 0.f;
-  float y = token.y[row] + skip * token.x()[row];
+  const float x = to_float(token.x()[row]);
+  float y = token.y[row] + skip * x;
   if (!writes) {
     for (int j = 0; j < token.pending; ++j)
       y += token.coefficient[j] * to_float(token.recent_x(j)[row]);
-    y += token.coefficient[token.pending] * token.x()[row];
+    y += token.coefficient[token.pending] * x;
   }
   return y;
 }
@@ -306,9 +467,12 @@ __device__ inline int draw_ticket(uint32_t* tickets, int drawn, int walkers) {
 
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mixer mixer) {
-  constexpr int kVec = 16 / sizeof(state_t), kPasses = kStateDim / (2 * kVec);
+  constexpr bool kFragments = kByFragments<state_t, data_t, kStateDim>;
+  using Share = StateShare<state_t, kStateDim, kFragments>;
+  constexpr int kVec = Share::kVec, kPasses = Share::kPasses;
   constexpr int kChunk = 16 / sizeof(data_t);
-  __shared__ float values[kMaxHeadDim + 2 * kStateDim], outputs[kMaxHeadDim], partial[8], kept;
+  __shared__ float outputs[kMaxHeadDim], partial[8], kept;
+  __shared__ alignas(32) data_t values[HeadToken<data_t, kStateDim>::kCount];
   __shared__ float weight[kMaxRecent + 1], coefficient[kMaxRecent + 1];
   __shared__ alignas(16) data_t recent[kMaxRecent * (kMaxHeadDim + kStateDim)];
   const auto& p = mixer.p;
@@ -355,14 +519,15 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mi
   uint4 raw[kPasses];
   typename Mixer::Ring rings[2];
   int pending = 0;
-  const auto inside = [&](int pass) { return (pass * threads + thread) * kVec < rows * kStateDim; };
+  const Share share{thread, threads};
+  const auto inside = [&](int pass) { return share.row(pass % Share::kRows) < rows; };
 #pragma unroll 1
   while (true) {
     if (slot >= 0) {
-      const state_t* state = state_of(slot) + thread * kVec;
+      const state_t* state = state_of(slot);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass)
-        raw[pass] = inside(pass) ? load_state(state + pass * threads * kVec) : uint4{};
+        raw[pass] = inside(pass) ? load_state(state + share.place(pass) * kVec) : uint4{};
 #pragma unroll
       for (int t = 0; t < 2; ++t)
         rings[t] = mixer.ring_inputs(slot, place, min(thread + t * threads, count - 1));
@@ -375,9 +540,10 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mi
     if (thread < rows) mixer.store(row, head, first + thread, 0.f);
     return;
   }
-  state_t* state = state_of(slot) + thread * kVec;
+  state_t* state = state_of(slot);
 
   const bool writes = p.recent.pending == nullptr || pending + 1 >= p.recent.period;
+  const int weigher = threads - 32;  // the first thread of the warp that weighs
   float old_decay = 0.f, old_scale = 0.f;
   if (pending > 0) {
     const int b_at = p.x_heads * p.head_dim, row_size = b_at + p.b_groups * kStateDim;
@@ -391,37 +557,39 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim, 2) state_step_kernel(const Mi
                                       : b_at + place.b * kStateDim + (chunk - x_chunks) * kChunk;
       copy_async_16(recent + i * kChunk, tokens + int64_t(j) * row_size + at);
     }
-    if (thread < pending) {
-      const float* decays = p.recent.decays + (oldest + thread) * 2 * p.heads + head;
+    if (thread >= weigher && thread - weigher < pending) {
+      const float* decays = p.recent.decays + (oldest + thread - weigher) * 2 * p.heads + head;
       old_decay = decays[0], old_scale = decays[p.heads];
     }
   }
 
+  const HeadToken<data_t, kStateDim> token{values, recent, outputs, weight,  coefficient,
+                                           &kept,  rows,   pending, threads, scale};
+  const auto newest = mixer.newest(slot, entry);
 #pragma unroll
   for (int t = 0; t < 2; ++t)
     if (const int i = thread + t * threads; i < count)
-      values[i] = mixer.value(constants[t], inputs[t], mixer.past(rings[t], entry), entry, slot);
+      token.value(i) = mixer.value(constants[t], inputs[t], mixer.past(rings[t], entry), newest);
   for (int i = thread + 2 * threads; i < count; i += threads)
-    values[i] = mixer.value(mixer.constants(place, i), input_of(i),
-                            mixer.past(mixer.ring_inputs(slot, place, i), entry), entry, slot);
-  const HeadToken<data_t, kStateDim> token{values, recent, outputs, weight,  coefficient,
-                                           &kept,  rows,   pending, threads, scale};
-  if (thread < 32) weigh(token, old_decay, old_scale, log_decay);
+    token.value(i) = mixer.value(mixer.constants(place, i), input_of(i),
+                                 mixer.past(mixer.ring_inputs(slot, place, i), entry), newest);
+  if (thread >= weigher) weigh(token, old_decay, old_scale, log_decay);
   wait_copies();
   __syncthreads();
 
   const auto load = [&](int pass) { return raw[pass]; };
   if (writes) {
-    const uint32_t base = (head * p.head_dim + first) * kStateDim + thread * kVec;
-    write_state<state_t, kStateDim>(token, load, [&](int pass, const Floats<kVec>& s) {
+    const uint32_t base = (head * p.head_dim + first) * kStateDim;
+    write_state<state_t, kFragments>(token, load, [&](int pass, const Floats<kVec>& s) {
       if (!inside(pass)) return;
-      const int at = pass * threads * kVec;
+      const int at = share.place(pass) * kVec;
       store_state(state + at, p.rng_key == nullptr ? narrow(s, state_t{})
                                                    : narrow(s, NoiseStream(p.rng_key + row * 4),
                                                             base + at, state_t{}));
     });
   } else {
-    read_state<state_t, kStateDim>(token, load);
+    read_state<state_t>(token, load);
+    find_coefficients(token);
     keep(token, p, slot, place, first, log_decay);
   }
   __syncthreads();

@@ -12,9 +12,12 @@
 // which rows whose states are written come first, for they take twice as long. While the kernel
 // before still runs, the first rows' states are fetched into the second-level cache.
 //
-// H200, Llamba-1B, batch 512, us, and the share of a copy's rate: bf16 bare 71, 94 %, written late
-// 60, 72 %; fp32 written late 92, 86 %; the mixer, bf16, 87, 84 %; 24 heads of 128 x 128, bf16,
-// written late 131, 87 %. With rows dealt in advance and no early fetch: 81, 71, 116, 94 and 266.
+// H200, Llamba-1B, batch 512, us, and the share of a copy's rate: bf16 bare 72, 91 %, written late
+// 59, 72 %; fp32 written late 86, 90 %; the mixer, bf16, 88, 82 %, written late 78, 62 %, fp32 113,
+// 74 %; 24 heads of 128 x 128, bf16, written late 125, 89 %. Before sums over lanes were exchanged
+// and 16-bit products left to the tensor cores, written late: 60, 92, 82, 116 and 131. With rows
+// dealt in advance and no early fetch, the first ones 81, 71 and 116.
+// What limits 16-bit states written late is not known: a third fewer instructions gave 2 %.
 //
 // Why: one block a (row, head) reached 96 % of a copy's rate with 16 KB of state but 79 % with 8 KB
 // and 40 to 64 % with deferred writes or a convolution in front (H100, batch 512), for it lives
@@ -37,6 +40,7 @@ constexpr int kFewStagesState = 24 << 10;
 // fp32 bare, 188 us there and 196 here; 64 kB with a convolution or recent tokens beside it.
 constexpr int kMaxBareState = 8 << 10;
 constexpr int kMaxStreamedState = 32 << 10;
+constexpr int kTurns = 2;  // values that a thread makes of a token, of which it has constants
 constexpr int kMaxConsumerWarps = 2 * kMaxHeadDim / 32;
 
 // The stages, and byte offsets within one, from shapes alone.
@@ -53,17 +57,18 @@ struct Turn {
 };
 
 struct StageFacts {
-  int row, slot, pending, entry;  // row < 0: there are no more
+  int row, slot, pending;  // row < 0: there are no more
   float log_decay, scale;
+  void* newest;  // of the convolution's ring, the entry that takes the inputs
   float decays[kMaxRecent], gains[kMaxRecent];
 };
 
-template <int kStateDim>
+template <typename data_t, int kStateDim>
 struct StreamShared {
   uint64_t full[kMaxStages], empty[kMaxStages];
   StageFacts facts[kMaxStages];
   // Of the row at hand and, since some threads may be done with it before others, the next.
-  alignas(16) float values[2][kMaxHeadDim + 2 * kStateDim];  // x, B, C
+  alignas(32) data_t values[2][HeadToken<data_t, kStateDim>::kCount];
   float y[2][kMaxHeadDim];
   float weight[2][kMaxRecent + 1], coefficient[2][kMaxRecent + 1], kept[2];
   float partial[2][8];
@@ -193,7 +198,7 @@ struct RowFacts {
 };
 
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
-__device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, char* stages,
+__device__ void produce(const Mixer& mixer, StreamShared<data_t, kStateDim>& shared, char* stages,
                         const StageLayout& layout, const Listed* list, const HeadPlace& place) {
   constexpr int kChunk = 16 / sizeof(data_t), kStateChunks = kStateDim / kChunk;
   constexpr int kTurns = (kMaxHeadDim + 2 * kStateDim + 32 * kChunk - 1) / (32 * kChunk);
@@ -248,7 +253,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
     char* base = stages + stage * layout.bytes;
     auto& facts = shared.facts[stage];
     const int64_t slot = now.slot;
-    int entry = 0;
+    data_t* newest = nullptr;
     if (slot >= 0) {
       if (lane == 0)
         copy_bulk_once(base,
@@ -273,7 +278,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
       if constexpr (Mixer::kConvolves) {
         auto* past = reinterpret_cast<data_t*>(base + layout.ring) + lane * kChunk;
         const data_t* ring = mixer.ring(slot);
-        entry = now.length % p.width;
+        int entry = now.length % p.width;
         for (int w = 0; w < p.width - 1; ++w) {
 #pragma unroll
           for (int t = 0; t < kTurns; ++t)
@@ -282,6 +287,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
                             ring + entry * mixer.channels() + channels[t]);
           entry = entry + 1 == p.width ? 0 : entry + 1;
         }
+        newest = mixer.newest(slot, entry);
       }
       if (now.pending > 0) {
         const int64_t first = slot * p.recent.capacity;
@@ -302,7 +308,7 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
       facts.row = now.row < p.batch ? now.row : -1;
       facts.slot = slot;
       facts.pending = now.pending;
-      facts.entry = entry;
+      facts.newest = newest;
       facts.log_decay = now.log_decay;
       facts.scale = now.scale;
       arrive_expecting(&shared.full[stage], slot >= 0 ? state_bytes : 0);
@@ -333,9 +339,9 @@ __device__ void produce(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
 }
 
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
-__device__ void consume(const Mixer& mixer, StreamShared<kStateDim>& shared, char* stages,
+__device__ void consume(const Mixer& mixer, StreamShared<data_t, kStateDim>& shared, char* stages,
                         const StageLayout& layout, Listed* list, const HeadPlace& place) {
-  constexpr int kVec = 16 / sizeof(state_t), kTurns = 2;  // values that a thread makes of a token
+  constexpr int kVec = 16 / sizeof(state_t);
   const auto& p = mixer.p;
   const int head = place.head;
   const int threads = blockDim.x - 32, thread = threadIdx.x, P = p.head_dim;
@@ -381,30 +387,36 @@ __device__ void consume(const Mixer& mixer, StreamShared<kStateDim>& shared, cha
                                              pending,
                                              threads,
                                              facts.scale};
+    auto* newest = static_cast<data_t*>(facts.newest);
+    const auto put = [&](const typename Mixer::Constants& constants, int i) {
+      token.value(i) = mixer.value(constants, inputs[i], mixer.past_of(past + i, count), newest);
+    };
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
-      const int i = thread + t * threads;
-      if (i < count)
-        token.values[i] =
-            mixer.value(constants[t], inputs[i], mixer.past_of(past + i, count), facts.entry, slot);
-    }
-    if (thread < 32) {
-      const int j = min(thread, kMaxRecent - 1);
+    for (int t = 0; t < kTurns; ++t)
+      if (const int i = thread + t * threads; i < count) put(constants[t], i);
+    if constexpr (!Mixer::kConvolves)
+      for (int i = thread + kTurns * threads; i < count; i += threads) put({}, i);
+    if (thread >= threads - 32) {
+      const int j = min(thread % 32, kMaxRecent - 1);
       weigh(token, facts.decays[j], facts.gains[j], facts.log_decay);
     }
     sync();
 
-    const auto* from = reinterpret_cast<const uint4*>(base) + thread;
-    const auto load = [&](int pass) { return from[pass * threads]; };
+    const auto* from = reinterpret_cast<const uint4*>(base);
     const bool writes = p.recent.pending == nullptr || pending + 1 >= p.recent.period;
     if (writes) {
-      auto* to = static_cast<state_t*>(p.state) + (slot * p.heads + head) * int64_t(P) * kStateDim +
-                 thread * kVec;
-      write_state<state_t, kStateDim>(token, load, [&](int pass, const Floats<kVec>& s) {
-        store_state(to + pass * threads * kVec, narrow(s, state_t{}));
-      });
+      auto* to = static_cast<state_t*>(p.state) + (slot * p.heads + head) * int64_t(P) * kStateDim;
+      const StateShare<state_t, kStateDim, false> share{thread, threads};
+      write_state<state_t, false>(
+          token, [&](int pass) { return from[share.place(pass)]; },
+          [&](int pass, const Floats<kVec>& s) {
+            store_state(to + share.place(pass) * kVec, narrow(s, state_t{}));
+          });
     } else {
-      read_state<state_t, kStateDim>(token, load);
+      const StateShare<state_t, kStateDim, kByFragments<state_t, data_t, kStateDim>> share{thread,
+                                                                                           threads};
+      read_state<state_t>(token, [&](int pass) { return from[share.place(pass)]; });
+      find_coefficients(token);
       keep(token, p, slot, place, 0, facts.log_decay);
     }
     sync();
@@ -424,7 +436,7 @@ template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 __global__ void __launch_bounds__(2 * kMaxHeadDim + 32, 2)
     state_stream_kernel(const Mixer mixer, const StageLayout layout) {
   extern __shared__ __align__(128) char memory[];
-  auto& shared = *reinterpret_cast<StreamShared<kStateDim>*>(memory);
+  auto& shared = *reinterpret_cast<StreamShared<data_t, kStateDim>*>(memory);
   char* stages = memory + (sizeof(shared) + 127) / 128 * 128;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < layout.stages; ++stage) {
@@ -447,8 +459,9 @@ __global__ void __launch_bounds__(2 * kMaxHeadDim + 32, 2)
 }
 
 // False if the rows would not fill the blocks more than once or are too many for a list, if
-// something is not where 16-byte copies want it, or if states are rounded at random, whose Philox
-// rounds cost this body its registers: state_step.cuh serves these.
+// something is not where 16-byte copies want it, if a head is narrow beside its convolved B and C,
+// or if states are rounded at random, whose Philox rounds cost this body its registers:
+// state_step.cuh serves these.
 template <typename Mixer, typename data_t, typename state_t, int kStateDim>
 bool launch_state_stream(const Mixer& mixer, cudaStream_t stream) {
   const auto& p = mixer.p;
@@ -462,6 +475,7 @@ bool launch_state_stream(const Mixer& mixer, cudaStream_t stream) {
     return here;
   };
   const int inputs = p.head_dim + 2 * kStateDim;
+  if (Mixer::kConvolves && inputs > kTurns * (threads - 32)) return false;
   int at = p.head_dim * kStateDim * sizeof(state_t);
   const bool bare = !Mixer::kConvolves && p.recent.pending == nullptr;
   if (at > (bare && sizeof(state_t) == 4 ? kMaxBareState : kMaxStreamedState)) return false;
@@ -472,7 +486,7 @@ bool launch_state_stream(const Mixer& mixer, cudaStream_t stream) {
   layout.stages = p.head_dim * kStateDim * sizeof(state_t) > kFewStagesState ? 2 : kMaxStages;
   const bool lists = p.recent.pending != nullptr;
   if (lists && p.batch > min(1 << 16, kMaxEach * (threads - 32))) return false;
-  const int bytes = (sizeof(StreamShared<kStateDim>) + 127) / 128 * 128 +
+  const int bytes = (sizeof(StreamShared<data_t, kStateDim>) + 127) / 128 * 128 +
                     layout.stages * layout.bytes + (lists ? p.batch * sizeof(Listed) : 0);
   const auto kernel = state_stream_kernel<Mixer, data_t, state_t, kStateDim>;
   static const int limit = [] {

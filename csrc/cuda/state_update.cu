@@ -46,9 +46,8 @@ struct Bare {
   __device__ Nothing ring_inputs(int64_t, const HeadPlace&, int) const { return {}; }
   __device__ Nothing past(Nothing, int) const { return {}; }
   __device__ Nothing past_of(const data_t*, int) const { return {}; }
-  __device__ float value(Nothing, data_t input, Nothing, int, int64_t) const {
-    return to_float(input);
-  }
+  __device__ data_t* newest(int64_t, int) const { return nullptr; }
+  __device__ data_t value(Nothing, data_t input, Nothing, data_t*) const { return input; }
   bool aligned() const {
     constexpr int kChunk = 16 / sizeof(data_t);
     const auto fits = [](int64_t count) { return count % kChunk == 0; };
