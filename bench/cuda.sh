@@ -45,16 +45,17 @@ for topic in $topics; do
         --metrics dram__bytes_read.sum,dram__bytes_write.sum --kernel-name regex:state_ --launch-skip 3 \
         $PYTHON bench/profile_update.py >"$OUT/profile.log" 2>&1 || tail -20 "$OUT/profile.log"
       grep -E "state_|Duration|DRAM Throughput|dram__bytes|Registers Per|Achieved Occ" "$OUT/profile.log" ;;
-    sanitize)  # small shapes of the case tables
+    sanitize)  # the case tables, several files at a time; a line for each
       for tool in memcheck racecheck; do
-        compute-sanitizer --tool $tool --kernel-name-exclude regex=at:: \
-          $PYTHON -m pytest -x -p no:cacheprovider -m cuda tests/test_state_update.py \
-          tests/test_deferred_state_update.py tests/test_mixer_update.py tests/test_selective_scan.py \
-          tests/test_linear.py tests/test_add_rms_norm.py tests/test_advance.py tests/test_rotate.py \
-          tests/test_paged_attention.py tests/test_rotate_append_kv.py tests/test_ssd_scan.py \
-          tests/test_causal_conv1d.py tests/test_mixer_scan.py tests/test_sample.py \
-          -k "reference and not tiles and not stages" >"$OUT/$tool.log" 2>&1 || true
-        echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$tool.log")"
-      done ;;
+        for file in state_update deferred_state_update many_rows mixer_update selective_scan linear \
+          add_rms_norm advance rotate paged_attention rotate_append_kv ssd_scan causal_conv1d \
+          mixer_scan sample; do echo $tool $file; done
+      done | xargs -P 8 -L 1 sh -c '
+        log=$0/$2-$3.log
+        timeout ${LIMIT_S:-900} compute-sanitizer --tool $2 --kernel-name-exclude regex=at:: \
+          "$1" -m pytest -x -p no:cacheprovider -m cuda tests/test_$3.py \
+          -k "reference or many_rows" >"$log" 2>&1 || echo "exit status $?" >>"$log"
+        echo "$2 $3:" $(grep -hE "SUMMARY: |(passed|failed).* in |^exit status" "$log")
+        ' "$OUT" "$PYTHON" ;;
   esac
 done

@@ -12,6 +12,7 @@ modules are imported, below stub packages. A peer that is missing, fails or disa
 skipped with the reason.
 """
 
+import ctypes
 import gc
 import importlib
 import importlib.machinery
@@ -136,6 +137,8 @@ def _flashinfer(name):
     _stub("flashinfer", "flashinfer.mamba")
     if Path(sys.modules["flashinfer"].__path__[0]).is_relative_to(FOLDER):
         os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
+        if torch.cuda.is_available():  # linked on a machine without it, they name no library
+            ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
         for packed in FOLDER.rglob("*.so.xz"):
             library = packed.with_suffix("")
             if not library.exists():
@@ -534,18 +537,18 @@ def _flashinfer_specs():
         spec.sources = [s for s in spec.sources if not any(u in s.stem for u in unused)]
         return spec
 
-    for dim in (64, 128):
-        yield jit.gen_batch_decode_module(bf16, bf16, bf16, int32, dim, dim, 0, False, False)
-    yield sampling.gen_sampling_module()
-    yield prefill("fa2", 64)
-    yield cascade.gen_cascade_module()
-    yield prefill("fa2", 128)
-    yield topk.gen_topk_module()
     for sizes in ((64, 64), (128, 128)):  # P = 96 it does not compile for
         for dtype in (fp32, bf16):
             yield mamba.gen_selective_state_update_sm90_module(
                 dtype, bf16, fp32, fp32, int32, None, *sizes, 1, int32, torch.int64
             )
+    for dim in (64, 128):
+        yield jit.gen_batch_decode_module(bf16, bf16, bf16, int32, dim, dim, 0, False, False)
+    yield sampling.gen_sampling_module()
+    yield cascade.gen_cascade_module()
+    yield topk.gen_topk_module()
+    yield prefill("fa2", 64)
+    yield prefill("fa2", 128)
     yield prefill("fa3", 64)
     yield prefill("fa3", 128)
 
@@ -562,10 +565,11 @@ def fill():
                 env=os.environ | {"MAMBA_FORCE_BUILD": "TRUE", "MAMBA_SKIP_CUDA_BUILD": "TRUE"},
                 check=True,
             )
-    # A machine without a driver lacks libcuda: anything of that name will do to link. And tvm_ffi's
-    # core wants a library of tests, for one name in it.
+    # A machine without a driver lacks libcuda, and a small toolkit libcudart: anything of that name
+    # will do to link. And tvm_ffi's core wants a library of tests, for one name in it.
     for name, version, code in (
         ("libcuda.so", ".1", ""),
+        ("libcudart.so", ".13", ""),
         ("libtvm_ffi_testing.so", "", "void TVMFFITestingDummyTarget() {}"),
     ):
         command = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}{version}"]
