@@ -9,7 +9,8 @@ is that a slot holds pages it may not reach.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,6 +48,25 @@ class Step:
     period: int = 1
     rng_key: Tensor | None = None
     shared: Tensor | None = None
+    _rings: dict[int, tuple] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """slots as (rows) int64, which PyTorch indexes by."""
+        return self.slots.long()
+
+    def ring_places(self, width: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Where rings (slots, width, channels) of past inputs have the width - 1 before this step's
+        tokens, and those before the next one's: indices, oldest first, found once for all layers.
+        """
+        if width not in self._rings:
+            older = torch.arange(1, width, device=self.lengths.device)
+            before = self.lengths - self.cu_seqlens.diff()
+            self._rings[width] = tuple(
+                (self.rows[:, None], (lengths[:, None].long() + older) % width)
+                for lengths in (before, self.lengths)
+            )
+        return self._rings[width]
 
 
 @dataclass
@@ -81,19 +101,6 @@ class States:
     def mixer_states(self) -> tuple:
         """What the single-token mixers take first: conv, scan and the recent tokens."""
         return self.conv, self.scan, self.recent, self.recent_decay, self.pending
-
-    def past_inputs(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        """(rows, width - 1, channels): the inputs before position `lengths`, oldest first."""
-        return self.conv[rows[:, None], self._entries(lengths)]
-
-    def set_past_inputs(self, rows: Tensor, lengths: Tensor, inputs: Tensor):
-        """The inverse of past_inputs."""
-        self.conv[rows[:, None], self._entries(lengths)] = inputs
-
-    def _entries(self, lengths: Tensor) -> Tensor:
-        width = self.conv.shape[1]
-        older = torch.arange(1, width, device=lengths.device)
-        return (lengths[:, None].long() + older) % width
 
 
 def _recent_dims(shape: dict) -> tuple[int, int]:

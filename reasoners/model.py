@@ -418,11 +418,10 @@ class CausalConv1d(nn.Module):
                 x, self.weight, self.bias, cu_seqlens=this.cu_seqlens, silu=self.silu
             )
             return y
-        step = this.step
-        rows, lengths = step.slots.long(), step.lengths
-        past = cached.past_inputs(rows, lengths - step.cu_seqlens.diff())
-        y, last = ops.causal_conv1d(x, self.weight, self.bias, past, step.cu_seqlens, self.silu)
-        cached.set_past_inputs(rows, lengths, last)
+        before, after = this.step.ring_places(cached.conv.shape[1])
+        y, cached.conv[after] = ops.causal_conv1d(
+            x, self.weight, self.bias, cached.conv[before], this.step.cu_seqlens, self.silu
+        )
         return y
 
 
@@ -434,12 +433,10 @@ def scan_mixer(op, *arguments, this: Pass, cached: States | None) -> Tensor:
     if cached is None:
         return op(*arguments, cu_seqlens=this.cu_seqlens)[0]
     step = this.step
-    rows, lengths = step.slots.long(), step.lengths
-    past = cached.past_inputs(rows, lengths - step.cu_seqlens.diff())
-    initial = cached.scan[rows].to(_wide_dtype(past.dtype))
-    y, last, final = op(*arguments, past, initial, step.cu_seqlens)
-    cached.set_past_inputs(rows, lengths, last)
-    cached.scan[rows] = final.to(cached.scan.dtype)
+    before, after = step.ring_places(cached.conv.shape[1])
+    past, initial = cached.conv[before], _wide(cached.scan[step.rows])
+    y, cached.conv[after], final = op(*arguments, past, initial, step.cu_seqlens)
+    cached.scan[step.rows] = final.to(cached.scan.dtype)
     return y
 
 
@@ -669,10 +666,10 @@ class Mamba1(nn.Module):
     def _scan(x, delta, A, B, C, D, this: Pass, cached: States | None) -> Tensor:
         if cached is None:
             return ops.selective_scan(x, delta, A, B, C, D, cu_seqlens=this.cu_seqlens)[0]
-        rows = this.step.slots.long()
-        initial = cached.scan[rows].to(delta.dtype)
-        y, final = ops.selective_scan(x, delta, A, B, C, D, initial, this.step.cu_seqlens)
-        cached.scan[rows] = final.to(cached.scan.dtype)
+        step = this.step
+        initial = cached.scan[step.rows].to(delta.dtype)
+        y, final = ops.selective_scan(x, delta, A, B, C, D, initial, step.cu_seqlens)
+        cached.scan[step.rows] = final.to(cached.scan.dtype)
         return y
 
     def reset(self):
