@@ -22,7 +22,11 @@
 // H100, bfloat16, us: 8 x 4096 296, 64 x 512 311, 1 x 2048 43; the operators one after the other
 // 713, 723 and 68. With four warps a block that did both in turn it was 430, 350 and 55: the same
 // instructions, issued by 8 warps a multiprocessor instead of 16. H200: 291, 312 and 42; 624, 620
-// and 63: memory does not limit it. Products by warpgroups, as in ssd_scan_wgmma.cu, are next.
+// and 63: memory does not limit it.
+// Tried on an H200: products by warpgroups, as in ssd_scan_wgmma.cu, two heads a block and for each
+// two warps that convolve by products of tensor cores with diagonal matrices of taps, 6,600
+// instructions a chunk and head instead of 9,300: 283, 343 and 42 (MambaInLlama-1B's mixer 401, 455
+// and 53, here 362, 376 and 49), where fewer instructions were to give 205. Not profiled.
 
 #include "activation.cuh"
 #include "ssd_walk.cuh"

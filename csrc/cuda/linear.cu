@@ -36,7 +36,9 @@
 // stood between the products, the chain of 512 took 20.2.
 // Tried: one bulk copy a row of W (issued one lane after the other: slower by the row of x); 16
 // rows of x (twice the shared memory: 2 to 3 times cuBLAS's time). With 5 rows and more cuBLAS is
-// as fast.
+// as fast. The chain by a warpgroup's m64n8k16 with W in registers, of which one warp has the 16
+// rows and the others copy: the same bits, and on an H200 16 cycles a product by itself instead of
+// 30, but 27 with the loads between, and a step of Llamba-1B took 1030 us instead of 941.
 
 #include "activation.cuh"
 #include "async_copy.cuh"

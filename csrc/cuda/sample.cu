@@ -34,18 +34,17 @@
 // kGroups parts of the row, in the same order.
 // 384 threads let three blocks be on a multiprocessor. H200, rows of 128,256, us:
 //                       greedy   no filter   top-k 50   and top-p 0.95, min-p 0.05   top-p 0.95
-//   1, float32            4.3        9.8         8.8              9.2                    12.4
-//   512, float32         90        173         135              137                     225
-//   512, bfloat16        54        128          91               94                     182
+//   1, float32            4.3        9.7         8.8              9.2                    11.4
+//   512, float32         89        171         134              136                     206
+//   512, bfloat16        54        127          91               93                     159
 // Nearly all that is not reading is instructions: of random logits nearly all could win, so that
 // Philox runs for each. A warp's instructions for eight logits a lane, before eight were taken at a
 // time and now (integer ones, at half rate, in brackets):
 //   log-sum-exp   74 -> 67, and 80 -> 72 cycles of exponentials
 //   draw         156 (72) -> 114 (60)    of which 75 (38) are Philox
-//   top-p        118 -> 41 in the draw, and 25 to 41 for what is above; since the table above 70
+//   top-p        118 -> 41 in the draw, and 25 to 41 for what is above (225 and 182 us); now 70
 //                for both without the draw, and with temperature 1 about 60 for a fifth of the
-//                row, and 25 to 41 for the quarter of random rows that this does not settle.
-//                Predicted: 192 and 152
+//                row, and 25 to 41 for the quarter of random rows that this does not settle
 // and of a block that reads 10 units a thread about 600 -> 300 besides. By these counts no filter
 // was to take 140 and 105, top-p alone 175 and 140: a wide product, of which Philox has most, costs
 // more than the two cycles that were assumed.

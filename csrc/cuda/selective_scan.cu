@@ -30,6 +30,10 @@
 // more for each, and as many are issued as there are cycles already. Cutting a sequence into
 // segments computes all exponentials twice, for what a segment adds and then for y.
 //
+// H200, bfloat16, 2048 channels with N = 16, us, and before, with tiles of 32 channels and a
+// shuffle tree for every token:
+//   1 x 2048  58 (225)   8 x 4096  469 (1486)   64 x 512  410   1 x 32768  889
+//
 // N above 16: kLanes threads hold one channel, and the sum goes over them by shuffles.
 //
 //   N        <= 32   <= 64   <= 128   <= 256

@@ -302,6 +302,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Row>)
         }
         dgain = Row::sum(dgain);
         dstep = Row::sum(dstep);
+        __syncwarp();  // the channel's other threads have read what is written over
         if (lane == 0) {
           stage.x[i][local] = fmaf(dgain, step, skip * g);
           stage.delta[i][local] = fmaf(dgain, input, dstep * (1.f / kLog2e));

@@ -48,15 +48,18 @@
 // out for their gradients but dy's, 16 for scalars; this kernel moves 256 more, for x and B of the
 // first walk, and 256 for states, part of them in the second-level cache. Sums that pass from block
 // to block come to 8 bytes an element and head more, in that cache: the blocks of a group are a few
-// microseconds apart (predicted). They take 4 bytes an element of the gradient, 9 % of the input's
+// microseconds apart. They take 4 bytes an element of the gradient, 9 % of the input's
 // bytes for 80 heads of 64 x 128 in one group. States between runs take 2 to 4 % without sharing.
 //
-// Tried before: states kept every 256 tokens and those between them computed again in a second walk
-// forwards: 9 to 25 % of the input's bytes, and the instructions of three walks instead of two.
-// With it, on an H200, bfloat16, us: Llamba-1B 8 x 4096 862, 64 x 512 828, 1 x 32768 1085; 320 for
-// 1 x 2048, for want of blocks; 5339 for 80 heads of one group, whose parts were all kept
-// in fp32 and then summed, 8 bytes an element and head. A third of the bandwidth: not profiled yet,
-// instructions are the likely limit.
+// H200, bfloat16, us; in brackets with states kept every 256 tokens and those between them computed
+// again in a second walk forwards (9 to 25 % of the input's bytes, and the instructions of three
+// walks instead of two), and all parts of shared gradients kept in fp32 and summed afterwards:
+//   Llamba-1B 8 x 4096    677  (862)     Llamba-3B 8 x 4096 (P 96)          1025 (1244)
+//             64 x 512    682  (828)     Llamba-8B 8 x 4096 (P 128)         1177 (1469)
+//             1 x 2048    224  (320)     24 heads of 128 x 128, 8 x 4096    1868 (1748)
+//             1 x 32768   875 (1085)       x and B of 8 heads, in clusters  2112
+//   80 heads of 64 x 128, one group, 8 x 4096   4353 (5339)
+// A third of the bandwidth: not profiled yet, instructions are the likely limit.
 
 #include <algorithm>
 #include <type_traits>
