@@ -23,9 +23,11 @@
 // shapes.
 //
 // H200, us (bfloat16, pages of 16; Llama-3.2-1B with 8 kv heads of 64, Llama-3.2-3B with 8 of 128):
-//   1 x 2048              6.4    9.0      128 x 1024                      70   131
-//   1 x 32768            29.0   48.5      512 x 1024                     257   501
-//   16 x 2048            25.1   44.0      256 x 768, 512 of them shared   56    92, else 78  146
+//   1 x 2048              6.5    9.0      128 x 1024                      71   134
+//   1 x 32768            26.5   45.9      512 x 1024                     261   512
+//   16 x 2048            25.0   44.2      256 x 768, 512 of them shared   56    93, else 78  146
+// (1 x 32768 29.0 and 48.5 while combine_kernel waited for two products and for shared memory at
+// each of 128 splits.)
 // With positions as the rows of the products and a softmax every 16 positions, 133 instructions for
 // them instead of 88 (199 instead of 129 with heads of 128): 7.0, 32.6, 28.0, 80, 284 and 72.6. As
 // many blocks as are on the machine at once, of several splits each, instead of one split each:
