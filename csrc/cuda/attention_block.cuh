@@ -22,6 +22,7 @@
 #pragma once
 
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "matrix.cuh"
 #include "mma.cuh"
 #include "softmax.cuh"

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "exponential.cuh"
 #include "mma.cuh"
 #include "ssd_chunk.cuh"
 

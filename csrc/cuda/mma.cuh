@@ -51,20 +51,6 @@ __device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 2 to the power of x; 0 instead of what is too small for a normal number.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// 1 / x; 0 for what is too large, and infinity for what is too small for a normal number.
-__device__ inline float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The same number, which the compiler does not know: what is computed from it is computed where it
 // is needed, instead of early and then kept in registers.
 __device__ inline int64_t opaque(int v) {

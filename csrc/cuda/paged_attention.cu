@@ -45,6 +45,7 @@
 
 #include "async_copy.cuh"
 #include "attention_block.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "matrix.cuh"
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int offset = kLanes / 2; offset > 0; offset /= 2)
           dot += __shfl_xor_sync(kAll, dot, offset);
-        score[u][h] = valid[u] ? dot * (p.scale * kLog2E) : kMinusInfinity;
+        score[u][h] = valid[u] ? dot * (p.scale * kLog2e) : kMinusInfinity;
       }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {

@@ -28,6 +28,7 @@
 // long walks; a split over positions is what to try there.
 
 #include "async_copy.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "matrix.cuh"

@@ -60,6 +60,7 @@
 #include "async_copy.cuh"
 #include "cluster.cuh"
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "philox.h"
@@ -89,7 +90,6 @@ constexpr float kRaised = 4;
 constexpr float kMostBelow = 0.125f;  // of the mass, that a fifth of the row is likely to have
 constexpr float kInfinity = INFINITY;
 constexpr float kLowest = -0x1.fffffep+127f;
-constexpr float kLog2E = 0x1.715476p+0f;
 static_assert(kBins % 32 == 0 && kWarps <= 32 && kThreads % kMostBlocks == 0);
 static_assert(kParts == kThreads && kMostBlocks * kPartsOfWarp <= 32);
 static_assert(kGroups * kWarps % 32 == 0);
@@ -108,16 +108,9 @@ struct Best {
   float logit;
 };
 
-// 2^x to about 2 ulp; below 2^-126 it is 0.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // exp(x - max) of an x that is no higher; 0 where both are -inf.
 __device__ inline float exp_below(float x, float max) {
-  return exp2_fast((x - fmaxf(max, kLowest)) * kLog2E);
+  return exp2_fast((x - fmaxf(max, kLowest)) * kLog2e);
 }
 
 // Of lanes that differ in the bits [kFrom, kTo), the same bits in each of them.
@@ -784,7 +777,7 @@ class Row {
   // adds eight weights as a tree and then its eights of the group, in float32, and all else is
   // added in float64: wrong by less than 1e-6 of the whole, and always in the same order.
   __device__ void weigh(float least) const {
-    const float scale = scale_ * kLog2E;
+    const float scale = scale_ * kLog2e;
     for_groups([&](int group) {
       const int place = group * kWarps + threadIdx.x / 32;
       float above = 0;
@@ -803,7 +796,7 @@ class Row {
   }
   // The same, and what the tokens at or above a second, lower one weigh.
   __device__ void weigh_both(float least, float least_of_all) const {
-    const float scale = scale_ * kLog2E;
+    const float scale = scale_ * kLog2e;
     for_groups([&](int group) {
       float above = 0, all = 0;
       for_eights(group, [&](int, const Eight& eight) {
@@ -869,13 +862,13 @@ class Row {
     const NoiseRounds noise = shared_.noise;
     constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
     const uint32_t reached = stage_ - kSharedBytes + static_cast<uint32_t>(offsetof(Shared, bar));
-    const float scale = scale_ * kLog2E, least_z = fmaxf(kept_z, z(kept));
+    const float scale = scale_ * kLog2e, least_z = fmaxf(kept_z, z(kept));
     Best best{-kInfinity, size_, 0.f};
     const auto visit = [&](int unit, const Eight& eight) {
       const float raised = __int_as_float(load_shared_int(reached));  // by anyone, at whatever time
       const float top = eight.maximum() - summary_.max, top_z = top * scale_;
       // A word w may win if w + 1/2 <= 2^32 exp(z - bar): of eight, the least and the highest z.
-      const float most = top * scale + (32 + (kSlack + kRaised) * kLog2E - raised * kLog2E);
+      const float most = top * scale + (32 + (kSlack + kRaised) * kLog2e - raised * kLog2e);
       if (top_z < least_z || most < -1) return;
       const uint32_t least = min(noise.block(Eight::noise_block(unit, 0)).least(),
                                  noise.block(Eight::noise_block(unit, 1)).least());

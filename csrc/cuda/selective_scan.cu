@@ -43,8 +43,8 @@
 #include <numeric>
 
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
-#include "mma.cuh"
 #include "scan.cuh"
 #include "selective_tile.cuh"
 
@@ -191,7 +191,6 @@ __global__ void __launch_bounds__(Deal::kThreads, 512 / Deal::kThreads)
   const float skip = p.D && own < channels ? p.D[first + own] : 0.f;
   const int64_t home = (index * p.channels + first + local) * p.state_dim;  // in a state tensor
   // exp(delta A) is 2 to the power of delta times this: one multiplication less an entry.
-  constexpr float kLog2e = 1.44269504088896f;
   float exponent[kPer][kEntries], state[kPer][kEntries];
 #pragma unroll
   for (int e = 0; e < kPer; ++e) {
@@ -363,7 +362,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const float skip = p.D && writes ? p.D[channel] : 0.f;
   const int64_t home = (index * p.channels + channel) * p.state_dim;  // in a state tensor
   // exp(delta A) is 2 to the power of delta times this: one multiplication less an entry.
-  constexpr float kLog2e = 1.44269504088896f;
   float exponent[kEntries], state[kEntries];
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {

@@ -29,8 +29,8 @@
 #include <numeric>
 
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
-#include "mma.cuh"
 #include "scan.cuh"
 #include "scan_backward.cuh"
 #include "selective_segments.cuh"

@@ -31,9 +31,9 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
-#include "mma.cuh"
 #include "scan.cuh"
 #include "selective_tile.cuh"
 #include "sum_partials.cuh"
@@ -195,8 +195,6 @@ struct Holding {
         channel(segment.first + local) {}
   __device__ int entry(int j) const { return lane * Segments::kEntries + j; }
 };
-
-constexpr float kLog2e = 1.44269504088896f;
 
 template <typename data_t>
 __global__ void __launch_bounds__(Segments::kThreads, 8)

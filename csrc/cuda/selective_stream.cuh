@@ -26,7 +26,7 @@
 // That is 88 and 85 % of a copy's rate at 512 rows. 1 and 16 rows are selective_step.cuh's.
 #pragma once
 
-#include "mma.cuh"
+#include "exponential.cuh"
 #include "state_step.cuh"
 
 namespace reasoners {
@@ -47,7 +47,7 @@ constexpr int kStreamFewest = 2;
 
 template <typename Mixer>
 __device__ inline float exponent(const Mixer& mixer, float decay) {
-  return mixer.A(decay) * 1.4426950408889634f;
+  return mixer.A(decay) * kLog2e;
 }
 
 template <int kVec, typename data_t>

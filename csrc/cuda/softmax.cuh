@@ -3,25 +3,22 @@
 
 #include <cmath>
 
+#include "exponential.cuh"
+
 namespace reasoners {
 
 constexpr unsigned kAll = ~0u;
 constexpr float kMinusInfinity = -INFINITY;
-constexpr float kLog2E = 1.44269504088896f;
 
 // 2^(score - max); what has seen nothing yet has max = -inf and weighs 0. Scores carry the factor
 // log2(e), so that this is the weight of softmax.
 __device__ inline float weight(float score, float max) {
-  float w;
-  asm("ex2.approx.ftz.f32 %0, %1;"
-      : "=f"(w)
-      : "f"(__fsub_rn(score, max == kMinusInfinity ? 0.f : max)));
-  return w;
+  return exp2_fast(__fsub_rn(score, max == kMinusInfinity ? 0.f : max));
 }
 
 // The factor of scores that are compared before it is applied: what a negative scale changes is the
 // queries' sign, and with 0 a score of -inf would be NaN.
-__device__ inline float positive_scale(float scale) { return fmaxf(fabsf(scale) * kLog2E, 1e-37f); }
+__device__ inline float positive_scale(float scale) { return fmaxf(fabsf(scale) * kLog2e, 1e-37f); }
 
 // The logarithm of the sum of the exponentials of scores that carried log2(e), as nobody outside
 // knows of it: natural.

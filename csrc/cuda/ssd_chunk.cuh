@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "matrix.cuh"
 
@@ -11,7 +12,6 @@ namespace reasoners {
 
 constexpr int kChunk = 64, kBlock = 16, kBlocks = kChunk / kBlock;
 constexpr int kSegment = 4;  // chunks: states are carried from segment to segment
-constexpr float kLog2e = 1.44269504088896f;
 // Steps below this are as good as -inf in fp32, and sums over a chunk stay exact enough.
 constexpr float kSmallestStep = -110.f;
 

@@ -67,6 +67,7 @@
 #include "async_copy.cuh"
 #include "cluster.cuh"
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "scan.cuh"

@@ -52,6 +52,7 @@
 
 #include "async_copy.cuh"
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "mma.cuh"

@@ -32,6 +32,7 @@
 #include "async_copy.cuh"
 #include "conv_chunk.cuh"
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "projected_chunks.cuh"
