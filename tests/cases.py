@@ -90,7 +90,7 @@ PAGED_ATTENTION_CASES = {
     "several splits, bf16": {
         "lengths": (255, 256, 257, 2049), "queries": (1,) * 4, "dtype": torch.bfloat16,
     },
-    # On CUDA more splits than a batch of combine_kernel, and several of them for each thread block.
+    # On CUDA more splits than a batch of combine_kernel.
     "a long row, bf16": {"lengths": (40009,), "queries": (1,), "dtype": torch.bfloat16},
     "a long row, group 8, D 128, bf16": {
         "lengths": (35000,), "queries": (1,), "heads": 8, "kv_heads": 1, "head_dim": 128,

@@ -43,12 +43,7 @@ struct Inputs {
 // The sequence that holds token `at` of the batch: the last to begin there or before.
 __device__ inline int64_t sequence_of(const CausalConv1dParams& p, int64_t at) {
   if (p.cu_seqlens == nullptr) return at / p.length;
-  int64_t low = 0, high = p.sequences;  // the answer is in [low, high)
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (p.cu_seqlens[middle] <= at ? low : high) = middle;
-  }
-  return low;
+  return sequence_at_place(p.sequences, at, [&](int64_t i) { return p.cu_seqlens[i]; });
 }
 
 // The weights and the bias of kVec neighbouring channels.

@@ -34,6 +34,16 @@ __device__ inline int64_t first_checkpoint(const Sequence& sequence, int64_t len
                                            int64_t span) {
   return (sequence.batch * length + sequence.begin) / span + index;
 }
+// The last of `sequences`, at least one, whose first place, first_of(index), is `at` or before.
+template <typename First>
+__device__ inline int64_t sequence_at_place(int64_t sequences, int64_t at, const First& first_of) {
+  int64_t low = 0, high = sequences;  // the answer is in [low, high)
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (first_of(middle) <= at ? low : high) = middle;
+  }
+  return low;
+}
 
 // The elements of a (kRows, kColumns) matrix that a thread moves, neighbours by neighbours. The
 // extents are powers of two; rows past the last come up when there are more threads than elements.

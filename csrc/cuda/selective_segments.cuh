@@ -98,12 +98,7 @@ struct Segment {
       return first_checkpoint(sequence_at(f.cu_seqlens, f.length, i), f.length, i,
                               Segments::kTokens);
     };
-    int64_t low = 0, high = f.sequences;  // the sequence is one of these, but for the last
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (first_place(middle) <= place ? low : high) = middle;
-    }
-    index = low;
+    index = sequence_at_place(f.sequences, place, first_place);
     sequence = sequence_at(f.cu_seqlens, f.length, index);
     const int64_t segment = place - first_place(index);
     exists = segment < count_segments(sequence);

@@ -72,6 +72,7 @@
 #include "launch.cuh"
 #include "scan.cuh"
 #include "scan_backward.cuh"
+#include "signal.cuh"
 #include "ssd_chunk.cuh"
 #include "ssd_scan_backward.cuh"
 #include "sum_partials.cuh"
@@ -238,17 +239,9 @@ struct Run {
       return first_checkpoint(sequence_at(f.cu_seqlens, f.length, index), f.length, index,
                               kRunTokens);
     };
-    int64_t low = 0, high = f.sequences;  // the sequence is one of [low, high)
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      if (first_of(middle) <= at) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
     // By shuffles, so that the compiler knows them to be the same for all lanes.
-    const int of = __shfl_sync(~0u, static_cast<int>(low), 0);
+    const int of =
+        __shfl_sync(~0u, static_cast<int>(sequence_at_place(f.sequences, at, first_of)), 0);
     set(f, of, __shfl_sync(~0u, static_cast<int>(at - first_of(of)), 0));
   }
   __device__ Run(const SsdScanParams& f, int64_t index, int head, int run) : head(head) {
@@ -321,17 +314,6 @@ struct GradientRows {
     }
   }
 };
-
-// One thread tells how far it is, and with that of what it, and those it met, wrote to global
-// memory; others wait until it is as far.
-__device__ inline void tell(uint32_t* progress, uint32_t step) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(progress), "r"(step) : "memory");
-}
-__device__ inline void wait_until(const uint32_t* progress, uint32_t step) {
-  uint32_t there;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(progress) : "memory");
-  while (there < step);
-}
 
 // How gradients that heads share are added up: there is none; from block to block; or the blocks of
 // a group are a cluster, which dB and dx have in common, and no other is shared.

@@ -58,6 +58,7 @@
 #include "mma.cuh"
 #include "roles.cuh"
 #include "scan.cuh"
+#include "signal.cuh"
 #include "ssd_chunk.cuh"
 #include "ssd_deal.cuh"
 #include "wgmma.cuh"
@@ -80,15 +81,10 @@ __device__ constexpr int token_of(int m) {
   return m % 16 < 8 ? m / 16 * 8 + m % 8 : 56 - m / 16 * 8 + m % 8;
 }
 
-// One thread tells another of what it, and those it met, wrote to global memory.
-__device__ inline void put_ticket(uint32_t* ticket) {
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(ticket) : "memory");
-}
-// Waits for it, and leaves it as it was found.
+// A ticket is left as it was found.
+__device__ inline void put_ticket(uint32_t* ticket) { tell(ticket, 1); }
 __device__ inline void take_ticket(uint32_t* ticket) {
-  uint32_t there;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(ticket) : "memory");
-  while (there == 0);
+  wait_until(ticket, 1);
   *ticket = 0;
 }
 

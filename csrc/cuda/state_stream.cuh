@@ -42,7 +42,7 @@ constexpr int kFewStagesState = 24 << 10;
 // fp32 bare, 188 us there and 196 here; 64 kB with a convolution or recent tokens beside it.
 constexpr int kMaxBareState = 8 << 10;
 constexpr int kMaxStreamedState = 32 << 10;
-constexpr int kTurns = 2;  // values that a thread makes of a token, of which it has constants
+constexpr int kConstantTurns = 2;  // values of a token whose constants a thread keeps
 constexpr int kMaxConsumerWarps = 2 * kMaxHeadDim / 32;
 
 // The stages, and byte offsets within one, from shapes alone.
@@ -356,9 +356,9 @@ __device__ void consume(const Mixer& mixer, StreamShared<data_t, kStateDim>& sha
   }
   const float skip = mixer.skip(head);
   const auto output_constants = mixer.output_constants(head, min(thread, P - 1));
-  typename Mixer::Constants constants[kTurns];
+  typename Mixer::Constants constants[kConstantTurns];
 #pragma unroll
-  for (int t = 0; t < kTurns; ++t)
+  for (int t = 0; t < kConstantTurns; ++t)
     if (thread + t * threads < count) constants[t] = mixer.constants(place, thread + t * threads);
 
   int live = 0;  // rows so far that are no padding
@@ -394,10 +394,10 @@ __device__ void consume(const Mixer& mixer, StreamShared<data_t, kStateDim>& sha
       token.value(i) = mixer.value(constants, inputs[i], mixer.past_of(past + i, count), newest);
     };
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t)
+    for (int t = 0; t < kConstantTurns; ++t)
       if (const int i = thread + t * threads; i < count) put(constants[t], i);
     if constexpr (!Mixer::kConvolves)
-      for (int i = thread + kTurns * threads; i < count; i += threads) put({}, i);
+      for (int i = thread + kConstantTurns * threads; i < count; i += threads) put({}, i);
     if (thread >= threads - 32) {
       const int j = min(thread % 32, kMaxRecent - 1);
       weigh(token, facts.decays[j], facts.gains[j], facts.log_decay);
@@ -477,7 +477,7 @@ bool launch_state_stream(const Mixer& mixer, cudaStream_t stream) {
     return here;
   };
   const int inputs = p.head_dim + 2 * kStateDim;
-  if (Mixer::kConvolves && inputs > kTurns * (threads - 32)) return false;
+  if (Mixer::kConvolves && inputs > kConstantTurns * (threads - 32)) return false;
   int at = p.head_dim * kStateDim * sizeof(state_t);
   const bool bare = !Mixer::kConvolves && p.recent.pending == nullptr;
   if (at > (bare && sizeof(state_t) == 4 ? kMaxBareState : kMaxStreamedState)) return false;
