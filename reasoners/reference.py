@@ -1150,6 +1150,16 @@ OPERATORS = {
 }
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, NaN counted as equal to NaN."""
+    return torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
+
+
+def moved_to(device: str, inputs: dict) -> dict:
+    """Copies of the tensors among arguments, on a device, beside the other arguments."""
+    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 def check(operator, name: str, device: str = "cpu", **case) -> dict:
     """Run `operator` on inputs made from `case` and compare everything it returns or mutates.
 
@@ -1159,7 +1169,7 @@ def check(operator, name: str, device: str = "cpu", **case) -> dict:
     inputs = make(**case)
     oracle = _outputs(definition(**{k: widen(v) for k, v in inputs.items()}))
     plain = _outputs(definition(**inputs))
-    moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    moved = moved_to(device, inputs)
     actual = _outputs((*_outputs(operator(**moved)), *(moved[argument] for argument in mutated)))
     assert len(actual) == len(oracle), f"{name}: {len(oracle)} results expected, got {len(actual)}"
     for i, results in enumerate(zip(actual, oracle, plain)):

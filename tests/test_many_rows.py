@@ -5,6 +5,7 @@ import torch
 from cases import MANY_ROWS
 
 from reasoners import ops, reference
+from reasoners.reference import moved_to, same
 
 PER_SLOT = {"conv_state", "state", "recent", "recent_decay", "pending"}
 PER_ROW = {"slots", "lengths", "projected", "dt", "x", "log_decay", "B", "C", "scale", "rng_key"}
@@ -13,15 +14,6 @@ TABLE = [
     for name, cases in MANY_ROWS.items()
     for row, case in cases.items()
 ]
-
-
-def same(a, b):
-    """Equal bit for bit, poison included."""
-    return torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
-
-
-def on(device, inputs):
-    return {k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
 
 @pytest.mark.parametrize(("name", "case"), TABLE)
@@ -50,9 +42,9 @@ def test_many_rows_cuda(name, case):
         few |= {k: few[k][where] for k in PER_SLOT & set(few) if few[k] is not None}
         own = torch.arange(len(few["slots"]))
         few["slots"] = own.where(few["slots"] >= 0, -1).int()
-        return on(device, few)
+        return moved_to(device, few)
 
-    after = on("cuda", inputs)
+    after = moved_to("cuda", inputs)
     y = operator(**after)
     kept = {m: after[m].cpu() for m in held}
 
@@ -80,6 +72,6 @@ def test_many_rows_cuda(name, case):
         assert all(same(alone[m].cpu()[live], a) for m, a in zip(held, actual[1:], strict=True))
     others = sorted({*range(batch + 2)} - {*slots.tolist()})
     assert all(same(kept[m][others], inputs[m][others]) for m in held)
-    again = on("cuda", inputs)
+    again = moved_to("cuda", inputs)
     assert torch.equal(operator(**again), y)
     assert all(same(again[m], after[m]) for m in held)
