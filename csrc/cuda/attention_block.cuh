@@ -249,6 +249,33 @@ struct TileQueries {
   }
 };
 
+// What a warp reads of a block: K of its four steps and then V, kAhead of these eight loads on
+// their way at a time. No conditions between them, or the compiler waits at each.
+template <typename data_t, int kDim, int kAhead>
+struct BlockLoads {
+  static constexpr int kCount = 2 * kBlockSteps;
+  const data_t *k_cache, *v_cache;
+  KeyLoads<data_t, kDim> k[kBlockSteps];
+  ValueLoads<data_t, kDim> v[kBlockSteps];
+
+  // Of these eight, or, with kOn, of the block after this one.
+  template <bool kOn, typename Places>
+  __device__ void request(int load, const Places& places, const Places& after) {
+    if (load >= (kOn ? kCount + kAhead : kCount)) return;
+    const auto& from = load < kCount ? places : after;
+    const int step = load % kBlockSteps, first = step * kStep;
+    if (load / kBlockSteps % 2 == 0)
+      k[step].read(k_cache, from.of(first), first % 32);
+    else
+      v[step].read(v_cache, from.of(first), first % 32);
+  }
+  template <typename Places>
+  __device__ void begin(const Places& places) {
+#pragma unroll
+    for (int load = 0; load < kAhead; ++load) request<false>(load, places, places);
+  }
+};
+
 // A block of eight columns, straight from the caches.
 template <typename data_t, int kDim>
 struct BlockTile : Fragments<kDim> {
@@ -266,22 +293,12 @@ struct BlockTile : Fragments<kDim> {
     max = kMinusInfinity, sum = 0.f;
   }
 
-  // Positions from `seen` on count for nothing, but their values must not be NaN.
-  // kAhead: of the loads, K of the four steps and then V, as many are on their way at a time. No
-  // conditions between them, or the compiler waits at each.
-  template <int kAhead, typename Places>
-  __device__ void take(const data_t* k_cache, const data_t* v_cache, const Places& places, int seen,
-                       float scale, const TileQueries<kDim>& queries) {
-    KeyLoads<data_t, kDim> k[kBlockSteps];
-    ValueLoads<data_t, kDim> v[kBlockSteps];
-    const auto request = [&](int load) {
-      const int step = load % kBlockSteps, first = step * kStep;
-      if (load < kBlockSteps) k[step].read(k_cache, places.of(first), first % 32);
-      if (load >= kBlockSteps && load < 2 * kBlockSteps)
-        v[step].read(v_cache, places.of(first), first % 32);
-    };
-#pragma unroll
-    for (int load = 0; load < kAhead; ++load) request(load);
+  // `loads` have begun; with kOn those of the block after it begin in their place. Positions from
+  // `seen` on count for nothing, but their values must not be NaN.
+  template <bool kOn, int kAhead, typename Places>
+  __device__ void take(BlockLoads<data_t, kDim, kAhead>& loads, const Places& places,
+                       const Places& after, int seen, float scale,
+                       const TileQueries<kDim>& queries) {
     Scores scores = {};
 #pragma unroll
     for (int step = 0; step < kBlockSteps; ++step) {
@@ -291,11 +308,11 @@ struct BlockTile : Fragments<kDim> {
         queries.get(a, i);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const uint32_t* b = &k[step].at[r][i / 2].at[i % 2 * 2];
+          const uint32_t* b = &loads.k[step].at[r][i / 2].at[i % 2 * 2];
           multiply_add<data_t>(scores[2 * step + r], a, b[0], b[1]);
         }
       }
-      request(step + kAhead);
+      loads.template request<kOn>(step + kAhead, places, after);
     }
     if (seen < kBlock) {
       const int t = threadIdx.x % 4;
@@ -313,9 +330,9 @@ struct BlockTile : Fragments<kDim> {
       for (int j = 0; j < kLoads; ++j)
 #pragma unroll
         for (int e = 0; e < kWide; ++e)
-          multiply_add<data_t>(values[j][e], weights.at[step], v[step].pair(j, e, 0),
-                               v[step].pair(j, e, 1));
-      request(kBlockSteps + step + kAhead);
+          multiply_add<data_t>(values[j][e], weights.at[step], loads.v[step].pair(j, e, 0),
+                               loads.v[step].pair(j, e, 1));
+      loads.template request<kOn>(kBlockSteps + step + kAhead, places, after);
     }
   }
 

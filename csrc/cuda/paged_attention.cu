@@ -42,6 +42,8 @@
 // and 11.1, 16 x 2048 in 37.7 and 67.2, a decode step of Llama-3.2-1B 1 % slower.
 
 #include <algorithm>
+#include <climits>
+#include <type_traits>
 
 #include "async_copy.cuh"
 #include "attention_block.cuh"
@@ -50,6 +52,7 @@
 #include "launch.cuh"
 #include "matrix.cuh"
 #include "rows.cuh"
+#include "signal.cuh"
 
 namespace reasoners {
 namespace {
@@ -235,10 +238,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 // How the tensor path is dealt out, by shapes alone.
 struct Plan {
   int deals;          // thread blocks that walk the splits of one (token, kv head)
+  int each;           // how many of them each walks at most
   int splits;         // of a (token, head) that have room in memory
   int shared_blocks;  // of a row that are read with its group at most
   int slots;          // splits, then the shared blocks of the split in which the rows part
-  bool few;           // thread blocks: all of them are on the machine at once
+  bool at_once;       // all thread blocks are on the machine together
+  bool combines;      // combine_kernel folds the splits of every row
 };
 
 // Results that wait in memory, plan.slots for each (token, head).
@@ -258,7 +263,10 @@ struct Slots {
     return (int64_t(token) * heads + head) * slots + slot;
   }
   __device__ Part<4> read(int64_t at, int channel) const {
-    return {stats[at].x, stats[at].y, load_vector<4>(values + at * kDim + channel)};
+    // Past the first-level cache: other multiprocessors may have written it just now.
+    const float2 max_sum = __ldcg(stats + at);
+    const float4 four = __ldcg(reinterpret_cast<const float4*>(values + at * kDim + channel));
+    return {max_sum.x, max_sum.y, {four.x, four.y, four.z, four.w}};
   }
   __device__ void write(int64_t at, int channel, const Part<4>& part) const {
     store_vector<4>(values + at * kDim + channel, part.values);
@@ -350,16 +358,23 @@ __device__ void prefetch_early(const PagedAttentionParams& p, const PageSize& pa
   }
 }
 
-// kFew: thread blocks, which have registers for all of a block's K and V then.
-template <typename data_t, int kDim, bool kFew>
-__global__ void __launch_bounds__(kThreads, kFew         ? 1
-                                            : kDim == 64 ? 3
-                                                         : 2)
+// How a thread block walks splits of its (token, kv head).
+enum class Walk {
+  kAlone,     // all of them; thread blocks come as others leave
+  kOneSplit,  // one; all thread blocks are on the machine together
+  kOn         // several; the same. Thread blocks begin together, so a warp asks for its next block
+              // while it has this one, or memory would idle when all of them fold. Where they come
+              // as others leave, that takes instructions and gives nothing.
+};
+
+template <typename data_t, int kDim, Walk kWalk>
+__global__ void __launch_bounds__(kThreads, kDim == 64 && kWalk == Walk::kAlone ? 3 : 2)
     tensor_kernel(const PagedAttentionParams p, const PageSize pages, const Plan plan) {
+  constexpr bool kAtOnce = kWalk != Walk::kAlone, kOn = kWalk == Walk::kOn;
   using KChunk = typename Fragments<kDim>::KChunk;
   constexpr int kVectors = kDim / 8;
   // As registers hold: a block's loads are eight, of kDim / 4 registers.
-  constexpr int kAhead = kDim > 64 ? 4 : kFew ? 8 : 5;
+  constexpr int kAhead = kDim > 64 ? 4 : kAtOnce ? 8 : 5;
   __shared__ Partials<kWalkers, kTileHeads, kDim> partials;
   __shared__ Folded<kDim> folded;
   __shared__ TileQueries<kDim> queries;
@@ -367,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
   const auto begin_of = [&](int split) { return split * kSplit + warp * kBlock; };
   let_next_start();
   Work work = work_of_block<kTileHeads>(p);
-  if (kFew) prefetch_early<data_t, kDim>(p, pages, work, begin_of(blockIdx.y));
+  if (kAtOnce) prefetch_early<data_t, kDim>(p, pages, work, begin_of(blockIdx.y));
   // prefix_kernel let this one start when all that both read was there; what it leaves is waited
   // for where it is read.
   const bool beside_prefix = plan.shared_blocks > 0;
@@ -387,18 +402,25 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
   // Rows with `shared` have one token each.
   const int shared_blocks = count_shared_blocks(p, plan, row);
   find_row(p, work);
-  const bool alone = gridDim.y == 1;  // otherwise combine_kernel writes the result
   auto* out =
       static_cast<data_t*>(p.out) + (int64_t(work.token) * p.heads + work.first_head) * kDim;
   if (work.visible <= 0) {
-    if (alone) write_nothing(p, work, out, kDim);
+    if (blockIdx.y == 0 && !plan.combines) write_nothing(p, work, out, kDim);
     return;
   }
+  // Splits from `first` on are the row's own; where a thread block has them all it folds as it
+  // goes.
   const int first = shared_blocks / kWalkers, end = (work.visible + kSplit - 1) / kSplit;
+  const int dealt_to = kAtOnce ? gridDim.y : 1;
+  const int shares = min(dealt_to, end - first);
+  if (blockIdx.y >= shares) return;
+  const bool alone = !kAtOnce || (shares == 1 && !plan.combines);
   int split = first + blockIdx.y;
-  if (split >= end) return;
+  const auto look_up = [&](Places& places, int split) {
+    places.look_up(p, pages, work.row, work.kv_head, begin_of(split), work.visible);
+  };
   if (p.shared || work.row != row)
-    next.look_up(p, pages, work.row, work.kv_head, begin_of(split), work.visible);
+    look_up(next, split);
   else if (work.visible > begin_of(split))
     next.end_at(min(work.visible - begin_of(split), kBlock));
   if (head < kTileHeads) queries.put(head, channel, q, p.scale);
@@ -408,103 +430,103 @@ __global__ void __launch_bounds__(kThreads, kFew         ? 1
 #pragma unroll 1
     for (int i = threadIdx.x * 4; i < work.heads * kDim; i += kThreads * 4) f(i / kDim, i % kDim);
   };
-  const int first_own = split;
+  const auto slots_of = [&](int head) { return slots.at(work.token, work.first_head + head, 0); };
+  // All splits up to `count`, several on their way at a time.
+  const auto fold_slots = [&](Part<4>& all, int head, int channel, int count, auto together) {
+    constexpr int kTogether = together;
+    for (int begin = 0; begin < count; begin += kTogether) {
+      Part<4> parts[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        parts[i] = slots.read(slots_of(head) + min(begin + i, count - 1), channel);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        if (begin + i < count) fold(all, parts[i]);
+    }
+  };
+  const auto write = [&](int head, int channel, const Part<4>& row) {
+    write_row<data_t>(out + head * kDim + channel, row, true);
+    if (channel == 0)
+      write_lse(p, work.token, work.first_head + head, log_sum_exp(row.max, row.sum));
+  };
+
   const float scale = positive_scale(p.scale);
   int turn = 0;
-  const auto* k_cache = static_cast<const data_t*>(p.k_cache);
-  const auto* v_cache = static_cast<const data_t*>(p.v_cache);
-  for (; split < end; split += gridDim.y) {
+  BlockLoads<data_t, kDim, kAhead> loads;
+  loads.k_cache = static_cast<const data_t*>(p.k_cache);
+  loads.v_cache = static_cast<const data_t*>(p.v_cache);
+  const auto reads_prefix = [&](int split) { return warp < shared_blocks - split * kWalkers; };
+  const int first_own = split;
+  Places after;
+  if (kOn) {
+    look_up(after, split + dealt_to);
+    if (work.visible > begin_of(split) && !reads_prefix(split)) loads.begin(next);
+  }
+  do {
     const Places places = next;
-    next.look_up(p, pages, work.row, work.kv_head, begin_of(split + gridDim.y), work.visible);
-    if (warp < shared_blocks - split * kWalkers) {
+    if (kOn) {
+      next = after;
+      look_up(after, split + 2 * dealt_to);
+    } else if (kWalk == Walk::kAlone) {
+      look_up(next, split + dealt_to);
+    }
+    if (reads_prefix(split)) {
       wait_for_inputs();
 #pragma unroll 1
       for (int i = lane * 4; i < work.heads * kDim; i += 32 * 4) {
         const int head = i / kDim, channel = i % kDim;
-        const int64_t at = slots.at(work.token, work.first_head + head, plan.splits + warp);
-        partials.write(warp, head, channel, slots.read(at, channel));
+        partials.write(warp, head, channel,
+                       slots.read(slots_of(head) + plan.splits + warp, channel));
       }
+      if (kOn) loads.begin(next);
     } else {
       BlockTile<data_t, kDim> tile;
       tile.clear();
-      if (const int visible = work.visible - begin_of(split); visible > 0)
-        tile.template take<kAhead>(k_cache, v_cache, places, visible, scale, queries);
+      if (const int visible = work.visible - begin_of(split); visible > 0) {
+        if (!kOn) loads.begin(places);
+        tile.template take<kOn>(loads, places, next, visible, scale, queries);
+      }
       tile.store(partials, warp);
     }
     if (beside_prefix) wait_for_inputs();
     __syncthreads();
     each_vector([&](int head, int channel) {
       const auto part = partials.template folded<4>(head, channel);
-      if (alone) {
-        auto all = nothing<4>();
-        if (split > first_own) {
-          all = folded.read(turn, head, channel);
-        } else {
-          const int64_t at = slots.at(work.token, work.first_head + head, 0);
-#pragma unroll 2
-          for (int i = 0; i < first; ++i) fold(all, slots.read(at + i, channel));
-        }
-        fold(all, part);
-        folded.write(turn ^ 1, head, channel, all);
-      } else {
-        slots.write(slots.at(work.token, work.first_head + head, split), channel, part);
-      }
+      if (!alone) return slots.write(slots_of(head) + split, channel, part);
+      auto all = nothing<4>();
+      if (split > first_own)
+        all = folded.read(turn, head, channel);
+      else
+        fold_slots(all, head, channel, first, std::integral_constant<int, 1>{});
+      fold(all, part);
+      folded.write(turn ^ 1, head, channel, all);
     });
     turn ^= 1;
+    split += dealt_to;
     __syncthreads();
-  }
+  } while (kWalk != Walk::kOneSplit && split < end);
   if (alone)
-    each_vector([&](int head, int channel) {
-      const auto row = folded.read(turn, head, channel);
-      write_row<data_t>(out + head * kDim + channel, row, true);
-      if (channel == 0)
-        write_lse(p, work.token, work.first_head + head, log_sum_exp(row.max, row.sum));
-    });
+    return each_vector(
+        [&](int head, int channel) { write(head, channel, folded.read(turn, head, channel)); });
+  if (plan.combines) return;
+  // All splits of the row, by the thread block that comes last.
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) is_last = comes_last(&p.tickets[blockIdx.x], shares);
+  __syncthreads();
+  if (!is_last) return;
+  each_vector([&](int head, int channel) {
+    auto all = nothing<4>();
+    fold_slots(all, head, channel, end, std::integral_constant<int, 8>{});
+    write(head, channel, all);
+  });
 }
 
-// What combine_kernels do: they fold the splits of a (token, head) as tensor_kernel does when it
-// walks alone. Splits are asked for before it is known how many the row has; those past its end are
-// not folded.
+// combine_kernel folds the splits of a (token, head) as tensor_kernel does when it walks alone.
+// Splits are asked for before it is known how many the row has; those past its end are not folded.
+// kParts blocks have the channels. How much each step of the fold keeps and takes is known
+// beforehand, so that the chain is short.
+constexpr int kCombineThreads = 128;
 
-// Few splits: a thread has four channels.
-constexpr int kCombineThreads = 128, kFewSplits = 16;
-
-template <typename data_t, int kDim>
-__global__ void __launch_bounds__(kCombineThreads)
-    combine_few_kernel(const PagedAttentionParams p, const Plan plan) {
-  constexpr int kTogether = 8;
-  let_next_start();
-  const int place = blockIdx.x * kCombineThreads + threadIdx.x;
-  const int channel = place % (kDim / 4) * 4, index = place / (kDim / 4);
-  if (index >= p.tokens * p.heads) return;
-  const Slots<kDim> slots(p, plan);
-  const int64_t at = int64_t(index) * plan.slots;
-  wait_for_inputs();
-  Part<4> parts[kTogether];
-  const auto request = [&](int begin) {
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      parts[i] = slots.read(at + min(begin + i, plan.splits - 1), channel);
-  };
-  request(0);
-  const int token = index / p.heads;
-  const int visible = locate_token(p.cu_seqlens_q, p.kv_lengths, p.rows, token).position + 1;
-  const int end = (visible + kSplit - 1) / kSplit;
-  auto all = nothing<4>();
-  for (int begin = 0; begin < end; begin += kTogether) {
-    if (begin > 0) request(begin);
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      if (begin + i < end) fold(all, parts[i]);
-  }
-  write_row<data_t>(static_cast<data_t*>(p.out) + int64_t(index) * kDim + channel, all,
-                    visible > 0);
-  if (channel == 0)
-    write_lse(p, 0, index, visible > 0 ? log_sum_exp(all.max, all.sum) : kMinusInfinity);
-}
-
-// Many splits: kParts blocks have the channels. How much each step of the fold keeps and takes is
-// known beforehand, so that the chain is short.
 template <typename data_t, int kDim, int kParts>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(const PagedAttentionParams p, const Plan plan) {
@@ -893,20 +915,31 @@ bool is_vectorised(const PagedAttentionParams& p) {
 }
 
 constexpr int kFew = 264;                         // thread blocks, two on a multiprocessor
-constexpr int kFull = 352;                        // thread blocks that keep the memory busy
-constexpr int kWave = 1056;                       // as many as a machine of 132 SMs likes to get
+constexpr int kFull = kPagedAttentionTickets;     // thread blocks that keep the memory busy
+constexpr int kFewSplits = 16;                    // that a thread block folds as soon
 constexpr int kPrefixWave = 528;                  // of prefix_kernel
 constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
+
+// How many splits a thread block walks: as few as can be shall follow each other, and to begin
+// takes as long as another split.
+int share_splits(int blocks, int splits) {
+  int best = 1, least = INT_MAX;
+  for (int each = 1; each <= splits; ++each) {
+    const int turns = divide_up(int64_t(blocks) * divide_up(splits, each), kFew) * (each + 1);
+    if (turns <= least) best = each, least = turns;
+  }
+  return best;
+}
 
 Plan make_plan(const PagedAttentionParams& p) {
   const int blocks = num_blocks<kTileHeads>(p);
   const int most_splits = divide_up(int64_t(p.max_pages) * p.page_size, kSplit);
   const int64_t room =
       kMostScratchBytes / (int64_t(p.tokens) * p.heads * (p.head_dim + 2) * sizeof(float));
-  Plan plan{1, 0, 0, 0, false};
+  Plan plan{1, most_splits, 0, 0, 0, false, false};
   if (blocks < kFull && most_splits > 1 && most_splits + kWalkers <= room) {
-    const int each = std::max<int64_t>(1, (int64_t(blocks) * most_splits + kWave / 2) / kWave);
-    plan.deals = divide_up(most_splits, each);
+    plan.each = share_splits(blocks, most_splits);
+    plan.deals = divide_up(most_splits, plan.each);
     plan.splits = most_splits;
   }
   if (p.shared) {
@@ -915,7 +948,8 @@ Plan make_plan(const PagedAttentionParams& p) {
     plan.splits = std::max(plan.splits, 0);
     plan.shared_blocks = plan.splits * kWalkers;
   }
-  plan.few = blocks * plan.deals <= kFew;
+  plan.at_once = plan.deals > 1 || blocks <= kFew;
+  plan.combines = plan.deals > 1 && plan.splits > kFewSplits;
   plan.slots = plan.splits == 0 ? 0 : plan.splits + (p.shared ? kWalkers - 1 : 0);
   return plan;
 }
@@ -934,16 +968,13 @@ void launch_tensor(const PagedAttentionParams& p, cudaStream_t stream) {
     launch_overlapping(kernel, grid, kThreads, kBytes, stream, p, pages, plan);
   }
   const dim3 grid(num_blocks<kTileHeads>(p), plan.deals);
-  launch_overlapping(
-      plan.few ? tensor_kernel<data_t, kDim, true> : tensor_kernel<data_t, kDim, false>, grid,
-      kThreads, 0, stream, p, pages, plan);
-  if (plan.deals == 1) return;
+  const auto kernel = !plan.at_once    ? tensor_kernel<data_t, kDim, Walk::kAlone>
+                      : plan.each == 1 ? tensor_kernel<data_t, kDim, Walk::kOneSplit>
+                                       : tensor_kernel<data_t, kDim, Walk::kOn>;
+  launch_overlapping(kernel, grid, kThreads, 0, stream, p, pages, plan);
+  if (!plan.combines) return;
   const int rows = p.tokens * p.heads;
-  if (plan.splits <= kFewSplits)
-    launch_overlapping(combine_few_kernel<data_t, kDim>,
-                       divide_up(int64_t(rows) * (kDim / 4), kCombineThreads), kCombineThreads, 0,
-                       stream, p, plan);
-  else if (rows < kFew)
+  if (rows < kFew)
     launch_overlapping(combine_kernel<data_t, kDim, 4>, 4 * rows, kCombineThreads, 0, stream, p,
                        plan);
   else

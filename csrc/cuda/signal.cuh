@@ -16,4 +16,14 @@ __device__ inline void wait_until(const uint32_t* progress, uint32_t step) {
   while (there < step);
 }
 
+// Whether this thread is the last of `count` that call this: it, and those it meets then, see what
+// all of them, and those they met before, wrote to global memory. The ticket is zero again after
+// it.
+__device__ inline bool comes_last(uint32_t* ticket, uint32_t count) {
+  __threadfence();
+  const bool last = atomicInc(ticket, count - 1) == count - 1;
+  __threadfence();
+  return last;
+}
+
 }  // namespace reasoners
