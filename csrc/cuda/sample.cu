@@ -591,9 +591,9 @@ class Row {
       });
     });
     __syncthreads();
-    if (threadIdx.x < kGroups) {  // a thread for each group of this block and each block
-      const int group = first_group + threadIdx.x % groups;
-      in_block(shared_.counts, threadIdx.x / groups)[group] = shared_.counts[group];
+    if (threadIdx.x < kGroups) {  // a thread for each group of this block and each other block
+      const int group = first_group + threadIdx.x % groups, block = threadIdx.x / groups;
+      if (block != rank_) in_block(shared_.counts, block)[group] = shared_.counts[group];
     }
     sync();
     uint32_t most = 0;
