@@ -1,14 +1,17 @@
 // Random numbers that depend on nothing but their name: Philox4x32-10 (Salmon, Moraes, Dror, Shaw,
 // "Parallel random numbers: as easy as 1, 2, 3", SC 2011), free of torch and of state.
 //
-// The noise of token i, for a row named (seed, prompt, sample, position), is word i % 4 of the
-// block at
+// The noise of token i, for a row named (seed, prompt, sample, position), is a word of 32 bits. Its
+// high half is half i % 8 of the block at
 //   key     = first two words of name,  name = philox(counter = (prompt, sample), key = seed)
-//   counter = (i / 4, position, last two words of name)
+//   counter = (i / 8, position, last two words of name)
+// and its low half is the same half of the block at i / 8 + 2^30. (Half e of a block is of its word
+// e / 2 the low half if e is even, else the high one.) So one block tells of eight tokens whether
+// any of them can win, which needs little more than the high halves; the other one is seldom drawn.
 // With the seed as its key Philox is a permutation of 128 bits, so two different (prompt, sample)
-// never share a name, and two different (prompt, sample, position, i) never share key and counter:
-// within a seed no two draws meet. Seed, prompt and sample count in full (64 bits each), position
-// modulo 2^32.
+// never share a name, and two different (prompt, sample, position, i) never share a half of what
+// has the same key and counter: within a seed no two draws meet. Seed, prompt and sample count in
+// full (64 bits each), position modulo 2^32.
 #pragma once
 
 #include <cmath>
@@ -25,9 +28,9 @@ namespace reasoners {
 struct PhiloxBlock {
   uint32_t a, b, c, d;
 
-  REASONERS_HOST_DEVICE constexpr uint32_t least() const {
-    const uint32_t first = a < b ? a : b, second = c < d ? c : d;
-    return first < second ? first : second;
+  REASONERS_HOST_DEVICE constexpr uint32_t half(int i) const {
+    const uint32_t first = i & 4 ? c : a, second = i & 4 ? d : b, word = i & 2 ? second : first;
+    return i & 1 ? word >> 16 : word & 0xffff;
   }
 };
 
@@ -54,7 +57,11 @@ static_assert(equal(philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0xa
                            0x299f31d0),
                     {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 
-// The noise of one row: blocks of four words, one word a token.
+// Where the low halves of a row's noise begin: above the high ones of 2^31 tokens, and below the
+// blocks that round states.
+constexpr uint32_t kLowHalves = 1u << 30;
+
+// The noise of one row, in blocks.
 class NoiseStream {
  public:
   // rng_key: seed, prompt, sample, position.
@@ -65,11 +72,6 @@ class NoiseStream {
 
   REASONERS_HOST_DEVICE constexpr PhiloxBlock block(uint32_t index) const {
     return philox({index, position_, name_.c, name_.d}, name_.a, name_.b);
-  }
-  REASONERS_HOST_DEVICE constexpr uint32_t word(uint32_t token) const {
-    const PhiloxBlock words = block(token / 4);
-    const uint32_t each[] = {words.a, words.b, words.c, words.d};
-    return each[token % 4];
   }
 
  private:
@@ -134,6 +136,12 @@ static_assert(equal(kStream.block(32063), kRounds.block(32063)));
 static_assert(equal(kStream.block(~0u), kRounds.block(~0u)));
 }  // namespace noise_rounds_check
 
+// The noise of a token, given the row's NoiseStream or NoiseRounds.
+template <typename noise_t>
+REASONERS_HOST_DEVICE constexpr uint32_t noise_word(const noise_t& noise, uint32_t token) {
+  const uint32_t high = noise.block(token / 8).half(token % 8);
+  return high << 16 | noise.block(kLowHalves | token / 8).half(token % 8);
+}
 // Uniform on (0, 1], finest near 0, where the winning draws are.
 REASONERS_HOST_DEVICE inline float noise_uniform(uint32_t word) {
   return (static_cast<float>(word) + 0.5f) * 0x1p-32f;

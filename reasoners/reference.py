@@ -60,12 +60,7 @@ def share(tensor: Tensor, heads: int, dim: int) -> Tensor:
 
 def rounding_noise(rng_key, size):
     """The 16-bit numbers that round the elements of one slot's state, (size) int64."""
-    words = [(value >> shift) & 0xFFFFFFFF for value in rng_key.tolist() for shift in (0, 32)]
-    name = philox(words[2:6], words[:2])
-    block = np.arange(-(-size // 8), dtype=np.uint64) | np.uint64(0x80000000)
-    noise = np.stack(philox([block, words[6], name[2], name[3]], name[:2]), -1).reshape(-1, 1)
-    halves = np.concatenate((noise & np.uint64(0xFFFF), noise >> np.uint64(16)), -1)
-    return torch.from_numpy(halves.astype(np.int64)).flatten()[:size]
+    return noise_halves(rng_key, 0x80000000, size)
 
 
 def rounded(value, dtype, rng_key=None):
@@ -364,13 +359,20 @@ def philox(counter, key):
     return c
 
 
-def gumbel_noise(rng_key, vocabulary):
-    """The noise of one row, (vocabulary) float64."""
+def noise_halves(rng_key, first_block, size):
+    """Numbers of 16 bits, eight of each block of a row's noise, (size) int64."""
     words = [(value >> shift) & 0xFFFFFFFF for value in rng_key.tolist() for shift in (0, 32)]
     name = philox(words[2:6], words[:2])
-    block = np.arange(-(-vocabulary // 4), dtype=np.uint64)
-    noise = philox([block, words[6], name[2], name[3]], name[:2])
-    r = torch.from_numpy(np.stack(noise, -1).astype(np.int64)).flatten()[:vocabulary]
+    block = np.arange(-(-size // 8), dtype=np.uint64) + np.uint64(first_block)
+    noise = np.stack(philox([block, words[6], name[2], name[3]], name[:2]), -1).reshape(-1, 1)
+    halves = np.concatenate((noise & np.uint64(0xFFFF), noise >> np.uint64(16)), -1)
+    return torch.from_numpy(halves.astype(np.int64)).flatten()[:size]
+
+
+def gumbel_noise(rng_key, vocabulary):
+    """The noise of one row, (vocabulary) float64."""
+    high, low = (noise_halves(rng_key, first, vocabulary) for first in (0, 1 << 30))
+    r = high << 16 | low
     v = ((r.float() + 0.5) * 2**-32).double()
     return -(-torch.log1p(-v)).clamp(max=25).log()
 

@@ -1,15 +1,15 @@
 // From logits to a token: temperature, top-k, top-p, min-p, and Gumbel-max over what is kept.
 //
-// A row is read once from memory, for the maximum of every block of 64 tokens; what follows works
+// A row is read once from memory, for the maximum of every block of 128 tokens; what follows works
 // from cache and skips blocks by their maximum.
 //   1. log-sum-exp of the raw logits, for the log-probability.
 //   2. top-k and top-p are thresholds on the logit, found by bisection on its value: steps down
 //      from the maximum until enough is above, then halving between the last two, over the tokens
 //      that are still between. Enough is a count for top-k, a mass for top-p.
 //   3. The winner of z + Gumbel noise. Noise belongs to the token (philox.h), so that no order of
-//      evaluation can change the choice. Philox runs 16 lanes wide; logarithms are taken only of
-//      tokens that could still win, by -log(E) <= -log(v) and a bound of log(v) read off its
-//      exponent.
+//      evaluation can change the choice. Philox runs 16 lanes wide, for the high halves of the
+//      noise; the low ones are drawn, and logarithms taken, only of tokens that could still win, by
+//      -log(E) <= -log(v) and a bound of log(v) read off its exponent.
 // Nothing is sorted. Tried: bisection over the whole row, 4 times slower for top-p on flat rows.
 // One row is one task: the threads of a row would cost more than they bring.
 
@@ -34,7 +34,7 @@ namespace reasoners {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 64;    // tokens whose noise is drawn together
+constexpr int64_t kBlock = 128;   // tokens whose noise is drawn together
 constexpr int64_t kChunk = 1024;  // numbers summed in float32 before float64 takes over
 
 struct Filters {
@@ -171,7 +171,7 @@ class Row {
 
     // Whoever wins scores no less than the most probable token, so that one sets the bar.
     const int64_t likeliest = first_maximum();
-    Best best{-1, -kInfinity, noise_gumbel(noise.word(likeliest))};
+    Best best{-1, -kInfinity, noise_gumbel(noise_word(noise, likeliest))};
     for (int64_t b = 0; b < blocks(); ++b) {
       const float top = z(block_max_[b]);
       if (block_max_[b] < kept || top < kept_z || top + kMaxGumbel < best.bar) continue;
@@ -188,15 +188,20 @@ class Row {
   void visit(int64_t b, float kept, float kept_z, const NoiseStream& noise, Best& best) const {
     constexpr float kSlack = 1e-3f;  // over the rounding of the bound
     const float* x = block(b);
-    uint32_t words[kBlock];
-    const auto first = static_cast<uint32_t>(b * (kBlock / 4));
+    uint32_t words[kBlock / 2], high[kBlock];  // the least words that have a token's high half
+    const auto first = static_cast<uint32_t>(b * (kBlock / 8));
 #pragma omp simd
-    for (int lane = 0; lane < kBlock / 4; ++lane) {
+    for (int lane = 0; lane < kBlock / 8; ++lane) {
       const PhiloxBlock block = noise.block(first + lane);
       words[4 * lane] = block.a;
       words[4 * lane + 1] = block.b;
       words[4 * lane + 2] = block.c;
       words[4 * lane + 3] = block.d;
+    }
+#pragma omp simd
+    for (int i = 0; i < kBlock / 2; ++i) {
+      high[2 * i] = words[i] << 16;
+      high[2 * i + 1] = words[i] & 0xffff0000u;
     }
     float bound[kBlock];
     const int64_t n = width(b);
@@ -204,7 +209,7 @@ class Row {
 #pragma omp simd reduction(+ : hopeful)
     for (int64_t i = 0; i < n; ++i) {
       // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its logarithm.
-      const auto bits = std::bit_cast<int32_t>(noise_uniform(words[i])) - 0x3f800000;
+      const auto bits = std::bit_cast<int32_t>(noise_uniform(high[i])) - 0x3f800000;
       const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
       const float zi = z(x[i]);
       bound[i] = (x[i] >= kept) & (zi >= kept_z) ? zi - log_v + kSlack : -kInfinity;
@@ -213,8 +218,9 @@ class Row {
     if (hopeful == 0) return;
     for (int64_t i = 0; i < n; ++i) {
       if (bound[i] < best.bar) continue;
-      const float score = z(x[i]) + noise_gumbel(words[i]);
-      if (score > best.score) best = {b * kBlock + i, score, std::max(best.bar, score)};
+      const int64_t token = b * kBlock + i;
+      const float score = z(x[i]) + noise_gumbel(noise_word(noise, token));
+      if (score > best.score) best = {token, score, std::max(best.bar, score)};
     }
   }
 

@@ -86,6 +86,7 @@ constexpr int kBins = 1 << kDigit;
 constexpr float kBinsPerUnit = 64;  // of z
 constexpr int kBinsOfThread = (kBins + kThreads - 1) / kThreads;
 constexpr unsigned kAll = ~0u;
+constexpr float kLag = 8;  // by which a sum's reference may be below the maximum
 constexpr float kRaised = 4;
 constexpr float kMostBelow = 0.125f;  // of the mass, that a fifth of the row is likely to have
 constexpr float kInfinity = INFINITY;
@@ -155,6 +156,12 @@ __device__ inline Best combine_lanes(const Best& mine) {
 __device__ inline uint32_t same_address(const void* p) {
   return __shfl_sync(kAll, shared_address(p), 0);
 }
+// A value that is kept rather than worked out anew.
+template <typename T>
+__device__ T opaque(T value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 __device__ inline uint4 load_shared(uint32_t from) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -186,6 +193,13 @@ struct Key {
   }
 };
 
+struct Filters {
+  float scale;   // of logits, to z; 0: greedy
+  float kept_z;  // what min-p keeps at least
+  float top_p;
+  int top_k;  // 0: of all
+};
+
 // What top-k may keep.
 struct Candidate {
   float x;
@@ -210,6 +224,7 @@ struct Shared {
   uint64_t of_warps[kWarps];
   uint64_t arrived[kPieces];  // mbarriers: what is staged
   Summary summary;            // of the row
+  Filters filters;
   alignas(16) NoiseRounds noise;
   uint32_t above;  // tokens above the chosen bin
   uint32_t bin;    // the chosen one
@@ -223,15 +238,16 @@ constexpr int kStageBytes = (233472 / kPerSM - 1024 - kSharedBytes) / 16 * 16;
 struct Geometry {
   int blocks;  // of a row's cluster
   int log_blocks;
-  int units_per_group;  // units of 16 bytes
+  int units_per_group;  // units of 16 bytes, whole eights of logits
   int staged;           // units that a block keeps in shared memory
-  int piece;            // units of them that arrive together
+  int piece;            // units of them that arrive together, whole eights
 };
 
 template <typename data_t, bool kAligned>
 class Row {
  public:
   static constexpr int kUnit = 16 / sizeof(data_t);
+  static constexpr int kUnitsOfEight = 8 / kUnit;
 
   __device__ Row(const SampleParams& p, const Geometry& g, char* memory)
       : g_(g),
@@ -255,17 +271,12 @@ class Row {
     }
     if (g_.blocks > 1) begin_in_cluster();
     summarize(p);
-    const float temperature = p.temperature[row_], top_p = p.top_p[row_], min_p = p.min_p[row_];
-    const int top_k = p.top_k[row_];
     if (!(fabsf(summary_.max) < kInfinity) || isnan(summary_.sum)) return write(p, {0.f, -1, NAN});
-    if (!(temperature > 0)) return write(p, {0.f, summary_.id, summary_.max});
-
-    // Clamped so that neither 0 * infinity nor infinity * 0 can arise.
-    constexpr float kSmallest = 0x1p-126f, kLargest = 0x1p126f;
-    scale_ = fminf(fmaxf(1 / temperature, kSmallest), kLargest);
-    const float kept_z = min_p > 0 ? fminf(logf(min_p), 0.f) : -kInfinity;
+    const auto [scale, kept_z, top_p, top_k] = shared_.filters;
+    if (scale == 0) return write(p, {0.f, summary_.id, summary_.max});
+    scale_ = scale;
     float kept = -kInfinity;
-    if (top_k > 0 && top_k < size_) {
+    if (top_k > 0) {
       if (top_k <= kCandidates / 2 && collect(top_k))
         return draw_candidate(p, top_k, top_p, kept_z);
       kept = threshold(top_k);
@@ -276,14 +287,25 @@ class Row {
     const float least = kept;
     Best best{};
     for (bool first = true;; first = false) {
+      if (!first || top_k > 0) {  // else it is set already
+        if (threadIdx.x < 32) set_bar(kept, kept_z);
+        __syncthreads();
+      }
       draw(kept, kept_z);
       if (threadIdx.x < 32) {
         best = winner(g_.blocks * kWarps);
-        if (threadIdx.x == 0) shared_.higher = nextafterf(best.logit, kInfinity);
+        const float higher = nextafterf(best.logit, kInfinity);
+        const bool settled =
+            first && sum_is_mass && top_p < 1 && is_enough(below_in_summaries(higher), 1 - top_p);
+        if (threadIdx.x == 0) {
+          shared_.higher = higher;
+          shared_.in_nucleus = settled;
+        }
       }
       if (!(top_p < 1)) break;
       __syncthreads();
       kept = shared_.higher;
+      if (shared_.in_nucleus) break;
       if (first && sum_is_mass && 1 - top_p < kMostBelow && has_enough_below(kept, 1 - top_p))
         break;
       if (first && !sum_is_mass)
@@ -360,8 +382,6 @@ class Row {
   }
 
   // Calls visit(first token, its kUnit logits) on this thread's units of a group, in rising order.
-  // A thread's units are always the same, so that it need not wait for others to read what it has
-  // staged.
   template <typename visit_t>
   __device__ void for_units(int group, visit_t visit) const {
     const int end = end_of(group);
@@ -373,9 +393,10 @@ class Row {
       visit(at * kUnit, x);
     }
   }
-  // Eight logits that a thread takes at once: a unit, or two that are kThreads apart.
+  // Eight logits that a thread takes at once. Float32 ones are two units, of which every other four
+  // lanes load the second one first: each quarter of a warp from all banks, so.
   struct Eight {
-    Unit units[8 / kUnit];
+    Unit units[kUnitsOfEight];
     __device__ float operator[](int i) const { return to_float(units[i / kUnit].at[i % kUnit]); }
     __device__ void widen(float (&x)[8]) const {
 #pragma unroll
@@ -394,40 +415,61 @@ class Row {
         return fmaxf(__low2float(top), __high2float(top));
       }
     }
-    // The blocks of noise for the first and the other four.
-    __device__ static uint32_t noise_block(int first_unit, int k) {
-      return kUnit == 4 ? first_unit + k * kThreads : 2 * first_unit + k;
-    }
-  };
-  // -inf from a group's end on.
-  __device__ Eight read_eight(int unit, int end) const {
-    Eight eight;
-    if (unit + (8 / kUnit - 1) * kThreads < min(end, first_ + g_.staged)) {
+    // The lowest token of eight number `at` that has this logit.
+    __device__ int find(int at, float logit) const {
+      int id = INT_MAX;
 #pragma unroll
-      for (int k = 0; k < 8 / kUnit; ++k)
-        eight.units[k] = __builtin_bit_cast(
-            Unit, load_shared(stage_ + 16 * (unit - first_) + 16 * kThreads * k));
+      for (int i = 0; i < 8; ++i)
+        if ((*this)[i] == logit) id = min(id, 8 * at + (i ^ second()));
+      return id;
+    }
+    // 4 in lanes that load the second unit first, else 0.
+    __device__ static int second() { return kUnitsOfEight == 2 ? threadIdx.x & 4 : 0; }
+  };
+  // Those from here on are not in shared memory as a whole.
+  __device__ int end_of_staged() const { return min(units_, first_ + g_.staged) / kUnitsOfEight; }
+  // Where the first unit of eight 0 would be in shared memory, and how far the second one is.
+  __device__ uint32_t stage_of_eights() const {
+    return opaque(stage_ - 16 * first_ + 4 * Eight::second());
+  }
+  __device__ static uint32_t to_second() { return opaque(16 - 8 * Eight::second()); }
+  // -inf past the row's end.
+  __device__ Eight read_eight(int at, int staged, uint32_t stage, uint32_t to_second) const {
+    Eight eight;
+    if (at < staged) {
+      const uint32_t from = stage + 16 * kUnitsOfEight * at;
+#pragma unroll
+      for (int k = 0; k < kUnitsOfEight; ++k)
+        eight.units[k] = __builtin_bit_cast(Unit, load_shared(from + k * to_second));
       return eight;
     }
 #pragma unroll
-    for (int k = 0; k < 8 / kUnit; ++k) {
+    for (int k = 0; k < kUnitsOfEight; ++k) {
+      const int unit = kUnitsOfEight * at + (Eight::second() ? 1 - k : k);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) eight.units[k].at[i] = from_float<data_t>(-kInfinity);
-      if (unit + k * kThreads < end) eight.units[k] = read(unit + k * kThreads);
+      if (unit < units_) eight.units[k] = read(unit);
     }
     return eight;
+  }
+  __device__ Eight read_eight(int at) const {
+    return read_eight(at, end_of_staged(), stage_of_eights(), to_second());
+  }
+  __device__ int first_eight(int group) const { return group * g_.units_per_group / kUnitsOfEight; }
+  __device__ int end_of_eights(int group) const {
+    return (end_of(group) + kUnitsOfEight - 1) / kUnitsOfEight;
   }
   struct Now {
     __device__ void operator()(int) const {}
   };
-  // The same by eights: visit(first unit, its logits), after before(first unit).
+  // The same by eights: visit(number of the eight, its logits), after before(that number).
   template <typename visit_t, typename before_t = Now>
   __device__ void for_eights(int group, visit_t visit, before_t before = {}) const {
-    const int end = end_of(group);
-    for (int unit = group * g_.units_per_group + threadIdx.x; unit < end;
-         unit += 8 / kUnit * kThreads) {
-      before(unit);
-      visit(unit, read_eight(unit, end));
+    const int end = end_of_eights(group), staged = opaque(end_of_staged());
+    const uint32_t stage = stage_of_eights(), second = to_second();
+    for (int at = first_eight(group) + threadIdx.x; at < end; at += kThreads) {
+      before(at);
+      visit(at, read_eight(at, staged, stage, second));
     }
   }
   template <typename visit_t>
@@ -500,43 +542,61 @@ class Row {
     prefetch_bulk(logits_ + ahead * p.logits_stride + int64_t{first_} * kUnit, 16 * (end - first_));
   }
 
+  __device__ Filters filters(const SampleParams& p) const {
+    const float temperature = p.temperature[row_], min_p = p.min_p[row_];
+    const int top_k = p.top_k[row_];
+    // Clamped so that neither 0 * infinity nor infinity * 0 can arise.
+    constexpr float kSmallest = 0x1p-126f, kLargest = 0x1p126f;
+    return {temperature > 0 ? fminf(fmaxf(1 / temperature, kSmallest), kLargest) : 0,
+            min_p > 0 ? fminf(logf(min_p), 0.f) : -kInfinity, p.top_p[row_],
+            0 < top_k && top_k < size_ ? top_k : 0};
+  }
+
   __device__ void summarize(const SampleParams& p) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     stage();
-    if (threadIdx.x == 0) shared_.noise = NoiseRounds(NoiseStream(p.rng_key + 4 * row_));
+    if (threadIdx.x == 0) {
+      shared_.filters = filters(p);
+      shared_.noise = NoiseRounds(NoiseStream(p.rng_key + 4 * row_));
+    }
     if (g_.blocks > 1) wait_for_cluster();  // all blocks run
+    __syncthreads();                        // the barriers are there, or what was staged by loads
     if constexpr (kAligned) {
-      __syncthreads();  // the barriers are there
       wait_for(&shared_.arrived[0], 0);
       prefetch_next(p);
     }
-    int ready = kAligned ? g_.piece : g_.staged, pieces = 1;
-    const auto await = [&](int unit) {
-      const int last = min(unit - first_ + (8 / kUnit - 1) * kThreads, g_.staged - 1);
-      for (; ready <= last; ready += g_.piece) wait_for(&shared_.arrived[pieces++], 0);
+    int ready = kAligned ? (first_ + g_.piece) / kUnitsOfEight : INT_MAX, pieces = 1;  // eights
+    const auto await = [&](int at) {
+      while (at >= ready) {
+        wait_for(&shared_.arrived[pieces], 0);
+        ready = ++pieces < kPieces ? ready + g_.piece / kUnitsOfEight : INT_MAX;
+      }
     };
     for_groups([&](int group) {
       Summary mine{-kInfinity, size_, 0.f};
-      int highest = -1;  // the first unit of the eight with the maximum
+      int highest = -1;  // the first eight with the maximum
+      float from = kLowest;
       for_eights(
           group,
-          [&](int unit, const Eight& eight) {
+          [&](int at, const Eight& eight) {
             float x[8];
             eight.widen(x);
-            const float top = maximum(x), max = fmaxf(mine.max, top);
+            const float top = maximum(x);
+            if (top > mine.max) highest = at;
+            mine.max = fmaxf(mine.max, top);
+            const float lag = mine.max - from;
+            if (lag > kLag) {
+              mine.sum *= exp2_fast(-lag * kLog2e);
+              from = mine.max;
+            }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) x[i] = exp_below(x[i], max);  // NaN stays
-            mine.sum = mine.sum * exp_below(mine.max, max) + add(x);
-            if (top > mine.max) highest = unit;
-            mine.max = max;
+            for (int i = 0; i < 8; ++i) x[i] = exp2_fast((x[i] - from) * kLog2e);  // NaN stays
+            mine.sum += add(x);
           },
           await);
-      if (highest >= 0) {
-        const Eight eight = read_eight(highest, end_of(group));
-#pragma unroll
-        for (int i = 7; i >= 0; --i)
-          if (eight[i] == mine.max) mine.id = 4 * Eight::noise_block(highest, i / 4) + i % 4;
-      }
+      mine.sum *= exp_below(from, mine.max);
+      if (highest >= 0) mine.id = read_eight(highest).find(highest, mine.max);
+      highest_ = fmaxf(highest_, mine.max);
       const float of_part = max_of_lanes<1, 32 / kPartsOfWarp>(mine.max);
       mine = combine_lanes(mine, max_of_lanes<32 / kPartsOfWarp, 32>(of_part));
       const int place = group * kWarps + warp, part = lane % kPartsOfWarp;
@@ -552,8 +612,11 @@ class Row {
 #pragma unroll
       for (int i = 32; i < kGroups * kWarps; i += 32)
         mine = combine(mine, shared_.summaries[i + lane]);
-      mine = combine_lanes(mine, max_of_lanes(mine.max));
-      if (lane == 0) shared_.summary = mine;
+      summary_ = combine_lanes(mine, max_of_lanes(mine.max));
+      if (lane == 0) shared_.summary = summary_;
+      const Filters& filters = shared_.filters;
+      scale_ = filters.scale;
+      if (scale_ > 0 && filters.top_k == 0) set_bar(-kInfinity, filters.kept_z);
     }
     __syncthreads();
     summary_ = shared_.summary;
@@ -639,7 +702,7 @@ class Row {
     }
     Best best{-kInfinity, size_, 0.f};
     if (kept) {
-      best = {z(x) + noise_gumbel(noise_word(id)), id, x};
+      best = {z(x) + noise_gumbel(noise_word(shared_.noise, id)), id, x};
     }
     best = combine_lanes(best);
     if (lane == 0) shared_.bests[warp] = best;
@@ -762,17 +825,6 @@ class Row {
     return (warp > 0 ? warps_before : T{0}) + in_warp - mine;
   }
 
-  // One of four, without an array that would live in memory.
-  template <typename T>
-  __device__ static T choose(T a, T b, T c, T d, int i) {
-    return i < 2 ? (i == 0 ? a : b) : (i == 2 ? c : d);
-  }
-
-  __device__ uint32_t noise_word(int id) const {
-    const PhiloxBlock words = shared_.noise.block(id / 4);
-    return choose(words.a, words.b, words.c, words.d, id % 4);
-  }
-
   // What the tokens at or above a logit weigh, exp(z) each, for mass_of() after a barrier. A lane
   // adds eight weights as a tree and then its eights of the group, in float32, and all else is
   // added in float64: wrong by less than 1e-6 of the whole, and always in the same order.
@@ -788,7 +840,7 @@ class Row {
           eight.widen(x);
 #pragma unroll
           for (int i = 0; i < 8; ++i)
-            x[i] = x[i] < least ? 0.f : exp2_fast((x[i] - summary_.max) * scale);
+            x[i] = exp2_fast(((x[i] < least ? -kInfinity : x[i]) - summary_.max) * scale);
           above += add(x);
         });
       put_mass(kAbove, place, above);
@@ -818,18 +870,33 @@ class Row {
       put_mass(kOfAll, place, all);
     });
   }
-  // Whether what every thread has first of a group, and is below a logit, is sure to be more than
-  // this share of the mass of all, which is the sum of the summary: its place is free, so.
-  __device__ bool has_enough_below(float limit, double share) const {
+  // Whether a mass is sure to be more than this share of that of all, the sum of the summary.
+  __device__ bool is_enough(double mass, double share) const {
     constexpr double kSlack = 1e-4;  // over the rounding of either
-    for_groups([&](int group) {
-      const int unit = group * g_.units_per_group + threadIdx.x, end = end_of(group);
-      float below = 0;
-      if (unit < end) {
-        float x[8];
-        read_eight(unit, end).widen(x);
+    return mass > (share + kSlack) * summary_.sum;
+  }
+  // The mass of what the warps read that have nothing higher than a limit; for one warp.
+  __device__ float below_in_summaries(float limit) const {
+    float below = 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = x[i] < limit ? exp_below(x[i], summary_.max) : 0.f;
+    for (int i = 0; i < kGroups * kWarps; i += 32) {
+      const Summary& summary = shared_.summaries[i + threadIdx.x % 32];
+      if (summary.max < limit) below += summary.sum * exp_below(summary.max, summary_.max);
+    }
+    return sum_of_lanes(below);
+  }
+  // Whether what every thread has first of a group, and is below a limit, is enough. Its place is
+  // free, as the mass of all is known.
+  __device__ bool has_enough_below(float limit, double share) const {
+    for_groups([&](int group) {
+      const int at = first_eight(group) + threadIdx.x;
+      float below = 0;
+      if (at < end_of_eights(group)) {
+        float x[8];
+        read_eight(at).widen(x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          x[i] = exp2_fast(((x[i] < limit ? x[i] : -kInfinity) - summary_.max) * kLog2e);
         below = add(x);
       }
       put_mass(kOfAll, group * kWarps + threadIdx.x / 32, below);
@@ -837,7 +904,7 @@ class Row {
     sync();
     if (threadIdx.x < 32) {
       const double below = mass_of(kOfAll);
-      if (threadIdx.x == 0) shared_.in_nucleus = below > (share + kSlack) * summary_.sum;
+      if (threadIdx.x == 0) shared_.in_nucleus = is_enough(below, share);
     }
     __syncthreads();
     return shared_.in_nucleus;
@@ -855,50 +922,59 @@ class Row {
     return sum_of_lanes(mass);
   }
 
-  // The best score of every warp that reaches the bar, for winner().
+  // The best score of every warp that reaches the bar, which is set, for winner().
   __device__ void draw(float kept, float kept_z) const {
-    if (threadIdx.x < 32) set_bar(kept, kept_z);
-    __syncthreads();
-    const NoiseRounds noise = shared_.noise;
-    constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
     const uint32_t reached = stage_ - kSharedBytes + static_cast<uint32_t>(offsetof(Shared, bar));
-    const float scale = scale_ * kLog2e, least_z = fmaxf(kept_z, z(kept));
+    const float highest_z = z(highest_), least_z = fmaxf(kept_z, z(kept));
     Best best{-kInfinity, size_, 0.f};
-    const auto visit = [&](int unit, const Eight& eight) {
-      const float raised = __int_as_float(load_shared_int(reached));  // by anyone, at whatever time
-      const float top = eight.maximum() - summary_.max, top_z = top * scale_;
-      // A word w may win if w + 1/2 <= 2^32 exp(z - bar): of eight, the least and the highest z.
-      const float most = top * scale + (32 + (kSlack + kRaised) * kLog2e - raised * kLog2e);
-      if (top_z < least_z || most < -1) return;
-      const uint32_t least = min(noise.block(Eight::noise_block(unit, 0)).least(),
-                                 noise.block(Eight::noise_block(unit, 1)).least());
-      if (static_cast<float>(least) > exp2_fast(most)) return;
-      // Seldom run: short code that leaves the registers alone is worth more.
-#pragma unroll 1
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t block = Eight::noise_block(unit, k);
-        const PhiloxBlock words = noise.block(block);
-        if (static_cast<float>(words.least()) > exp2_fast(most)) continue;
-#pragma unroll 1
-        for (int i = 0; i < 4; ++i) {
-          const int id = 4 * block + i;
-          const float x = logit(id), zi = z(x);
-          if (x < kept || zi < kept_z) continue;
-          const uint32_t word = choose(words.a, words.b, words.c, words.d, i);
-          // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its
-          // logarithm.
-          const int bits = __float_as_int(noise_uniform(word)) - 0x3f800000;
-          const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
-          if (zi - log_v + (kSlack + kRaised) < raised) continue;
-          const float score = zi + noise_gumbel(word);
-          if (score > best.score) {
-            best = {score, id, x};
-            raise(score);
-          }
-        }
-      }
+    constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
+    float raised;                    // by anyone, at whatever time
+    uint32_t most;                   // that the high half of a word may be, and all ones below it
+    // A word w may win if w + 1/2 <= 2^32 exp(z - bar), of which this thread has the highest z. The
+    // logarithm to the base 2 of that is returned.
+    const auto look = [&] {
+      raised = __int_as_float(load_shared_int(reached));
+      const float bound = (highest_z + (kSlack + kRaised) - raised) * kLog2e;
+      most = min(__float2uint_rd(exp2_fast(bound + 16)), 0xffffu) << 16 | 0xffff;
+      return bound + 32;
     };
-    for_groups([&](int group) { for_eights(group, visit); });
+    const bool hopeless = look() < -1 || highest_z < least_z;
+    if (__any_sync(kAll, !hopeless)) {
+      const NoiseRounds noise = shared_.noise;
+      const int lane = threadIdx.x % 32;
+      for_groups([&](int group) {
+        const int end = end_of_eights(group);
+        for (int at = first_eight(group) + threadIdx.x; at - lane < end; at += kThreads) {
+          const PhiloxBlock high = noise.block(at);
+          const uint32_t least = __vminu2(__vminu2(high.a, high.b), __vminu2(high.c, high.d));
+          if (!__any_sync(kAll, least <= most || least << 16 <= most)) continue;
+          // Seldom run: short code that leaves the registers alone is worth more.
+          look();
+          uint32_t hopeful = 0;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) hopeful |= (high.half(i) <= most >> 16) << i;
+          if (at >= end) hopeful = 0;
+          for (; hopeful > 0; hopeful &= hopeful - 1) {
+            const int i = __ffs(hopeful) - 1, id = 8 * at + i;
+            const float x = logit(id), zi = z(x);
+            if (x < kept || zi < kept_z) continue;
+            const uint32_t first = high.half(i) << 16;
+            // log2(m 2^e) >= e + (m - 1): the bits of a float, read as an integer, bound its
+            // logarithm.
+            const int bits = __float_as_int(noise_uniform(first)) - 0x3f800000;
+            const float log_v = static_cast<float>(bits) * (0x1.62e43p-1f * 0x1p-23f);
+            if (zi - log_v + (kSlack + kRaised) < raised) continue;
+            const uint32_t word = first | noise.block(kLowHalves | at).half(i);
+            const float score = zi + noise_gumbel(word);
+            if (score > best.score) {
+              best = {score, id, x};
+              raise(score);
+            }
+          }
+          __syncwarp();
+        }
+      });
+    }
     best = combine_lanes(best);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (lane < g_.blocks) *in_block(&shared_.bests[rank_ * kWarps + warp], lane) = best;
@@ -906,17 +982,19 @@ class Row {
   }
 
   // Whoever wins scores no less than any other that is kept: of the highest logits of what the
-  // warps read, one a lane, the best sets the bar.
+  // warps read, one a lane, the best sets the bar. The high halves of their noise are enough for
+  // that: the bar is as if all below were ones.
   __device__ void set_bar(float kept, float kept_z) const {
     Candidate likely{-kInfinity, 0};
 #pragma unroll
-    for (int i = threadIdx.x; i < kGroups * kWarps; i += 32) {
-      const Summary& summary = shared_.summaries[i];
+    for (int i = 0; i < kGroups * kWarps; i += 32) {
+      const Summary& summary = shared_.summaries[i + threadIdx.x % 32];
       if (summary.max > likely.x) likely = {summary.max, summary.id};
     }
-    const uint32_t word = noise_word(likely.id);
+    const uint32_t high = shared_.noise.block(likely.id / 8).half(likely.id % 8);
     const bool is_kept = likely.x >= kept && z(likely.x) >= kept_z;
-    const float bar = max_of_lanes(is_kept ? z(likely.x) + noise_gumbel(word) : -kInfinity);
+    const float bar =
+        max_of_lanes(is_kept ? z(likely.x) + noise_gumbel(high << 16 | 0xffff) : -kInfinity);
     if (threadIdx.x == 0) raise(bar);
   }
 
@@ -945,6 +1023,7 @@ class Row {
   Shared& shared_;
   uint32_t stage_;
   Summary summary_;
+  float highest_ = -kInfinity;  // of this thread's eights
   float scale_;
 };
 
@@ -966,14 +1045,15 @@ void dispatch(const SampleParams& p, cudaStream_t stream) {
   auto* const kernel = all % 16 == 0 ? sample_kernel<data_t, true> : sample_kernel<data_t, false>;
 
   Geometry g{kMostBlocks, kLogMostBlocks};
+  constexpr int kEights = 8 * kGroups;
   g.units_per_group =
-      static_cast<int>((int64_t{p.vocabulary} + kGroups * kUnit - 1) / (kGroups * kUnit));
+      static_cast<int>((int64_t{p.vocabulary} + kEights - 1) / kEights * (8 / kUnit));
   const auto units = [&] { return kGroups / g.blocks * int64_t{g.units_per_group}; };
   constexpr int kMostStaged = kStageBytes / 16;
   while (g.blocks > 1 && int64_t{p.batch} * g.blocks > kResident && 2 * units() <= kMostStaged)
     g.blocks = 1 << --g.log_blocks;
   g.staged = static_cast<int>(std::min<int64_t>(units(), kMostStaged));
-  g.piece = (g.staged + kPieces - 1) / kPieces;
+  g.piece = (g.staged + 2 * kPieces - 1) / (2 * kPieces) * 2;
 
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        kSharedBytes + kStageBytes);
