@@ -8,11 +8,12 @@
 //      the maximum and its lowest id. What the next block in its place will load is meanwhile sent
 //      for, to the L2 cache.
 //   2. The winner of z + Gumbel noise. Noise belongs to the token (philox.h), so that no order of
-//      evaluation can change the choice. It is drawn for eight tokens at a time, and only where the
-//      largest possible noise could win. As -log(-log(1 - v)) <= -log(v), the least of the eight
-//      uniforms tells by one exponential whether any of them can win; logarithms are taken only
-//      then. The bar to reach is first the best score among the maxima of what the warps read,
-//      then the best that the block has found. Greedy rows are done after 1.
+//      evaluation can change the choice. One Philox block has the high halves of eight tokens'
+//      uniforms. As -log(-log(1 - v)) <= -log(v), the least of them tells whether any of the eight
+//      could win with the highest logit that this thread has, for which nothing but the noise is
+//      looked at; only then come logits, low halves and logarithms. The bar to reach is first the
+//      best score among the maxima of what the warps read, then the best that the block has found.
+//      Greedy rows are done after 1.
 // Filters:
 //   top-k. A row has 384 disjoint parts. k of them have a maximum as high as the k-th highest one,
 //      so that what top-k keeps is no lower: little more than k candidates, which one block ranks,
@@ -25,10 +26,11 @@
 //      than top_p of the mass is above it. Then it wins there too. If not, nothing that is no
 //      higher is in the nucleus either, and it is drawn again from what is higher. 1 / top_p draws
 //      or fewer are to be expected, mostly one; a refusal about halves the mass that is left.
-//      With temperature 1 the mass of all is known from step 1, and what a fifth of the row has
-//      below the winner is mostly more than the share that top-p drops: then it is in. Only
-//      otherwise the row is read again for what is above the winner, by the warps that have read
-//      something higher; with other temperatures by all, for the mass of all, too.
+//      With temperature 1 the mass of all is known from step 1, and what is below the winner is
+//      mostly more than the share that top-p drops, even of the warps that have read nothing
+//      higher, or else of a fifth of the row: then it is in. Only otherwise the row is read again
+//      for what is above the winner, by the warps that have read something higher; with other
+//      temperatures by all, for the mass of all, too.
 // Neither token nor log-probability depends on the number of blocks: maxima and counts have no
 // order, candidates weigh in fixed point, and what else is added are always the same lanes of
 // kGroups parts of the row, in the same order.
@@ -37,17 +39,16 @@
 //   1, float32            4.3        9.7         8.8              9.2                    11.4
 //   512, float32         89        171         134              136                     206
 //   512, bfloat16        54        127          91               93                     159
-// Nearly all that is not reading is instructions: of random logits nearly all could win, so that
-// Philox runs for each. A warp's instructions for eight logits a lane, before eight were taken at a
-// time and now (integer ones, at half rate, in brackets):
-//   log-sum-exp   74 -> 67, and 80 -> 72 cycles of exponentials
-//   draw         156 (72) -> 114 (60)    of which 75 (38) are Philox
-//   top-p        118 -> 41 in the draw, and 25 to 41 for what is above (225 and 182 us); now 70
-//                for both without the draw, and with temperature 1 about 60 for a fifth of the
-//                row, and 25 to 41 for the quarter of random rows that this does not settle
-// and of a block that reads 10 units a thread about 600 -> 300 besides. By these counts no filter
-// was to take 140 and 105, top-p alone 175 and 140: a wide product, of which Philox has most, costs
-// more than the two cycles that were assumed.
+// Nearly all that is not reading is instructions. That table is of the time when Philox ran for
+// every four tokens, since of random logits nearly all could win. A warp's instructions for eight
+// logits a lane, then and now (wide products, at a quarter of the rate, in brackets):
+//   log-sum-exp   64 -> 63, bfloat16 76 -> 68; and 72 -> 64 cycles of exponentials
+//   draw          114 (36) -> 50 (18), and about 10 for the closer look that one in eight needs
+//   top-p         108 -> 83 for a fifth of the row, which 3 in 4 rows needed and now 1 in 2; 25 to
+//                 41 for what is above, for the quarter of random rows that this does not settle
+// and blocks send each other what they find, where a barrier of the cluster waited until all memory
+// was written, two to four times a row. Prediction, not measured yet: no filter 140 and 100, top-p
+// alone 165 and 125; greedy 87 and 52; of one row 0.5 less, with top-p 1.0.
 // Tried: 256 threads, of which nearly all have something to do in every step: the same to 2 %. An
 // H100, before: 119 greedy, 200 unfiltered, 167 all, 280 top-p alone; and 161 and 222 with
 // log-sum-exp in step 2 and nothing sent for ahead; 765 with top-p 0.95, by a histogram of masses.
@@ -56,6 +57,7 @@
 #include <climits>
 #include <cmath>
 #include <cstddef>
+#include <type_traits>
 
 #include "async_copy.cuh"
 #include "cluster.cuh"
@@ -96,14 +98,14 @@ static_assert(kParts == kThreads && kMostBlocks * kPartsOfWarp <= 32);
 static_assert(kGroups * kWarps % 32 == 0);
 
 // A part of the row: its maximum, the lowest id there, and the sum of exp(x - maximum).
-struct Summary {
+struct alignas(16) Summary {
   float max;
   int id;
   float sum;
 };
 
 // The best score of a part of the row, its lowest id, and the logit there.
-struct Best {
+struct alignas(16) Best {
   float score;
   int id;
   float logit;
@@ -162,10 +164,11 @@ __device__ T opaque(T value) {
   asm volatile("" : "+r"(value));
   return value;
 }
-__device__ inline uint4 load_shared(uint32_t from) {
-  uint4 v;
+using Words = Vec<uint32_t, 4>;
+__device__ inline Words load_shared(uint32_t from) {
+  Words v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "=r"(v.at[0]), "=r"(v.at[1]), "=r"(v.at[2]), "=r"(v.at[3])
                : "r"(from));
   return v;
 }
@@ -174,9 +177,9 @@ __device__ inline int load_shared_int(uint32_t from) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from));
   return v;
 }
-__device__ inline void store_shared(uint32_t to, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
+__device__ inline void store_shared(uint32_t to, Words v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.at[0]), "r"(v.at[1]),
+               "r"(v.at[2]), "r"(v.at[3])
                : "memory");
 }
 // Integers in the order of the logits, and back. A bfloat16 is a float32 whose lower half is 0.
@@ -216,13 +219,14 @@ struct Shared {
     Candidate incoming[kCandidates];  // a section for every group
     Candidates candidates;            // one after the other
   };
-  float part_maxima[kParts];
+  alignas(16) float part_maxima[kParts];
   uint32_t counts[kGroups];  // of candidates
   Summary summaries[kGroups * kWarps];
   Best bests[kMostBlocks * kWarps];
   double masses[2][kGroups * kWarps];  // kOfAll that is kept; kAbove the winner
   uint64_t of_warps[kWarps];
-  uint64_t arrived[kPieces];  // mbarriers: what is staged
+  uint64_t arrived[kPieces];  // mbarriers: what is staged,
+  uint64_t sent[4];           // and what blocks send each other, kSummaries to kMasses
   Summary summary;            // of the row
   Filters filters;
   alignas(16) NoiseRounds noise;
@@ -263,11 +267,10 @@ class Row {
   __device__ void run(const SampleParams& p) {
     if (threadIdx.x == 0) {
       shared_.bar = 0;
-      if constexpr (kAligned) {
-        for (uint64_t& arrived : shared_.arrived) init_barrier(&arrived, 1);
-        show_barriers();
-        show_to_copies();
-      }
+      for (uint64_t& arrived : shared_.arrived) init_barrier(&arrived, 1);
+      for (uint64_t& sent : shared_.sent) init_barrier(&sent, 1);
+      show_barriers();
+      show_to_copies();
     }
     if (g_.blocks > 1) begin_in_cluster();
     summarize(p);
@@ -286,12 +289,15 @@ class Row {
     const bool sum_is_mass = scale_ == 1 && kept == -kInfinity;
     const float least = kept;
     Best best{};
-    for (bool first = true;; first = false) {
+    bool first = true;
+    for (int parity = 0;; first = false, parity ^= 1) {
       if (!first || top_k > 0) {  // else it is set already
         if (threadIdx.x < 32) set_bar(kept, kept_z);
         __syncthreads();
       }
-      draw(kept, kept_z);
+      draw(kept, kept_z, top_p < 1 ? g_.blocks : 1);
+      if (rank_ > 0 && !(top_p < 1)) return;  // the first block does the rest
+      receive(kBests, g_.blocks * kWarps * 16, parity);
       if (threadIdx.x < 32) {
         best = winner(g_.blocks * kWarps);
         const float higher = nextafterf(best.logit, kInfinity);
@@ -308,11 +314,12 @@ class Row {
       if (shared_.in_nucleus) break;
       if (first && sum_is_mass && 1 - top_p < kMostBelow && has_enough_below(kept, 1 - top_p))
         break;
-      if (first && !sum_is_mass)
+      const bool both = first && !sum_is_mass;
+      if (both)
         weigh_both(kept, least);
       else
         weigh(kept);
-      sync();
+      receive(kMasses, (both ? 2 : 1) * kGroups * kWarps * 8, parity);
       if (threadIdx.x < 32) {
         const double above = mass_of(kAbove), all = sum_is_mass ? summary_.sum : mass_of(kOfAll);
         if (threadIdx.x == 0) {
@@ -328,6 +335,7 @@ class Row {
 
  private:
   enum { kOfAll, kAbove };
+  enum { kSummaries, kBests, kBelow, kMasses };
   using Unit = Vec<data_t, kUnit>;
 
   __device__ float z(float x) const { return (x - summary_.max) * scale_; }
@@ -346,6 +354,26 @@ class Row {
     if (g_.blocks == 1) return __syncthreads();
     arrive_in_cluster();
     wait_for_cluster();
+  }
+
+  // What warps find goes to other blocks without a barrier of the cluster, which would wait until
+  // everybody's writes of whatever kind can be seen. None ends before it has what is sent to it.
+  // Between two times that the same is sent, something else is, by warps that have the first.
+  template <typename T>
+  __device__ void send(T* to, T mine, int block, int what) const {
+    if (g_.blocks == 1) {
+      *to = mine;
+      return;
+    }
+    using Moved = std::conditional_t<sizeof(T) == 16, float4, double>;
+    store_to_block(address_in_block(shared_address(to), block), __builtin_bit_cast(Moved, mine),
+                   address_in_block(shared_address(&shared_.sent[what]), block));
+  }
+  // All that is sent to this block is there, for its first warp.
+  __device__ void receive(int what, int bytes, int parity) const {
+    if (g_.blocks == 1) return __syncthreads();
+    if (threadIdx.x == 0) arrive_expecting(&shared_.sent[what], bytes);
+    if (threadIdx.x < 32) wait_for_blocks(&shared_.sent[what], parity);
   }
 
   // Past the row's end is -inf.
@@ -396,8 +424,12 @@ class Row {
   // Eight logits that a thread takes at once. Float32 ones are two units, of which every other four
   // lanes load the second one first: each quarter of a warp from all banks, so.
   struct Eight {
-    Unit units[kUnitsOfEight];
-    __device__ float operator[](int i) const { return to_float(units[i / kUnit].at[i % kUnit]); }
+    Words units[kUnitsOfEight];
+    __device__ float operator[](int i) const {
+      if constexpr (kUnit == 4) return __uint_as_float(units[i / 4].at[i % 4]);
+      const uint32_t pair = units[0].at[i / 2];
+      return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+    }
     __device__ void widen(float (&x)[8]) const {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = (*this)[i];
@@ -408,10 +440,8 @@ class Row {
         widen(x);
         return Row::maximum(x);
       } else {
-        const auto pair = [&](int i) {
-          return __halves2bfloat162(units[0].at[i], units[0].at[i + 1]);
-        };
-        const auto top = __hmax2(__hmax2(pair(0), pair(2)), __hmax2(pair(4), pair(6)));
+        const auto* const pairs = reinterpret_cast<const __nv_bfloat162*>(units[0].at);
+        const auto top = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
         return fmaxf(__low2float(top), __high2float(top));
       }
     }
@@ -439,16 +469,17 @@ class Row {
     if (at < staged) {
       const uint32_t from = stage + 16 * kUnitsOfEight * at;
 #pragma unroll
-      for (int k = 0; k < kUnitsOfEight; ++k)
-        eight.units[k] = __builtin_bit_cast(Unit, load_shared(from + k * to_second));
+      for (int k = 0; k < kUnitsOfEight; ++k) eight.units[k] = load_shared(from + k * to_second);
       return eight;
     }
 #pragma unroll
     for (int k = 0; k < kUnitsOfEight; ++k) {
       const int unit = kUnitsOfEight * at + (Eight::second() ? 1 - k : k);
+      Unit logits;
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) eight.units[k].at[i] = from_float<data_t>(-kInfinity);
-      if (unit < units_) eight.units[k] = read(unit);
+      for (int i = 0; i < kUnit; ++i) logits.at[i] = from_float<data_t>(-kInfinity);
+      if (unit < units_) logits = read(unit);
+      eight.units[k] = __builtin_bit_cast(Words, logits);
     }
     return eight;
   }
@@ -526,7 +557,7 @@ class Row {
           for (int k = 0; k < kAhead; ++k) {
             const int at = unit + k * kThreads;
             if (at < end)
-              store_shared(stage_ + 16 * (at - first_), __builtin_bit_cast(uint4, units[k]));
+              store_shared(stage_ + 16 * (at - first_), __builtin_bit_cast(Words, units[k]));
           }
         }
       });
@@ -581,7 +612,7 @@ class Row {
           [&](int at, const Eight& eight) {
             float x[8];
             eight.widen(x);
-            const float top = maximum(x);
+            const float top = eight.maximum();
             if (top > mine.max) highest = at;
             mine.max = fmaxf(mine.max, top);
             const float lag = mine.max - from;
@@ -599,14 +630,18 @@ class Row {
       highest_ = fmaxf(highest_, mine.max);
       const float of_part = max_of_lanes<1, 32 / kPartsOfWarp>(mine.max);
       mine = combine_lanes(mine, max_of_lanes<32 / kPartsOfWarp, 32>(of_part));
-      const int place = group * kWarps + warp, part = lane % kPartsOfWarp;
-      const float part_max = __shfl_sync(kAll, of_part, part * (32 / kPartsOfWarp));
-      const int other = lane / kPartsOfWarp;
-      if (other < g_.blocks)
-        in_block(shared_.part_maxima, other)[place * kPartsOfWarp + part] = part_max;
-      if (lane < g_.blocks) *in_block(&shared_.summaries[place], lane) = mine;
+      const int place = group * kWarps + warp;
+      using Parts = Vec<float, kPartsOfWarp>;
+      Parts parts;
+#pragma unroll
+      for (int i = 0; i < kPartsOfWarp; ++i)
+        parts.at[i] = __shfl_sync(kAll, of_part, i * (32 / kPartsOfWarp));
+      if (lane < g_.blocks) {
+        send(reinterpret_cast<Parts*>(shared_.part_maxima) + place, parts, lane, kSummaries);
+        send(&shared_.summaries[place], mine, lane, kSummaries);
+      }
     });
-    sync();
+    receive(kSummaries, 2 * kGroups * kWarps * 16, 0);
     if (warp == 0) {
       Summary mine = shared_.summaries[lane];
 #pragma unroll
@@ -899,9 +934,9 @@ class Row {
           x[i] = exp2_fast(((x[i] < limit ? x[i] : -kInfinity) - summary_.max) * kLog2e);
         below = add(x);
       }
-      put_mass(kOfAll, group * kWarps + threadIdx.x / 32, below);
+      put_mass(kOfAll, group * kWarps + threadIdx.x / 32, below, kBelow);
     });
-    sync();
+    receive(kBelow, kGroups * kWarps * 8, 0);
     if (threadIdx.x < 32) {
       const double below = mass_of(kOfAll);
       if (threadIdx.x == 0) shared_.in_nucleus = is_enough(below, share);
@@ -909,10 +944,10 @@ class Row {
     __syncthreads();
     return shared_.in_nucleus;
   }
-  __device__ void put_mass(int which, int place, float of_lane) const {
+  __device__ void put_mass(int which, int place, float of_lane, int what = kMasses) const {
     const int lane = threadIdx.x % 32;
     const double mass = sum_of_lanes(static_cast<double>(of_lane));
-    if (lane < g_.blocks) *in_block(&shared_.masses[which][place], lane) = mass;
+    if (lane < g_.blocks) send(&shared_.masses[which][place], mass, lane, what);
   }
   __device__ double mass_of(int which) const {
     double mass = 0;
@@ -922,8 +957,9 @@ class Row {
     return sum_of_lanes(mass);
   }
 
-  // The best score of every warp that reaches the bar, which is set, for winner().
-  __device__ void draw(float kept, float kept_z) const {
+  // The best score of every warp that reaches the bar, which is set, to the first `receivers`
+  // blocks, for winner().
+  __device__ void draw(float kept, float kept_z, int receivers) const {
     const uint32_t reached = stage_ - kSharedBytes + static_cast<uint32_t>(offsetof(Shared, bar));
     const float highest_z = z(highest_), least_z = fmaxf(kept_z, z(kept));
     Best best{-kInfinity, size_, 0.f};
@@ -941,10 +977,9 @@ class Row {
     const bool hopeless = look() < -1 || highest_z < least_z;
     if (__any_sync(kAll, !hopeless)) {
       const NoiseRounds noise = shared_.noise;
-      const int lane = threadIdx.x % 32;
       for_groups([&](int group) {
-        const int end = end_of_eights(group);
-        for (int at = first_eight(group) + threadIdx.x; at - lane < end; at += kThreads) {
+        const int end = end_of_eights(group), end_of_warp = opaque(end + threadIdx.x % 32);
+        for (int at = first_eight(group) + threadIdx.x; at < end_of_warp; at += kThreads) {
           const PhiloxBlock high = noise.block(at);
           const uint32_t least = __vminu2(__vminu2(high.a, high.b), __vminu2(high.c, high.d));
           if (!__any_sync(kAll, least <= most || least << 16 <= most)) continue;
@@ -977,8 +1012,7 @@ class Row {
     }
     best = combine_lanes(best);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (lane < g_.blocks) *in_block(&shared_.bests[rank_ * kWarps + warp], lane) = best;
-    sync();
+    if (lane < receivers) send(&shared_.bests[rank_ * kWarps + warp], best, lane, kBests);
   }
 
   // Whoever wins scores no less than any other that is kept: of the highest logits of what the
