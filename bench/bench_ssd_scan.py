@@ -1,4 +1,4 @@
-"""The chunked scan and its derivative: our kernel beside chunked PyTorch at its best chunk size.
+"""The chunked scan, its derivative and both: our kernel beside chunked PyTorch at its best chunk size.
 
 Two sweeps at Llamba-1B's shapes: batch at fixed length, length at fixed tokens. On CUDA beside
 mamba_ssm's kernels at several chunk sizes and FLA's simple_gla, which is spared D x. Theirs are tuned at
@@ -172,6 +172,16 @@ SCANS = {
 BACKWARDS = {
     f"mamba_ssm-{chunk}": partial(peers.mamba_ssm_scan_backward, chunk) for chunk in (128, 256)
 }
+TRAININGS = {
+    f"mamba_ssm-{chunk}": partial(peers.mamba_ssm_scan_backward, chunk, forward=True)
+    for chunk in (64, 128, 256)
+}
+TRAINING_TARGET_US = {
+    "llamba-1b 8 x 4096": 1100,
+    "llamba-1b 64 x 512": 1100,
+    "llamba-1b 1 x 32768": 1100,
+    "llamba-3b 8 x 4096": 1400,
+}
 
 
 def last_head(inputs):
@@ -196,6 +206,17 @@ def check_backward(gradients, dy, inputs):
     for name, actual, oracle in zip(("dx", "da", "dB", "dC"), gradients, expected):
         if actual.shape[2] == heads:
             peers.require_close(actual[-1:, :, -1:], oracle, name, most=0.02)
+
+
+def check_peer(theirs, ours):
+    """mamba_ssm's (dx, ddt, dB, dC, dD) against our gradients with scale = dt = -log_decay.
+
+    Loosely: it only has to be the same function, and theirs keeps states in bfloat16.
+    """
+    dx, da, dB, dC, dscale, dD, _ = ours
+    expected = {"dx": dx, "ddt": dscale - da, "dB": dB, "dC": dC, "dD": dD}
+    for actual, (name, tensor) in zip(theirs, expected.items(), strict=True):
+        peers.require_close(actual, tensor, name, most=0.05)
 
 
 @pytest.mark.cuda("ssd_scan")
@@ -246,9 +267,45 @@ def bench_ssd_scan_backward_cuda(measure, case, impl):
         check_backward(ours(), dy, inputs)
         measure(ours, **roof)
         return
+    if "kv" in case:
+        pytest.skip("has x for each head, and as many groups of B as of C")
+    expected = ours(scale=-log_decay)
     with peers.skip_if_it_fails():
         call = BACKWARDS[impl]()(dy, **inputs)
-        dx, _, dB, dC, *_ = ours(scale=-log_decay)
-        for name, actual, expected in zip(("dx", "dB", "dC"), call(), (dx, dB, dC)):
-            peers.require_close(actual, expected, name, most=0.02)
+        check_peer(call(), expected)
         measure(call, **roof)
+
+
+@pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize("impl", ["reasoners", *TRAININGS])
+@pytest.mark.parametrize("case", TRAINING_TARGET_US)
+def bench_ssd_scan_forward_backward_cuda(measure, case, impl):
+    """Forward and backward in one: y, then the gradients of x, the decay (theirs: dt), B, C and D."""
+    torch.manual_seed(0)
+    inputs = make_cuda(*CASES[case])
+    x, log_decay, B, C, D = inputs.values()
+    dy = torch.randn(*log_decay.shape, x.shape[3], device="cuda").bfloat16()
+
+    def ours(scale=None):
+        arguments = x, log_decay, B, C, scale, D, None, None
+        y, state = torch.ops.reasoners.ssd_scan(*arguments)
+        # As under autograd where nothing depends on the final state.
+        return y, torch.ops.reasoners.ssd_scan_backward(dy, torch.zeros_like(state), *arguments)
+
+    forward = roof_cuda(cost.ssd_scan_bytes, cost.ssd_scan_flops, case, 1)
+    backward = roof_cuda(cost.ssd_scan_backward_bytes, cost.ssd_scan_backward_flops, case, 2)
+    timed = partial(
+        measure, tokens=forward["tokens"], rounds=7, warmup_rounds=1,
+        **{name: forward[name] + backward[name] for name in ("num_bytes", "flops")},
+    )  # fmt: skip
+    if impl == "reasoners":
+        y, gradients = ours()
+        check(y, inputs)
+        check_backward(gradients, dy, inputs)
+        timed(ours, target_us=TRAINING_TARGET_US[case])
+        return
+    _, expected = ours(scale=-log_decay)
+    with peers.skip_if_it_fails():
+        call = TRAININGS[impl]()(dy, **inputs)
+        check_peer(call(), expected)
+        timed(call)

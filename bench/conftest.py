@@ -154,14 +154,19 @@ def word(value):
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash.get(ROWS, [])
-    if not rows:
+    skipped = {
+        report.nodeid.rpartition("::")[-1]: report.longrepr[-1].removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped")
+    }
+    absent = {item: reason for item, reason in skipped.items() if reason.startswith("absent: ")}
+    if not rows and not absent:
         return
     ours = {(bench, case): s for bench, case, impl, s, _ in rows if impl == "reasoners"}
     write = terminalreporter.write_line
     device = cost.device()
     rates = f"{device.bytes_per_s / 1e12:.2f} TB/s, {device.flops_per_s / 1e12:.0f} TFLOP/s"
     terminalreporter.section(f"{device.name}, roof {rates}")
-    wide = max(len(case) for _, case, *_ in rows)
+    wide = max((len(case) for _, case, *_ in rows), default=0)
     order = {row[:2]: i for i, row in reversed(list(enumerate(rows)))}  # by first appearance
     order |= {row[0]: i for i, row in reversed(list(enumerate(rows)))}
     previous = None
@@ -181,3 +186,5 @@ def pytest_terminal_summary(terminalreporter, config):
         )
         tokens = f"{info['tokens_per_s']:.0f}" if "tokens_per_s" in info else ""
         write(f"{case:<{wide}}  {impl:<13}{''.join(f'{c:>10}' for c in cells)}{tokens:>12}")
+    for item, reason in absent.items():
+        write(f"{item}  {reason}")

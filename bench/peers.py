@@ -68,7 +68,7 @@ def skip_if_it_fails(theirs=True):
         import pytest
 
         lines = str(error).strip().splitlines() or [""]
-        pytest.skip(f"{type(error).__name__}: {lines[0][:300]}")
+        pytest.skip(f"absent: {type(error).__name__}: {lines[0][:300]}")
 
 
 def relative_error(actual, expected):
@@ -334,23 +334,30 @@ def mamba_ssm_scan(chunk):
     return prepare
 
 
-def mamba_ssm_scan_backward(chunk):
-    """prepare(dy, x, log_decay, B, C, D) -> call() -> (dx, dB, dC): what their backward pass calls.
+def mamba_ssm_scan_backward(chunk, forward=False):
+    """prepare(dy, x, log_decay, B, C, D) -> call() -> (dx, ddt, dB, dC, dD): what their backward pass
+    calls, with forward=True behind their forward pass.
 
     Called without autograd, which would run it on the stream of the forward pass and out of reach of a
-    graph. Inputs and outputs as in mamba_ssm_scan.
+    graph. The work and the bits are the same: of the forward pass it keeps neither states nor C B^T.
+    Inputs and outputs as in mamba_ssm_scan.
     """
     module = _mamba_ssm("ssd_combined")
 
     def prepare(dy, x, log_decay, B, C, D):
         dt, A = -log_decay, -torch.ones_like(D)
-        out = module.mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D)
+
+        def scan():
+            return module.mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D)
+
+        before = None if forward else scan()
 
         def call():
-            dx, _, _, dB, dC, *_ = module._mamba_chunk_scan_combined_bwd(
+            out = scan() if forward else before
+            dx, ddt, _, dB, dC, dD, *_ = module._mamba_chunk_scan_combined_bwd(
                 dy, x, dt, A, B, C, out, chunk, D=D
             )
-            return dx, dB, dC
+            return dx, ddt, dB, dC, dD
 
         return call
 
