@@ -411,16 +411,25 @@ def llamba_mixer(chunk):
 # ---- whole models: transformers' Llama
 
 
-def transformers_model(config, device="cuda", dtype=torch.bfloat16):
-    """LlamaForCausalLM with random weights of the shape of an all-attention ModelConfig."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def transformers_model(config, device="cuda", dtype=torch.bfloat16, maskless=False):
+    """LlamaForCausalLM with random weights of the shape of an all-attention ModelConfig.
 
+    maskless: nothing but the causal flag for SDPA, which is right for whole prompts of one length.
+    Without it a mask is made wherever torch.compile traces, and with a mask there is no flash attention.
+    """
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    attention = "sdpa"
+    if maskless:  # a name that has no function to make masks
+        attention = "maskless_sdpa"
+        AttentionInterface.register(attention, sdpa_attention_forward)
     theirs = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.mlp_dim,
         num_hidden_layers=len(config.mixers), num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim,
         rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
-        max_position_embeddings=config.max_length, attn_implementation="sdpa", use_cache=True,
+        max_position_embeddings=config.max_length, attn_implementation=attention, use_cache=True,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
     )  # fmt: skip
     before = torch.get_default_dtype()
@@ -503,13 +512,24 @@ def transformers_decoder(model, batch, prompt, new, greedy=False, backend="induc
     return decode
 
 
-def transformers_prefill(model, batch, length):
-    """prefill() -> (batch, 1, vocabulary) logits after random prompts, whose keys and values it keeps."""
+def transformers_prefill(model, batch, length, keep=True, backend=None):
+    """prefill() -> (batch, 1, vocabulary) logits after random prompts.
+
+    keep: their keys and values too, in a cache that grows, as ours does; else they are dropped, which
+    is less work. backend: that of torch.compile, which compiles for these sizes alone; None is eager.
+    """
     tokens = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
+
+    def logits(tokens):
+        return model(input_ids=tokens, use_cache=keep, logits_to_keep=1).logits
+
+    if backend is not None:
+        torch.compiler.reset()
+        logits = torch.compile(logits, backend=backend, dynamic=False)
 
     @torch.inference_mode()
     def prefill():
-        return model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
+        return logits(tokens)
 
     return prefill
 
