@@ -306,7 +306,33 @@ SAMPLE = {
 # ---- the chunked scan
 
 
+@cache
+def _share_compiling():
+    """Under `pytest -n`: Triton's kernels are compiled but not tuned, by each process in its own order.
+
+    All tune the same kernels, and in the same order each would compile, or wait for, the same one.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    first, ordered = int(worker.removeprefix("gw")), Autotuner.prune_configs
+
+    def prune_configs(self, kwargs):
+        configs = ordered(self, kwargs)
+        turn = first % len(configs)
+        return [*configs[turn:], *configs[:turn]]
+
+    def do_bench(kernel_call, quantiles):
+        kernel_call()
+        return [0.0] * len(quantiles)
+
+    Autotuner.prune_configs, Autotuner.do_bench = prune_configs, staticmethod(do_bench)
+
+
 def _mamba_ssm(name):
+    _share_compiling()
     _stub("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.utils")
     return importlib.import_module(f"mamba_ssm.ops.triton.{name}")
 
@@ -314,6 +340,7 @@ def _mamba_ssm(name):
 def _fla(name):
     # What is tuned is not remembered on disk: a first run may have had company on the device.
     os.environ.setdefault("FLA_CACHE_RESULTS", "0")
+    _share_compiling()
     _stub("fla", "fla.ops", "fla.ops.simple_gla", "fla.modules", "fla.modules.causal_conv1d")
     sys.modules["fla"].__version__ = RELEASES["fla-core"]
     return importlib.import_module(f"fla.{name}")
