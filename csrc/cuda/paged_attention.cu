@@ -9,7 +9,8 @@
 // tensor: bfloat16 and float16 with head_dim 64, 96 or 128; attention_block.cuh says in which order
 //   a row is summed. Its splits of 256 positions are walked by one thread block that folds them as
 //   it goes, or, where the batch alone would not fill the machine, dealt to several that leave them
-//   in memory for combine_kernel: two floats and D more for 256 positions of K and V.
+//   in memory: two floats and D more for 256 positions of K and V. They are folded by whichever of
+//   them comes last, or, where they may be many, by combine_kernel.
 // prefix: rows that share their first pages. A thread block takes 64 columns, that is rows' query
 //   heads, over splits of the shared pages: K and V of 64 positions lie in shared memory for all of
 //   its warps, which have 16 of the columns each. What it finds waits in memory until the rows' own
@@ -23,16 +24,19 @@
 // shapes.
 //
 // H200, us (bfloat16, pages of 16; Llama-3.2-1B with 8 kv heads of 64, Llama-3.2-3B with 8 of 128):
-//   1 x 2048              6.5    9.0      128 x 1024                      71   134
-//   1 x 32768            26.5   45.9      512 x 1024                     261   512
-//   16 x 2048            25.0   44.2      256 x 768, 512 of them shared   56    93, else 78  146
-// (1 x 32768 29.0 and 48.5 while combine_kernel waited for two products and for shared memory at
-// each of 128 splits.)
+//   1 x 2048              6.4    9.3      128 x 1024                      71   133
+//   1 x 32768            26.0   44.5      512 x 1024                     261   512
+//   16 x 2048            23.0   41.3      256 x 768, 512 of them shared   57    95, else 78  146
+// Of 1 x 32768, tensor_kernel takes 22.2 and 40.4, combine_kernel the rest: 4 us to begin, and then
+// 88 % of a copy's rate.
 // With positions as the rows of the products and a softmax every 16 positions, 133 instructions for
-// them instead of 88 (199 instead of 129 with heads of 128): 7.0, 32.6, 28.0, 80, 284 and 72.6. As
-// many blocks as are on the machine at once, of several splits each, instead of one split each:
-// 1 x 32768 28.9 and 51.0, 16 x 2048 24.3 and 42.4; and with the next split's K and V on their way
-// to the second-level cache meanwhile 30.5 and 47.9, 28.4 and 46.2.
+// them instead of 88 (199 instead of 129 with heads of 128): 7.0, 32.6, 28.0, 80, 284 and 72.6. One
+// split for each thread block, four times as many as are on the machine at once: 1 x 32768 26.4 and
+// 45.5, 16 x 2048 25.0 and 43.9; as many as are, without asking ahead, 28.9 and 51.0, 24.3 and
+// 42.4; with the next split's K and V on their way to the second-level cache instead 30.5 and 47.9,
+// 28.4 and 46.2. Asking ahead where each has one split: 1 x 2048 7.5 and 10.5, and where thread
+// blocks come as others leave: 128 x 1024 77 and 133 instead of 70 and 131, 512 x 1024 278 and 505
+// instead of 257 and 501.
 // Tried on an H100 (1 x 2048 9.0 and 12.6, 16 x 2048 35.4 and 62.1, 512 x 1024 376 and 732): K and
 // V through a ring of asynchronous copies in shared memory, 16 to 24 kB a warp and on across
 // splits, a prologue of fewer loads, own positions beside prefix_kernel's: 1 x 2048 in 6.8 and 8.9,
