@@ -402,11 +402,10 @@ class Row {
   // One logit of what this block has, or -inf past the row's end.
   __device__ float logit(int id) const {
     const int place = id - first_ * kUnit;
-    if (place < g_.staged * kUnit) {
-      const char* const stage = reinterpret_cast<const char*>(&shared_) + kSharedBytes;
-      return to_float(reinterpret_cast<const data_t*>(stage)[place]);
-    }
-    return id < size_ ? to_float(logits_[id]) : -kInfinity;
+    if (id >= size_) return -kInfinity;
+    if (place >= g_.staged * kUnit) return to_float(logits_[id]);
+    const char* const stage = reinterpret_cast<const char*>(&shared_) + kSharedBytes;
+    return to_float(reinterpret_cast<const data_t*>(stage)[place]);
   }
 
   // Calls visit(first token, its kUnit logits) on this thread's units of a group, in rising order.
@@ -968,26 +967,32 @@ class Row {
     uint32_t most;                   // that the high half of a word may be, and all ones below it
     // A word w may win if w + 1/2 <= 2^32 exp(z - bar), of which this thread has the highest z. The
     // logarithm to the base 2 of that is returned.
+    const auto most_high_half = [&](float bound) {
+      return min(__float2uint_rd(exp2_fast(bound + 16)), 0xffffu);
+    };
     const auto look = [&] {
       raised = __int_as_float(load_shared_int(reached));
       const float bound = (highest_z + (kSlack + kRaised) - raised) * kLog2e;
-      most = min(__float2uint_rd(exp2_fast(bound + 16)), 0xffffu) << 16 | 0xffff;
+      most = most_high_half(bound) << 16 | 0xffff;
       return bound + 32;
     };
-    const bool hopeless = look() < -1 || highest_z < least_z;
+    const bool hopeless = look() < -1 || highest_z < least_z, all = least_z == -kInfinity;
     if (__any_sync(kAll, !hopeless)) {
       const NoiseRounds noise = shared_.noise;
       for_groups([&](int group) {
         const int end = end_of_eights(group), end_of_warp = opaque(end + threadIdx.x % 32);
         for (int at = first_eight(group) + threadIdx.x; at < end_of_warp; at += kThreads) {
+          if (!all && !__any_sync(kAll, z(read_eight(at).maximum()) >= least_z)) continue;
           const PhiloxBlock high = noise.block(at);
           const uint32_t least = __vminu2(__vminu2(high.a, high.b), __vminu2(high.c, high.d));
           if (!__any_sync(kAll, least <= most || least << 16 <= most)) continue;
           // Seldom run: short code that leaves the registers alone is worth more.
           look();
+          const float top = z(read_eight(at).maximum());
+          const uint32_t may = most_high_half((top + (kSlack + kRaised) - raised) * kLog2e);
           uint32_t hopeful = 0;
 #pragma unroll
-          for (int i = 0; i < 8; ++i) hopeful |= (high.half(i) <= most >> 16) << i;
+          for (int i = 0; i < 8; ++i) hopeful |= (high.half(i) <= may) << i;
           if (at >= end) hopeful = 0;
           for (; hopeful > 0; hopeful &= hopeful - 1) {
             const int i = __ffs(hopeful) - 1, id = 8 * at + i;
