@@ -36,19 +36,20 @@
 // kGroups parts of the row, in the same order.
 // 384 threads let three blocks be on a multiprocessor. H200, rows of 128,256, us:
 //                       greedy   no filter   top-k 50   and top-p 0.95, min-p 0.05   top-p 0.95
-//   1, float32            4.3        9.7         8.8              9.2                    11.4
-//   512, float32         89        171         134              136                     206
-//   512, bfloat16        54        127          91               93                     159
-// Nearly all that is not reading is instructions. That table is of the time when Philox ran for
-// every four tokens, since of random logits nearly all could win. A warp's instructions for eight
-// logits a lane, then and now (wide products, at a quarter of the rate, in brackets):
+//   1, bfloat16           4.2        8.2         8.7              9.0                     9.1
+//   512, float32         76        138         127              129                     170
+//   512, bfloat16        50        100          89               91                     125
+// (float32 before a closer look went by the eight's own highest logit: bfloat16 took 117 and 138
+// then, min-p alone 108 instead of 78.)
+// Nearly all that is not reading is instructions. With Philox for every four tokens, and a barrier
+// of the cluster, which waits until all memory is written, wherever blocks send each other
+// something: 89, 171, 134, 136 and 206 in float32, 54, 127, 91, 93 and 159 in bfloat16. A warp's
+// instructions for eight logits a lane, then and now (wide products, at a quarter of the rate, in
+// brackets):
 //   log-sum-exp   64 -> 63, bfloat16 76 -> 68; and 72 -> 64 cycles of exponentials
 //   draw          114 (36) -> 50 (18), and about 10 for the closer look that one in eight needs
 //   top-p         108 -> 83 for a fifth of the row, which 3 in 4 rows needed and now 1 in 2; 25 to
 //                 41 for what is above, for the quarter of random rows that this does not settle
-// and blocks send each other what they find, where a barrier of the cluster waited until all memory
-// was written, two to four times a row. Prediction, not measured yet: no filter 140 and 100, top-p
-// alone 165 and 125; greedy 87 and 52; of one row 0.5 less, with top-p 1.0.
 // Tried: 256 threads, of which nearly all have something to do in every step: the same to 2 %. An
 // H100, before: 119 greedy, 200 unfiltered, 167 all, 280 top-p alone; and 161 and 222 with
 // log-sum-exp in step 2 and nothing sent for ahead; 765 with top-p 0.95, by a histogram of masses.
