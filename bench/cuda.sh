@@ -40,11 +40,11 @@ for topic in $topics; do
     scan) table scan bench/bench_ssd_scan.py bench/bench_mixer_scan.py bench/bench_mamba1.py ;;
     prefill) table prefill bench/bench_prefill.py ;;
     train) table train bench/bench_distill.py ;;
-    profile)  # bytes and throughput of one update at batch 512
-      ncu --clock-control none --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
-        --metrics dram__bytes_read.sum,dram__bytes_write.sum --kernel-name regex:state_ --launch-skip 3 \
-        $PYTHON bench/profile_update.py >"$OUT/profile.log" 2>&1 || tail -20 "$OUT/profile.log"
-      grep -E "state_|Duration|DRAM Throughput|dram__bytes|Registers Per|Achieved Occ" "$OUT/profile.log" ;;
+    profile)  # bytes and throughput of decode's large kernels
+      ncu --clock-control none --profile-from-start off --section SpeedOfLight --section Occupancy \
+        --section MemoryWorkloadAnalysis --metrics dram__bytes_read.sum,dram__bytes_write.sum \
+        $PYTHON bench/profile_decode.py >"$OUT/profile.log" 2>&1 || tail -20 "$OUT/profile.log"
+      grep -E "_kernel|Duration|DRAM Throughput|dram__bytes|Registers Per|Achieved Occ" "$OUT/profile.log" ;;
     sanitize)  # the case tables, several files at a time; a line for each
       for tool in memcheck racecheck; do
         for file in state_update deferred_state_update many_rows mixer_update selective_scan linear \
