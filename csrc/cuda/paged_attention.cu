@@ -924,13 +924,15 @@ constexpr int kFewSplits = 16;                    // that a thread block folds a
 constexpr int kPrefixWave = 528;                  // of prefix_kernel
 constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
 
-// How many splits a thread block walks: as few as can be shall follow each other, and to begin
-// takes as long as another split.
+// How many splits a thread block walks: in as few rounds of kFew thread blocks as is best, where to
+// begin takes as long as another split.
 int share_splits(int blocks, int splits) {
   int best = 1, least = INT_MAX;
-  for (int each = 1; each <= splits; ++each) {
-    const int turns = divide_up(int64_t(blocks) * divide_up(splits, each), kFew) * (each + 1);
-    if (turns <= least) best = each, least = turns;
+  for (int rounds = 1; rounds <= 4; ++rounds) {
+    const int deals = rounds * kFew / blocks;
+    if (deals == 0) continue;
+    const int each = divide_up(splits, deals), time = rounds * (each + 1);
+    if (time < least) best = each, least = time;
   }
   return best;
 }
