@@ -387,15 +387,15 @@ struct PagedAttentionParams {
   void* out;                       // (tokens, heads, head_dim), dtype
   float* lse;                      // (tokens, heads), log-sum-exp of the scaled scores; or null
   float* scratch;                  // as many as count_paged_attention_scratch says
-  uint32_t* tickets;               // kPagedAttentionTickets, zeros, and zeros again afterwards
+  uint32_t* tickets;               // as many as are counted, zeros, and zeros again afterwards
   int64_t q_stride, table_stride;  // of tokens, rows
   int tokens, rows, max_pages, num_pages, heads, kv_heads, page_size, head_dim;
   bool decode;  // by the kernels for one query a row
   float scale;
   DType dtype;
 };
-constexpr int kPagedAttentionTickets = 352;
 int64_t count_paged_attention_scratch(const PagedAttentionParams& params);
+int64_t count_paged_attention_tickets(const PagedAttentionParams& params);
 void launch_paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 // Of it, what is no decode and has 16-bit data in vectors of 16 bytes, of 64, 96 or 128.
 void launch_paged_prefill(const PagedAttentionParams& params, cudaStream_t stream);

@@ -1100,7 +1100,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_in, const Tensor& k_cache, con
   p.dtype = dtype_of(q);
   const auto scratch = at::empty({count_paged_attention_scratch(p)}, q.options().dtype(at::kFloat));
   p.scratch = scratch.mutable_data_ptr<float>();
-  if (p.decode) p.tickets = tickets_for(at::cuda::getCurrentCUDAStream(), kPagedAttentionTickets);
+  if (const int64_t tickets = count_paged_attention_tickets(p); tickets > 0)
+    p.tickets = tickets_for(at::cuda::getCurrentCUDAStream(), tickets);
   launch_paged_attention(p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {out, lse};

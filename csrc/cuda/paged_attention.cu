@@ -919,7 +919,7 @@ bool is_vectorised(const PagedAttentionParams& p) {
 }
 
 constexpr int kFew = 264;                         // thread blocks, two on a multiprocessor
-constexpr int kFull = kPagedAttentionTickets;     // thread blocks that keep the memory busy
+constexpr int kFull = 352;                        // thread blocks that keep the memory busy
 constexpr int kFewSplits = 16;                    // that a thread block folds as soon
 constexpr int kPrefixWave = 528;                  // of prefix_kernel
 constexpr int64_t kMostScratchBytes = 128 << 20;  // results that wait
@@ -1004,12 +1004,21 @@ void dispatch(const PagedAttentionParams& p, cudaStream_t stream) {
   dispatch_group<data_t, 32, 1, 8, false>(p, stream);
 }
 
+bool runs_tensor_kernel(const PagedAttentionParams& p) {
+  return p.tokens > 0 && p.heads > 0 && p.decode && p.dtype != DType::kFloat32 && is_vectorised(p);
+}
+
 }  // namespace
 
 int64_t count_paged_attention_scratch(const PagedAttentionParams& p) {
-  if (p.tokens == 0 || p.heads == 0 || p.dtype == DType::kFloat32 || !is_vectorised(p)) return 0;
-  if (!p.decode) return 0;
+  if (!runs_tensor_kernel(p)) return 0;
   return int64_t(p.tokens) * p.heads * make_plan(p).slots * (p.head_dim + 2);
+}
+
+int64_t count_paged_attention_tickets(const PagedAttentionParams& p) {
+  if (!runs_tensor_kernel(p)) return 0;
+  const Plan plan = make_plan(p);
+  return plan.deals > 1 && !plan.combines ? num_blocks<kTileHeads>(p) : 0;
 }
 
 void launch_paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {

@@ -966,11 +966,12 @@ class Row {
     constexpr float kSlack = 1e-3f;  // over the rounding of the bounds
     float raised;                    // by anyone, at whatever time
     uint32_t most;                   // that the high half of a word may be, and all ones below it
-    // A word w may win if w + 1/2 <= 2^32 exp(z - bar), of which this thread has the highest z. The
-    // logarithm to the base 2 of that is returned.
+    // A word w may win if w + 1/2 <= 2^32 exp(z - bar) = 2^(32 + bound): the most that its high
+    // half may be.
     const auto most_high_half = [&](float bound) {
       return min(__float2uint_rd(exp2_fast(bound + 16)), 0xffffu);
     };
+    // With the highest z that this thread has; 32 + bound is returned.
     const auto look = [&] {
       raised = __int_as_float(load_shared_int(reached));
       const float bound = (highest_z + (kSlack + kRaised) - raised) * kLog2e;
