@@ -234,7 +234,9 @@ struct Shared {
   uint32_t above;  // tokens above the chosen bin
   uint32_t bin;    // the chosen one
   float higher;    // than the winner's logit, the next one
-  bool in_nucleus;
+  // Whether the winner is in the nucleus: by summaries, by what lies below it, by all. Apart, as
+  // warps that are ahead answer the next question while others still read the answer before.
+  bool settled, has_enough, in_nucleus;
   int bar;  // bits of a score that was reached, more than 0 by kRaised
 };
 constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
@@ -306,13 +308,13 @@ class Row {
             first && sum_is_mass && top_p < 1 && is_enough(below_in_summaries(higher), 1 - top_p);
         if (threadIdx.x == 0) {
           shared_.higher = higher;
-          shared_.in_nucleus = settled;
+          shared_.settled = settled;
         }
       }
       if (!(top_p < 1)) break;
       __syncthreads();
       kept = shared_.higher;
-      if (shared_.in_nucleus) break;
+      if (shared_.settled) break;
       if (first && sum_is_mass && 1 - top_p < kMostBelow && has_enough_below(kept, 1 - top_p))
         break;
       const bool both = first && !sum_is_mass;
@@ -939,10 +941,10 @@ class Row {
     receive(kBelow, kGroups * kWarps * 8, 0);
     if (threadIdx.x < 32) {
       const double below = mass_of(kOfAll);
-      if (threadIdx.x == 0) shared_.in_nucleus = is_enough(below, share);
+      if (threadIdx.x == 0) shared_.has_enough = is_enough(below, share);
     }
     __syncthreads();
-    return shared_.in_nucleus;
+    return shared_.has_enough;
   }
   __device__ void put_mass(int which, int place, float of_lane, int what = kMasses) const {
     const int lane = threadIdx.x % 32;
