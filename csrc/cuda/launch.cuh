@@ -16,7 +16,15 @@ __device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" :
 // The next kernel may come. Its own wait_for_inputs still waits for the end of this one.
 __device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
-// The same in clusters of blocks.
+// Of the device at hand.
+inline int count_processors() {
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return processors;
+}
+
+// launch_overlapping in clusters of blocks.
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), dim3 cluster, dim3 blocks, dim3 threads,
                      int shared_bytes, cudaStream_t stream, Arguments&&... arguments) {

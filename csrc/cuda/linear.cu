@@ -327,9 +327,8 @@ void launch(const LinearParams& p, cudaStream_t stream) {
   const int inputs = kNorm ? kRows * norm_pitch(p.depth) : kStages * kRows * (kDepth + kPad);
   const int bytes = (kStages * kTile * (kDepth + kPad) + inputs) * sizeof(data_t);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  int device, processors, per_processor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = count_processors();
+  int per_processor = 0;
   const int threads = kNorm ? RmsNormShape::of(p.depth / kChunk).threads : 32;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
   const int blocks = min(p.columns / kTile, processors * per_processor);

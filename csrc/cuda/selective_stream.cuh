@@ -248,9 +248,8 @@ template <typename Mixer, typename state_t>
 bool launch_selective_stream(const Mixer& mixer, cudaStream_t stream) {
   const auto& p = mixer.p;
   const int parts = (p.channels + kStreamChannels - 1) / kStreamChannels;
-  int device, processors, per_processor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = count_processors();
+  int per_processor = 0;
   if (int64_t(p.batch) * parts < kStreamFewest * processors || !mixer.streams()) return false;
   const auto kernel = selective_stream_kernel<Mixer, state_t>;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kStreamChannels, 0);

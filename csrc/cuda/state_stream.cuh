@@ -499,9 +499,8 @@ bool launch_state_stream(const Mixer& mixer, cudaStream_t stream) {
   }();
   if (bytes > limit) return false;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-  int device, processors, per_processor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int processors = count_processors();
+  int per_processor = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, bytes);
   const int rows_at_once = processors * per_processor / p.heads;
   if (rows_at_once < 1 || p.batch < 2 * rows_at_once) return false;
