@@ -30,8 +30,10 @@
 // cluster: each leaves its parts of dB and dX where the states were, and adds up its share of all
 // blocks' parts. Else one after the other: each waits until the block of the head before it has
 // left a chunk's sums in global memory, adds its own and lets the next one go on; the last writes
-// the gradient. Those blocks are numbered as they begin and wait for those before them alone, so
-// that they need not run at the same time.
+// the gradient. There are places for the sums of a few chunks, and for as many groups as run at a
+// time, so the first of a group waits until the last has read what was in its place. The blocks are
+// numbered as they begin: a group's are neighbours, so of all that have begun only the newest group
+// can be without its last, and those before it go on.
 //
 // Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
 // computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
@@ -48,8 +50,9 @@
 // out for their gradients but dy's, 16 for scalars; this kernel moves 256 more, for x and B of the
 // first walk, and 256 for states, part of them in the second-level cache. Sums that pass from block
 // to block come to 8 bytes an element and head more, in that cache: the blocks of a group are a few
-// microseconds apart. They take 4 bytes an element of the gradient, 9 % of the input's
-// bytes for 80 heads of 64 x 128 in one group. States between runs take 2 to 4 % without sharing.
+// microseconds apart. Their places take 2 to 8 % of the input's bytes where four heads share x and
+// B of 64 x 64, states between runs 2 to 4 % without sharing. Places for the sums of all chunks
+// (64 %, and 9 % for 80 heads in one group) were 5 % slower for the former.
 //
 // H200, bfloat16, us; in brackets with states kept every 256 tokens and those between them computed
 // again in a second walk forwards (9 to 25 % of the input's bytes, and the instructions of three
@@ -58,7 +61,8 @@
 //             64 x 512    682  (828)     Llamba-8B 8 x 4096 (P 128)         1177 (1469)
 //             1 x 2048    224  (320)     24 heads of 128 x 128, 8 x 4096    1868 (1748)
 //             1 x 32768   875 (1085)       x and B of 8 heads, in clusters  2112
-//   80 heads of 64 x 128, one group, 8 x 4096   4353 (5339)
+//   32 heads of 64 x 64, x and B of 8 heads, 8 x 4096    804; 64 x 512 812; 1 x 32768 1003
+//   80 heads of 64 x 128, one group, 8 x 4096           4353 (5339)
 // A third of the bandwidth: not profiled yet, instructions are the likely limit.
 
 #include <algorithm>
@@ -107,6 +111,13 @@ struct Triangle {
   }
 };
 
+// A block's part in passing on the sums of a gradient.
+struct Passing {
+  int member;         // of its group
+  int place, places;  // the group's first, and how many, a power of two
+  int before;         // the last block of the group that had them before, or -1
+};
+
 template <typename data_t, int kP, int kN>
 struct Tile {
   struct Inputs {
@@ -124,6 +135,7 @@ struct Tile {
     // What the state before gives to a token, a token to the state after; dscale. By half.
     float received[kHalves][kChunk], given[kHalves][kChunk], dscale[kHalves][kChunk];
     float inner[2][kWarps];  // products of state and dstate
+    Passing passing[3];      // of dC, dB and dx
   };
   static constexpr int kPerSM = 233472;  // bytes of a multiprocessor, 1024 of them for each block
   static constexpr int kWanted = kP * kN <= 128 * 64 ? 2 : 1;  // blocks per multiprocessor
@@ -187,8 +199,22 @@ struct KeptStates {
   }
 };
 
+// A gradient whose sums pass from block to block: how many groups have places for them at a time,
+// and each for how many chunks, a power of two.
+struct PassedGradient : PartedGradient {
+  int slots, places;
+
+  __device__ Passing passing_of(int block, int heads) const {
+    const int run = block / heads, head = block % heads;
+    const int group = run * groups + head / count, before = group - slots;
+    return {head % count, group % slots * places, places,
+            before < 0 ? -1 : before / groups * heads + (before % groups + 1) * count - 1};
+  }
+};
+
 struct TileScratch : SsdScanScratch {
   KeptStates kept;
+  PassedGradient dx, dB, dC;
   // For every border between runs of dealt sequences: the state, its gradient; and before they are
   // carried what the run before or after it adds to them, and that run's decay.
   int64_t border_states, border_dstates, border_decays, border_ddecays;
@@ -213,7 +239,6 @@ inline int64_t count_borders(const SsdScanParams& f) {
   return f.length > kRunTokens ? f.batch * f.length / kRunTokens : 0;
 }
 
-// The sums of shared gradients have places for every chunk.
 inline int64_t count_chunks(const SsdScanParams& f) {
   if (f.cu_seqlens == nullptr) return f.sequences * ((f.length + kChunk - 1) / kChunk);
   return count_checkpoints(f.batch * f.length, f.sequences, kChunk);
@@ -318,6 +343,8 @@ struct GradientRows {
 // How gradients that heads share are added up: there is none; from block to block; or the blocks of
 // a group are a cluster, which dB and dx have in common, and no other is shared.
 enum class Sums { kNone, kPassed, kInCluster };
+// What a block tells of its progress when it is through.
+constexpr uint32_t kDone = UINT32_MAX;
 
 template <typename data_t, int kP, int kN, Sums kSums>
 __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
@@ -341,12 +368,24 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     if (threadIdx.x == 0) *drawn = static_cast<int>(atomicAdd(counts, 1u));
     __syncthreads();
     block = __shfl_sync(~0u, *drawn, 0);
+    if (threadIdx.x < 3) {
+      const auto& gradient = threadIdx.x == 0   ? scratch.dC
+                             : threadIdx.x == 1 ? scratch.dB
+                                                : scratch.dx;
+      if (gradient.count > 1) rest.passing[threadIdx.x] = gradient.passing_of(block, f.heads);
+    }
     __syncthreads();
   }
   // Where the block is; offsets follow from it, in 64 bits, where they are needed.
   const Run run(f, block);
   const int head = run.head, batch = run.batch, begin = run.begin, length = run.length;
+  // Of a block's warp, where sums are passed.
+  const auto progress_of = [&](int64_t block, int warp) {
+    return reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 + block * kWarps + warp;
+  };
   if (!run.first && run.first_chunk == run.last_chunk) {  // there is no such run
+    if (kSums == Sums::kPassed && threadIdx.x < kWarps)
+      tell(progress_of(block, threadIdx.x), kDone);
     if (p.dD && threadIdx.x == 0) p.scratch[scratch.dD + block] = 0.f;
     return;
   }
@@ -594,17 +633,13 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
       const auto add_up = [&](const PartedGradient& gradient, auto& d, int which) {
         if (kSums != Sums::kPassed || gradient.count == 1) return true;
         constexpr int kTiles = sizeof(d) / sizeof(d[0]);
-        const uint32_t step = 3 * (chunks - 1 - (first + k)) + which;
-        uint32_t* progress = reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 +
-                             opaque(block) * kWarps + warp;
-        // As count_chunks counts.
-        const int chunk = first + k +
-                          (f.cu_seqlens == nullptr ? run.index * ((length + kChunk - 1) / kChunk)
-                                                   : run.index + begin / kChunk);
-        const int64_t place = opaque(chunk) * gradient.groups + head / gradient.count;
+        const Passing& passing = rest.passing[which];
+        const int turn = chunks - 1 - (first + k), member = passing.member;
+        const uint32_t step = 3 * turn + which + 1;
+        uint32_t* progress = progress_of(opaque(block), warp);
+        const int place = passing.place + (turn & (passing.places - 1));
         auto* sums = reinterpret_cast<float4*>(p.scratch + gradient.parts) +
-                     place * (kTiles * kThreads) + threadIdx.x;
-        const int member = head % gradient.count;
+                     int64_t(place) * (kTiles * kThreads) + threadIdx.x;
         if (member > 0) {
           wait_until(progress - kWarps, step);
 #pragma unroll
@@ -615,8 +650,16 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
             d[n][2] += before_here.z;
             d[n][3] += before_here.w;
           }
+        } else if (turn >= passing.places) {
+          wait_until(progress + (gradient.count - 1) * kWarps, step - 3 * passing.places);
+        } else if (passing.before >= 0) {
+          wait_until(progress_of(passing.before, warp), kDone);
         }
-        if (member + 1 == gradient.count) return true;
+        if (member + 1 == gradient.count) {
+          __syncwarp();
+          if (lane == 0) tell(progress, step);
+          return true;
+        }
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
           __stcg(sums + n * kThreads, float4{d[n][0], d[n][1], d[n][2], d[n][3]});
@@ -764,7 +807,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           rest.dscores.load_a(a, r, block);
           multiply_block<data_t>(d, a, in.b, block * kBlock, n_half);
         }
-        if (add_up(scratch.dC, d, 1)) {
+        if (add_up(scratch.dC, d, 0)) {
           const auto dC = rows_of(scratch.dC, p.dC, c_offset);
 #pragma unroll
           for (int n = 0; n < kColumnTiles; n += 2)
@@ -783,7 +826,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         }
         if (kSums == Sums::kInCluster) {
           leave(rest.state, d);
-        } else if (add_up(scratch.dB, d, 2)) {
+        } else if (add_up(scratch.dB, d, 1)) {
           const auto dB = rows_of(scratch.dB, p.dB, b_offset);
 #pragma unroll
           for (int n = 0; n < kColumnTiles; n += 2)
@@ -828,7 +871,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         if (q < 2) rest.dscale[h][j0 + q * 8] = q == 0 ? dscale[0] : dscale[1];
         if (kSums == Sums::kInCluster) {
           leave(rest.dstate, d);
-        } else if (add_up(scratch.dx, d, 3)) {
+        } else if (add_up(scratch.dx, d, 2)) {
           const auto dx = rows_of(scratch.dx, p.dx, x_offset);
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
@@ -941,6 +984,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     }
   }
 
+  if (kSums == Sums::kPassed && lane == 0) tell(progress_of(block, warp), kDone);
   if (p.dinitial_state && run.first) {
     each([&](int m, int n, int first_row, int first_column) {
 #pragma unroll
@@ -1150,10 +1194,25 @@ TileScratch scratch_of(const SsdScanParams& f) {
   scratch.dD = scratch.take(f.D ? blocks : 0);
   // Of a gradient that heads share the sums in fp32, chunk by chunk as the tile has them.
   const auto take_sums = [&](int groups, int width, int columns) {
-    const int sharing = f.heads / groups;
-    const int64_t floats =
-        sharing > 1 && scratch.cluster == 1 ? count_chunks(f) * groups * kChunk * columns : 0;
-    return PartedGradient{scratch.take(floats), sharing, groups, width};
+    PassedGradient gradient{{0, f.heads / groups, groups, width}};
+    const int64_t all = count_runs(f) * groups;
+    if (gradient.count == 1 || scratch.cluster > 1 || all == 0) return gradient;
+    const int processors = count_processors();
+    const int64_t at_once = int64_t(processors) * T::kWanted / gradient.count + 2;
+    gradient.slots = static_cast<int>(std::min(at_once, all));
+    // A block is a quarter of a chunk or less behind the one before it. Of all chunks no more than
+    // an eighth have places (of a large group's, whose sums are small beside x, a half), as long as
+    // each group has one. But a group that is not on the device as a whole must not wait for its
+    // last.
+    const int64_t chunks = std::min<int64_t>((f.length + kChunk - 1) / kChunk, kRunChunks);
+    const int64_t part =
+        count_chunks(f) * groups / ((gradient.count > 16 ? 2 : 8) * gradient.slots);
+    const int64_t few = std::min<int64_t>(2 + gradient.count / 4, part);
+    const int64_t most = f.heads <= processors ? few : 2 * chunks;
+    gradient.places = 1;
+    while (gradient.places < chunks && 2 * gradient.places <= most) gradient.places *= 2;
+    gradient.parts = scratch.take(int64_t(gradient.slots) * gradient.places * kChunk * columns);
+    return gradient;
   };
   const int sharing = f.heads / f.b_groups;
   const bool in_cluster = T::kSumsFit && f.x_heads == f.b_groups && f.c_groups == f.heads &&

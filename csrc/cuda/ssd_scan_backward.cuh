@@ -17,7 +17,6 @@ struct PartedGradient {
 
 // Places in the scratch memory, in floats; every part begins on 16 bytes.
 struct SsdScanScratch {
-  PartedGradient dx, dB, dC;
   int64_t dD;      // (sequences, heads, tiles)
   int64_t states;  // kept on the way
   int64_t size;

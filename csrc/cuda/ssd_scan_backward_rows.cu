@@ -31,7 +31,7 @@ constexpr int kStages = 8;               // of a span
 constexpr int kSpan = kStage * kStages;  // tokens
 
 struct RowsScratch : SsdScanScratch {
-  PartedGradient dlog_decay, dscale;
+  PartedGradient dx, dB, dC, dlog_decay, dscale;
 };
 
 template <typename Row>
