@@ -65,11 +65,8 @@ def bench_generate(measure, smollm2, samples, dtype, impl):
 ROWS, GROUPS, SAMPLES = 512, 64, 32
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("impl", ["reasoners", "in turns"])
-@pytest.mark.parametrize("config", ["llamba-1b", "llama-3.2-1b"])
-def bench_generate_cuda(measure, config, impl):
-    """64 prompts of 100 tokens, 32 samples each, 64 to 512 tokens long."""
+def answers(config, ahead=1):
+    """run() of an engine, and its requests: 64 prompts of 100 tokens, 32 samples of 64 to 512 tokens each."""
     dice = random.Random(0)
     requests = [
         Request(
@@ -80,15 +77,26 @@ def bench_generate_cuda(measure, config, impl):
     ]
     engine = Engine(
         our_model(config), max_rows=ROWS, max_length=PROMPT_TOKENS + 512,
-        state_dtype=torch.bfloat16, ahead=int(impl == "reasoners"),
+        state_dtype=torch.bfloat16, ahead=ahead,
     )  # fmt: skip
     engine.loop.capture()
+
+    def run():
+        return sum(len(s.token_ids) for s in engine.run(requests) if s is not None)
+
+    return run, requests
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", ["reasoners", "in turns"])
+@pytest.mark.parametrize("config", ["llamba-1b", "llama-3.2-1b"])
+def bench_generate_cuda(measure, config, impl):
+    run, requests = answers(config, ahead=int(impl == "reasoners"))
     lengths = [request.params.max_tokens for request in requests]
     tokens = SAMPLES * sum(lengths)
 
     def generate():
-        found = sum(len(s.token_ids) for s in engine.run(requests) if s is not None)
-        assert found == tokens
+        assert run() == tokens
 
     mean = PROMPT_TOKENS + sum(n * n / 2 for n in lengths) / sum(lengths)
     measure(
