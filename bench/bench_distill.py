@@ -8,11 +8,15 @@ Llamba-1B from a Llama-3.2-1B's shape with random weights, 16,384 packed tokens 
 import itertools
 
 import cost
+import peers
 import pytest
 import torch
+import torch.nn.functional as F
 
+from reasoners import ops
 from reasoners.checkpoint import student_from_teacher
 from reasoners.distill.data import Batch
+from reasoners.distill.losses import generalized_jsd
 from reasoners.distill.objectives import Objective
 from reasoners.distill.optimizer import Optimizer, decayed_names
 from reasoners.distill.recipe import Stage
@@ -99,3 +103,33 @@ def bench_distill(measure, benchmark, stage, recompute):
         step, flops=flops, tokens=batch.tokens.numel(), rounds=5, warmup_rounds=0, graph=False,
         roof_s=roof_s,
     )  # fmt: skip
+
+
+def composed(logits, taught, labels):
+    """distillation_losses by PyTorch's operators and autograd."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        ce = F.cross_entropy(leaf.detach().float(), labels, reduction="none")
+        kl = generalized_jsd(leaf, taught, 1.0)
+        return ce, kl, torch.autograd.grad(kl.sum(), leaf)[0]
+
+
+@pytest.mark.cuda("distillation_losses")
+@pytest.mark.parametrize("impl", ["reasoners", "torch"])
+def bench_distillation_losses(measure, impl, tokens=2048, vocab=128256):
+    """Cross entropy, KL(student || teacher) and its gradient from 16-bit logits, which come and go once."""
+    with torch.inference_mode(False):
+        logits, taught = (torch.randn(tokens, vocab, device="cuda").bfloat16() for _ in range(2))
+        labels = torch.randint(vocab, (tokens,), device="cuda")
+    expected, kept = composed(logits, taught, labels), logits.clone()
+    found = ops.distillation_losses(kept, taught, labels)
+    for name, actual, oracle in zip(("ce", "kl", "gradient"), (*found, kept), expected):
+        peers.require_close(actual, oracle, name)
+    work = (
+        logits.clone()
+    )  # is the gradient of the gradient in the next round, which is as much work
+    calls = {
+        "reasoners": lambda: ops.distillation_losses(work, taught, labels),
+        "torch": lambda: composed(logits, taught, labels),
+    }
+    measure(calls[impl], num_bytes=3 * logits.nbytes, tokens=tokens, rounds=5, graph=False)

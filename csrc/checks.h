@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -631,6 +632,32 @@ inline void check_softplus(const Tensor& x, const OptionalTensor& bias) {
   check.data_dtype("x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, "softplus: x expected at least 1 dimension, got 0");
   if (bias) check.tensor("bias", *bias, x, wide_dtype(x.scalar_type()), {x.size(-1)}, "(channels)");
+}
+
+inline void check_distillation_losses(const Tensor& logits, const OptionalTensor& taught,
+                                      const Tensor& labels, double beta, double temperature,
+                                      double kl_weight) {
+  const Check check{"distillation_losses"};
+  check.data_dtype("logits", logits);
+  check.shape("logits", logits, {kAny, kAny}, "(tokens, vocab)");
+  check.contiguous("logits", logits);
+  TORCH_CHECK_VALUE(logits.size(1) > 0, "distillation_losses: vocab expected at least 1, got 0");
+  if (taught) {
+    check.tensor("taught", *taught, logits, logits.scalar_type(), {logits.size(0), logits.size(1)},
+                 "(tokens, vocab)");
+    check.contiguous("taught", *taught);
+  }
+  check.tensor("labels", labels, logits, at::kLong, {logits.size(0)}, "(tokens)");
+  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1,
+                    "distillation_losses: beta expected between 0 and 1, got ", beta);
+  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature),
+                    "distillation_losses: temperature expected above 0 and finite, got ",
+                    temperature);
+  TORCH_CHECK_VALUE(kl_weight >= 0 && kl_weight <= 1,
+                    "distillation_losses: kl_weight expected between 0 and 1, got ", kl_weight);
+  TORCH_CHECK_VALUE(taught || kl_weight == 0,
+                    "distillation_losses: taught expected a tensor where kl_weight = ", kl_weight,
+                    ", got None");
 }
 
 // The paged cache and the rows that address it, shared by append_kv and paged_attention.

@@ -343,6 +343,18 @@ struct GateParams {
 };
 void launch_gate(const GateParams& params, cudaStream_t stream);
 
+struct DistillationLossesParams {
+  void* logits;           // (tokens, vocab), dtype; becomes the gradient
+  const void* taught;     // (tokens, vocab), dtype, or null
+  const int64_t* labels;  // (tokens)
+  float *ce, *kl;         // (tokens)
+  int64_t tokens, vocab;
+  float beta, temperature, kl_weight;
+  bool gradient;  // is wanted
+  DType dtype;
+};
+void launch_distillation_losses(const DistillationLossesParams& params, cudaStream_t stream);
+
 struct SoftplusParams {
   const void* x;      // (rows, channels), dtype
   const float* bias;  // (channels) or null

@@ -76,6 +76,10 @@ TORCH_LIBRARY(reasoners, m) {
   // Elementwise, with the same bits wherever in a tensor an element stands.
   m.def("gate(Tensor x, Tensor z, Tensor? bias) -> Tensor");
   m.def("softplus(Tensor x, Tensor? bias) -> Tensor");
+  // What distillation minimises, and its gradient in place of the logits.
+  m.def(
+      "distillation_losses(Tensor(a!) logits, Tensor? taught, Tensor labels, float beta, "
+      "float temperature, float kl_weight, bool gradient) -> (Tensor ce, Tensor kl)");
   // Around the mixers.
   m.def("add_rms_norm(Tensor(a!) h, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotate(Tensor(a!) x, Tensor positions, Tensor inv_freq) -> ()");

@@ -702,6 +702,34 @@ torch.library.register_autograd(
 )
 
 
+def distillation_losses(
+    logits: Tensor,
+    taught: Tensor | None,
+    labels: Tensor,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy and divergence of every token; their gradient takes the place of the logits.
+
+    ce = cross entropy of softmax(logits) with labels; kl = the divergence of softmax(logits / temperature)
+    and softmax(taught / temperature), which distill.losses.generalized_jsd defines.
+
+    logits: (tokens, vocab), contiguous; with `gradient` they become that of (1 - kl_weight) ce +
+    kl_weight kl, token by token. taught: the teacher's, likewise, left as they are; None where kl_weight is
+    0. labels: (tokens) int64; one outside the vocabulary raises IndexError, on CUDA its ce is NaN.
+    Returns ce, kl: (tokens) float32, or float64 for float64; kl is 0 without a teacher.
+    """
+    return _ops.distillation_losses(logits, taught, labels, beta, temperature, kl_weight, gradient)
+
+
+@torch.library.register_fake("reasoners::distillation_losses")
+def _(logits, taught, labels, *settings):
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(2))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b with the same bits in a row of x however many rows there are; without gradients.
 

@@ -620,6 +620,50 @@ def softplus_inputs(shape=(5, 37), dtype=torch.float32, bias=True, seed=0):
     return {"x": x, "bias": torch.randn(shape[-1], generator=g).to(wide) if bias else None}
 
 
+# ---- distillation_losses
+
+
+def distillation_losses(
+    logits, taught, labels, beta=1.0, temperature=1.0, kl_weight=1.0, gradient=True
+):
+    """Cross entropy and divergence token by token, and the logits' gradient or the logits"""
+    with torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        wide = leaf if leaf.dtype == torch.float64 else leaf.float()
+        ce = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+        kl = torch.zeros_like(ce)
+        if taught is not None:
+            s, t = (x.to(wide.dtype).div(temperature).log_softmax(-1) for x in (wide, taught))
+
+            def divergence(p, q):
+                return (p.exp() * (p - q).masked_fill(p.exp() == 0, 0)).sum(-1)
+
+            if beta in (0, 1):
+                kl = divergence(s, t) if beta else divergence(t, s)
+            else:
+                m = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
+                kl = beta * divergence(t, m) + (1 - beta) * divergence(s, m)
+        loss = (1 - kl_weight) * ce if kl_weight < 1 else 0
+        loss = loss + kl_weight * kl if kl_weight > 0 else loss
+        result = torch.autograd.grad(loss.sum(), leaf)[0] if gradient else logits
+    return ce.detach(), kl.detach(), result
+
+
+def distillation_losses_inputs(
+    shape=(5, 37), dtype=torch.float32, beta=1.0, temperature=1.0, kl_weight=1.0, gradient=True,
+    taught=True, seed=0,
+):  # fmt: skip
+    """Random arguments of distillation_losses."""
+    g = torch.Generator().manual_seed(seed)
+    tokens, vocab = shape
+    a, b = 3 * torch.randn(2, tokens, vocab, generator=g, dtype=torch.float64)
+    return {
+        "logits": a.to(dtype), "taught": (a + b / 3).to(dtype) if taught else None,
+        "labels": torch.randint(vocab, (tokens,), generator=g), "beta": beta,
+        "temperature": temperature, "kl_weight": kl_weight, "gradient": gradient,
+    }  # fmt: skip
+
+
 # ---- discrete_mamba2_update, mamba2_update, mamba1_update
 
 
@@ -1125,6 +1169,7 @@ OPERATORS = {
     "rms_norm_linear": (rms_norm_linear, rms_norm_linear_inputs, ()),
     "add_linear": (add_linear, add_linear_inputs, ("h",)),
     "softplus": (softplus, softplus_inputs, ()),
+    "distillation_losses": (distillation_losses, distillation_losses_inputs, ("logits",)),
     "add_rms_norm": (add_rms_norm, add_rms_norm_inputs, ("h",)),
     "rotate": (rotate, rotate_inputs, ("x",)),
     "append_kv": (append_kv, append_kv_inputs, ("k_cache", "v_cache")),

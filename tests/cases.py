@@ -560,6 +560,24 @@ GATE_CASES = {
     "several threads": {"shape": (300, 200)},
 }
 
+DISTILLATION_LOSSES_CASES = {
+    "base": {},  # KL(student || teacher)
+    "bf16": {"dtype": torch.bfloat16},
+    "KL(teacher || student)": {"beta": 0.0},
+    "between": {"beta": 0.3},
+    "between, bf16": {"beta": 0.7, "dtype": torch.bfloat16},
+    "cross entropy and KL": {"kl_weight": 0.25},
+    "cross entropy alone": {"kl_weight": 0.0, "taught": False},
+    "cross entropy beside a teacher": {"kl_weight": 0.0},
+    "temperature": {"temperature": 2.0, "kl_weight": 0.5},
+    "temperature, between": {"temperature": 0.7, "beta": 0.5, "kl_weight": 0.5},
+    "no gradient": {"gradient": False, "kl_weight": 0.5},
+    "no rows": {"shape": (0, 37)},
+    "one token to draw": {"shape": (3, 1)},
+    "many logits": {"shape": (40, 5000), "kl_weight": 0.5},
+    "many logits, bf16": {"shape": (3, 9000), "kl_weight": 0.5, "dtype": torch.bfloat16},
+}
+
 # Rows that only a CUDA kernel can run, to be added to a table above.
 CUDA_CASES = {"fp16": {"dtype": torch.float16}}
 # Of mamba1_update: the form for many rows, which N other than 16 and odd strides do not take.

@@ -380,8 +380,7 @@ def test_only_wanted_gradients_are_computed(wanted, products):
     inputs = case(wanted=wanted)
     with Trace() as trace:
         total, _, _ = distillation_loss(*inputs, kl_weight=0.5, chunk=2)
-    assert trace.names.count("mm") == 3 * products
-    assert any("backward" in name for name in trace.names) == any(wanted)
+    assert sum("mm" in name for name in trace.names) == 3 * products
     assert total.requires_grad == any(wanted)
     leaves = [leaf for leaf in inputs[:2] if leaf.requires_grad]
     if leaves:
@@ -404,7 +403,7 @@ def test_no_gradients_are_computed_under_no_grad():
 def test_label_outside_the_vocabulary(label):
     hidden, head, labels, *teacher = case()
     labels[2] = label
-    with pytest.raises(IndexError, match="out of bounds"):
+    with pytest.raises(IndexError, match=f"labels expected from 0 to 6, got {label}"):
         distillation_loss(hidden, head, labels, *teacher)
 
 

@@ -453,6 +453,33 @@ Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_i
   return y;
 }
 
+std::tuple<Tensor, Tensor> distillation_losses(const Tensor& logits, const OptionalTensor& taught,
+                                               const Tensor& labels_in, double beta,
+                                               double temperature, double kl_weight,
+                                               bool gradient) {
+  check_distillation_losses(logits, taught, labels_in, beta, temperature, kl_weight);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const Tensor labels = labels_in.contiguous();
+  const auto wide = logits.options().dtype(at::kFloat);
+  auto ce = at::empty({logits.size(0)}, wide), kl = at::empty({logits.size(0)}, wide);
+  DistillationLossesParams p{};
+  p.logits = logits.mutable_data_ptr();
+  p.taught = taught ? taught->const_data_ptr() : nullptr;
+  p.labels = labels.const_data_ptr<int64_t>();
+  p.ce = ce.mutable_data_ptr<float>();
+  p.kl = kl.mutable_data_ptr<float>();
+  p.tokens = logits.size(0);
+  p.vocab = logits.size(1);
+  p.beta = static_cast<float>(beta);
+  p.temperature = static_cast<float>(temperature);
+  p.kl_weight = static_cast<float>(kl_weight);
+  p.gradient = gradient;
+  p.dtype = dtype_of(logits);
+  launch_distillation_losses(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {ce, kl};
+}
+
 Tensor rms_norm_linear(const Tensor& h, const Tensor& norm_weight_in, double eps,
                        const Tensor& weight, const OptionalTensor& bias_in, bool gated) {
   check_rms_norm_linear(h, norm_weight_in, eps, weight, bias_in, gated);
@@ -1176,6 +1203,7 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("causal_conv1d", &causal_conv1d);
   m.impl("causal_conv1d_backward", &causal_conv1d_backward);
   m.impl("gate", &gate);
+  m.impl("distillation_losses", &distillation_losses);
   m.impl("softplus", &softplus);
   m.impl("append_kv", &append_kv);
   m.impl("rotate_append_kv", &rotate_append_kv);

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# cross_entropy skips the label -100 unless told another; no token can have this one.
-_NO_LABEL = torch.iinfo(torch.int64).min
+from reasoners import ops
 
 
 def generalized_jsd(
@@ -74,22 +73,22 @@ def distillation_loss(
     hidden: (n, channels), the student's after its final norm, counted tokens only; n = 0 is a sum
     of 0 with gradients of 0. head: (vocab, channels), of the same dtype. labels: (n) int64, all of
     them counted. teacher_hidden, teacher_head: likewise, of their own channels and dtype, taken as
-    constants; None where kl_weight is 0. chunk: tokens whose logits exist at a time; None for 1,024, or
-    more where the vocabulary is small: up to 2^25 logits.
+    constants; None where kl_weight is 0. chunk: tokens whose logits exist at a time; None for as many as
+    have 2^25 logits, on CUDA 2^28, but 1,024 at least.
 
     Returns (total, ce, kl), float32 scalars, or float64 for float64: total is differentiable once,
     in hidden and head; ce and kl are the two sums, to report. ce is measured whatever its weight,
     kl is 0 without a teacher. Gradients are computed here, in the forward pass, and kept: hidden's
     in its dtype, head's added up in float32. Without anything to differentiate none are.
-    Raises ValueError, TypeError; a label outside the vocabulary raises what F.cross_entropy raises,
-    a second derivative NotImplementedError.
+    Raises ValueError, TypeError; a label outside the vocabulary raises IndexError, on CUDA it makes ce
+    NaN; a second derivative raises NotImplementedError.
     """
     name = "distillation_loss"
     _require_divergence(name, beta, temperature)
     if not 0 <= kl_weight <= 1:
         raise ValueError(f"{name}: kl_weight expected between 0 and 1, got {kl_weight}")
     if chunk is None:
-        chunk = max(1024, 2**25 // max(len(head), 1))
+        chunk = max(1024, 2 ** (28 if hidden.is_cuda else 25) // max(len(head), 1))
     if chunk < 1:
         raise ValueError(f"{name}: chunk expected at least 1, got {chunk}")
     _require_head(name, "hidden", hidden, "head", head)
@@ -140,54 +139,53 @@ class _DistillationLoss(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = d_hidden * weight
         if d_head is not None:
-            d_head = (d_head * weight).to(ctx.dtype)
+            d_head = torch.mul(d_head, weight, out=d_head.new_empty(d_head.shape, dtype=ctx.dtype))
         return d_hidden, d_head, *[None] * 7
 
 
+@torch.no_grad()
 def _sum_chunks(
     hidden, head, labels, teacher_hidden, teacher_head, beta, temperature, kl_weight, chunk, wanted
 ):
     """total, ce, kl, d hidden, d head; `wanted`: of which of the two, the other's is None."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    total, ce, kl = (torch.zeros((), dtype=dtype, device=hidden.device) for _ in range(3))
+    ce, kl = (torch.zeros((), dtype=dtype, device=hidden.device) for _ in range(2))
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_head = torch.zeros_like(head, dtype=dtype) if wanted[1] else None
-    head = head.detach().requires_grad_(wanted[1])
 
     # A function, so that one chunk's logits are gone before the next one's are made.
     def add_chunk(rows):
-        inputs = hidden[rows].detach().requires_grad_(wanted[0])
-        taught = None
+        logits, taught = F.linear(hidden[rows], head), None
         if teacher_hidden is not None:
-            taught = F.linear(teacher_hidden[rows], teacher_head)  # grad mode is off here
-        with torch.set_grad_enabled(any(wanted)):
-            logits = F.linear(inputs, head).to(dtype)
-            # What has no weight is measured outside the graph; 0 times an infinite sum would be NaN.
-            loss = 0.0
-            here = logits if kl_weight < 1 else logits.detach()
-            term = F.cross_entropy(here, labels[rows], reduction="sum", ignore_index=_NO_LABEL)
-            ce.add_(term.detach())
-            if kl_weight < 1:
-                loss = (1 - kl_weight) * term
-            if taught is not None:
-                here = logits if kl_weight > 0 else logits.detach()
-                term = generalized_jsd(here, taught, beta, temperature).sum()
-                kl.add_(term.detach())
-                if kl_weight > 0:
-                    loss = loss + kl_weight * term
-            total.add_(loss.detach())
-            if not any(wanted):
-                return
-            leaves = [leaf for leaf in (inputs, head) if leaf.requires_grad]
-            gradients = list(torch.autograd.grad(loss, leaves))
+            taught = F.linear(teacher_hidden[rows], teacher_head)
+            if taught.dtype != logits.dtype:
+                both = torch.promote_types(taught.dtype, logits.dtype)
+                logits, taught = logits.to(both), taught.to(both)
+        settings = (labels[rows], beta, temperature, kl_weight)
+        of_ce, of_kl = ops.distillation_losses(logits, taught, *settings, gradient=any(wanted))
+        ce.add_(of_ce.sum())
+        kl.add_(of_kl.sum())
+        gradient = logits.to(head.dtype)
         if wanted[0]:
-            d_hidden[rows] = gradients.pop(0)
+            torch.mm(gradient, head, out=d_hidden[rows])
         if wanted[1]:
-            d_head.add_(gradients.pop(0))
+            _add_product(d_head, gradient.T, hidden[rows])
 
     for start in range(0, len(hidden), chunk):
         add_chunk(slice(start, start + chunk))
-    return total, ce, kl, d_hidden, d_head
+    # What has no weight stays out: 0 times an infinite sum would be NaN.
+    parts = [weight * part for weight, part in ((1 - kl_weight, ce), (kl_weight, kl)) if weight > 0]
+    return sum(parts), ce, kl, d_hidden, d_head
+
+
+def _add_product(sum: Tensor, a: Tensor, b: Tensor):
+    """sum += a b, where sum may be wider than a and b."""
+    if sum.dtype == a.dtype:
+        sum.addmm_(a, b)
+    elif sum.is_cuda:
+        torch.addmm(sum, a, b, out_dtype=sum.dtype, out=sum)
+    else:
+        sum.add_(a @ b)
 
 
 def matrix_distance(student: Tensor, teacher: Tensor) -> Tensor:
