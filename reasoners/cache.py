@@ -28,6 +28,16 @@ def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Ten
     return pinned.to(device, non_blocking=True)
 
 
+COPIED_BYTES = 1 << 28  # on their way from slots to their forks at a time
+
+
+def copy_entries(tensor: Tensor, targets: Tensor, sources: Tensor):
+    """tensor[targets] = tensor[sources], in parts: no target may be a source further on."""
+    part = max(1, COPIED_BYTES // (tensor[0].numel() * tensor.element_size()))
+    for to, of in zip(targets.split(part), sources.split(part), strict=True):
+        tensor[to] = tensor[of]
+
+
 @dataclass
 class Step:
     """One forward pass over packed tokens: which slots they extend and where they stand.
@@ -79,7 +89,8 @@ class KVPages:
 
 @dataclass
 class States:
-    """State of one recurrent layer.
+    """State of one recurrent layer, or of several with the same shapes: then all but pending has the
+    layer in front.
 
     conv: (slots, width, channels), the input at position t in entry t % width. scan: (slots, ...).
     recent, recent_decay: the last tokens that scan does not contain yet, or None; pending: (slots) how
@@ -101,6 +112,21 @@ class States:
     def mixer_states(self) -> tuple:
         """What the single-token mixers take first: conv, scan and the recent tokens."""
         return self.conv, self.scan, self.recent, self.recent_decay, self.pending
+
+    @cached_property
+    def first_slots(self) -> Tensor:
+        """Of several layers, (layers, 1) int64: where each begins if their slots follow each other."""
+        layers, num_slots = self.conv.shape[:2]
+        return torch.arange(0, layers * num_slots, num_slots, device=self.conv.device)[:, None]
+
+    def places(self, slots: Tensor) -> Tensor:
+        """Of several layers, (layers * slots) int64: where all of them have these slots."""
+        return (self.first_slots + slots).flatten()
+
+    def layer(self, i: int) -> "States":
+        """Of several layers, the i-th."""
+        recent = (None if t is None else t[i] for t in (self.recent, self.recent_decay))
+        return States(self.conv[i], self.scan[i], *recent, self.pending, self.recent_dims)
 
 
 def _recent_dims(shape: dict) -> tuple[int, int]:
@@ -180,26 +206,39 @@ class Cache:
                 )
         self.num_pages = most if num_pages is None or not self.paged else num_pages
 
-        self.pending = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.layers: list[KVPages | States] = []
-        for shape in shapes:
+        def zeros(*shape, dtype=dtype):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.pending = zeros(num_slots, dtype=torch.int32)
+        self.layers: list[KVPages | States] = [None] * len(shapes)
+        # Layers of the same shapes lie in one tensor, the layer in front, so that what is done to all
+        # of them is done at once.
+        self.stacks: list[States] = []
+        self._pages_of_layers: list[Tensor] = []  # (2 * layers * pages, ...), keys and values
+        for shape in {tuple(shape.items()): shape for shape in shapes}.values():
+            places = [i for i, other in enumerate(shapes) if other == shape]
             if "kv" in shape:
                 kv_heads, head_dim = shape["kv"]
-                pages = (self.num_pages, kv_heads, page_size, head_dim)
-                k, v = (torch.zeros(pages, dtype=dtype, device=device) for _ in range(2))
-                self.layers.append(KVPages(k, v))
+                pages = zeros(2, len(places), self.num_pages, kv_heads, page_size, head_dim)
+                self._pages_of_layers.append(pages.flatten(0, 2))
+                layers = (KVPages(k, v) for k, v in zip(*pages, strict=True))
             else:
-                conv = torch.zeros(num_slots, *shape["conv"], dtype=dtype, device=device)
-                scan = torch.zeros(num_slots, *shape["scan"], dtype=state_dtype, device=device)
-                states = States(conv, scan)
+                lead = (len(places), num_slots)
+                stack = States(
+                    conv=zeros(*lead, *shape["conv"]),
+                    scan=zeros(*lead, *shape["scan"], dtype=state_dtype),
+                )
                 if period > 1 and "recent" in shape:
-                    lead, heads = (num_slots, period - 1), shape["scan"][0]
+                    lead, heads = (*lead, period - 1), shape["scan"][0]
                     dims = _recent_dims(shape)
-                    states.recent = torch.zeros(*lead, sum(dims), dtype=dtype, device=device)
-                    states.recent_decay = torch.zeros(*lead, 2, heads, dtype=wide, device=device)
-                    states.pending = self.pending
-                    states.recent_dims = dims
-                self.layers.append(states)
+                    stack.recent = zeros(*lead, sum(dims))
+                    stack.recent_decay = zeros(*lead, 2, heads, dtype=wide)
+                    stack.pending = self.pending
+                    stack.recent_dims = dims
+                self.stacks.append(stack)
+                layers = (stack.layer(i) for i in range(len(places)))
+            for place, layer in zip(places, layers, strict=True):
+                self.layers[place] = layer
 
         # As of the last `apply`, like the states.
         self.page_table = torch.full((num_slots, max_pages), -1, dtype=torch.int32, device=device)
@@ -211,17 +250,14 @@ class Cache:
         # What forks and allocations have yet to do on the device, done together by `apply`.
         self._fresh: set[int] = set()
         self._copies: dict[int, int] = {}  # child -> parent
+        self._copied: set[int] = set()  # those parents
         self._page_copies: list[tuple[int, int]] = []  # (target, source)
         self._repaged: set[int] = set()  # slots that have other pages than the page table says
 
     def num_bytes(self) -> int:
         """Bytes of all pages and states."""
-        tensors = [
-            t
-            for layer in self.layers
-            for t in (layer.slot_tensors() if isinstance(layer, States) else (layer.k, layer.v))
-        ]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        states = (t for stack in self.stacks for t in stack.slot_tensors())
+        return sum(t.nbytes for t in (*states, *self._pages_of_layers))
 
     @property
     def num_free_slots(self) -> int:
@@ -256,8 +292,6 @@ class Cache:
         """
         self.require_fit(capacity)
         slot = self._take(self.pages_for(capacity))
-        if slot in self._copies.values():
-            self.apply()  # its last owner's forks have not been copied yet
         self._fresh.add(slot)
         return slot
 
@@ -277,6 +311,7 @@ class Cache:
         child = self._take(self.pages_for(capacity) - len(shared), shared)
         self.lengths[child] = length
         self._copies[child] = self._copies.get(slot, slot)
+        self._copied.add(self._copies[child])
         if self.paged and length % self.page_size:
             if slot in self._copies:
                 self.apply()  # the source page is itself still to be copied
@@ -300,28 +335,28 @@ class Cache:
             rows = [pages + [-1] * (width - len(pages)) for pages in held]
             self.page_table[index(self._repaged)] = to_device(rows, torch.int32, device)
 
-        tensors = [
-            t for layer in self.layers if isinstance(layer, States) for t in layer.slot_tensors()
-        ]
-        tensors.append(self.pending)
         if self._fresh:
             slots = index(self._fresh)
-            for tensor in tensors:
-                tensor.index_fill_(0, slots, 0)
-        children = list(self._copies)
-        for first in range(0, len(children), 64):  # bounds the memory of what is on its way
-            part = children[first : first + 64]
-            targets, sources = index(part), index(self._copies[child] for child in part)
-            for tensor in tensors:
-                tensor[targets] = tensor[sources]
+            self.pending.index_fill_(0, slots, 0)  # which leaves nothing recent to be read
+            for stack in self.stacks:
+                places = stack.places(slots)
+                for tensor in (stack.conv, stack.scan):
+                    tensor.flatten(0, 1).index_fill_(0, places, 0)
+        if self._copies:
+            targets, sources = index(self._copies), index(self._copies.values())
+            self.pending[targets] = self.pending[sources]
+            for stack in self.stacks:
+                places = stack.places(targets), stack.places(sources)
+                for tensor in stack.slot_tensors():
+                    copy_entries(tensor.flatten(0, 1), *places)
         if self._page_copies:
             targets, sources = (index(pages) for pages in zip(*self._page_copies, strict=True))
-            for layer in self.layers:
-                if isinstance(layer, KVPages):
-                    layer.k[targets] = layer.k[sources]
-                    layer.v[targets] = layer.v[sources]
+            for pages in self._pages_of_layers:
+                first = torch.arange(0, len(pages), self.num_pages, device=device)[:, None]
+                copy_entries(pages, (first + targets).flatten(), (first + sources).flatten())
         self._fresh.clear()
         self._copies.clear()
+        self._copied.clear()
         self._page_copies.clear()
         self._repaged.clear()
 
@@ -329,19 +364,21 @@ class Cache:
         """Fold the recent tokens of slots into their scan states."""
         if self.period == 1:
             return
-        rows = to_device(list(slots), torch.int32, self.page_table.device)
-        for layer in self.layers:
-            if isinstance(layer, States) and layer.recent is not None:
-                # A token that adds nothing and forgets nothing.
-                heads, head_dim, state_dim = layer.scan.shape[1:]
-                x, B = layer.recent.new_zeros(len(rows), sum(layer.recent_dims)).split(
-                    layer.recent_dims, -1
+        rows = to_device(list(slots), torch.int64, self.page_table.device)
+        for stack in self.stacks:
+            if stack.recent is not None:
+                # A token that adds nothing and forgets nothing, to all layers as if to one.
+                layers, _, heads, head_dim, state_dim = stack.scan.shape
+                places = stack.places(rows).int()
+                x, B = stack.recent.new_zeros(len(places), sum(stack.recent_dims)).split(
+                    stack.recent_dims, -1
                 )
                 x, B = x.unflatten(-1, (-1, head_dim)), B.unflatten(-1, (-1, state_dim))
-                keep = layer.recent_decay.new_zeros(len(rows), heads)
-                recent = (layer.recent, layer.recent_decay, self.pending)
-                ops.deferred_state_update(layer.scan, *recent, rows, x, keep, B, B)
-        self.pending.index_fill_(0, rows.long(), 0)
+                keep = stack.recent_decay.new_zeros(len(places), heads)
+                state, *recent = (t.flatten(0, 1) for t in stack.slot_tensors()[1:])
+                pending = self.pending.repeat(layers)
+                ops.deferred_state_update(state, *recent, pending, places, x, keep, B, B)
+        self.pending.index_fill_(0, rows, 0)
 
     def count(self, step: Step):
         """After all layers of a decode step: its tokens are recent ones now, or folded in."""
@@ -431,6 +468,8 @@ class Cache:
             raise CacheFull(f"Cache: all {self.num_slots} slots are in use")
         pages = self._take_pages(num_pages)
         slot = self._free_slots.pop()
+        if slot in self._copied:
+            self.apply()  # its last owner's forks have not been copied yet
         for page in shared:
             self._owners[page] += 1
         self._pages[slot] = [*shared, *pages]

@@ -85,6 +85,37 @@ def test_a_new_sequence_sees_nothing_of_the_last_one(hybrid):
     assert logits.isfinite().all()
 
 
+def test_recent_tokens_of_the_last_sequence_are_not_read():
+    model = HybridLM(CONFIGS["tiny-llamba"]).eval()
+    cache = Cache(model, num_slots=1, max_length=16, period=8)
+    for layer in cache.layers:
+        for tensor in layer.slot_tensors():
+            tensor.fill_(float("nan"))
+    slot = cache.allocate(16)
+    for token in range(10):
+        step = cache.step([slot], [1], decode=True)
+        assert model.extend(torch.tensor([token]), cache, step).isfinite().all()
+
+
+@pytest.mark.parametrize("copied_bytes", [1 << 28, 1])
+def test_forks_of_a_freed_parent_whose_slot_a_fork_takes(hybrid, monkeypatch, copied_bytes):
+    monkeypatch.setattr("reasoners.cache.COPIED_BYTES", copied_bytes)
+    cache = Cache(hybrid, num_slots=4, max_length=16, page_size=4)
+    parent, other = cache.allocate(6), cache.allocate(7)
+    fill(hybrid, cache, parent, 6)
+    fill(hybrid, cache, other, 7)
+    tensors = [t for layer in cache.layers if hasattr(layer, "scan") for t in layer.slot_tensors()]
+    of_parent, of_other = ([t[slot].clone() for t in tensors] for slot in (parent, other))
+    first = cache.fork(parent, 8)
+    cache.free(parent)
+    taken = cache.fork(other, 8)
+    second = cache.fork(taken, 8)
+    assert taken == parent
+    cache.apply()
+    for slot, states in ((first, of_parent), (taken, of_other), (second, of_other)):
+        assert all(torch.equal(t[slot], state) for t, state in zip(tensors, states, strict=True))
+
+
 def test_full_raises_now_and_works_later(hybrid):
     cache = Cache(hybrid, num_slots=2, num_pages=4, max_length=16, page_size=4)
     first = cache.allocate(12)
