@@ -9,7 +9,7 @@ is that a slot holds pages it may not reach.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -47,7 +47,8 @@ class Step:
     one token, through the single-token kernels. period: scan states are written when a slot has this
     many tokens to fold in. rng_key: (rows, 4) int64, rounds 16-bit states at random; None rounds to
     nearest. shared: (rows, 2) int32, which rows begin with the same pages, as in ops.paged_attention;
-    None when that is not to be used. A negative slot with length 0 is a padding row.
+    None when that is not to be used. carries: of prompts, a Carry for each of the cache's stacks. A
+    negative slot with length 0 is a padding row.
     """
 
     slots: Tensor
@@ -58,25 +59,15 @@ class Step:
     period: int = 1
     rng_key: Tensor | None = None
     shared: Tensor | None = None
-    _rings: dict[int, tuple] = field(default_factory=dict, init=False, repr=False, compare=False)
+    carries: Sequence["Carry"] = ()
 
-    @cached_property
-    def rows(self) -> Tensor:
-        """slots as (rows) int64, which PyTorch indexes by."""
-        return self.slots.long()
+    def begin(self, states: "States") -> tuple[Tensor | None, Tensor | None]:
+        """What a layer's prompts go on from: see Carry.begin."""
+        return self.carries[states.stack].begin(states.place)
 
-    def ring_places(self, width: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Where rings (slots, width, channels) of past inputs have the width - 1 before this step's
-        tokens, and those before the next one's: indices, oldest first, found once for all layers.
-        """
-        if width not in self._rings:
-            older = torch.arange(1, width, device=self.lengths.device)
-            before = self.lengths - self.cu_seqlens.diff()
-            self._rings[width] = tuple(
-                (self.rows[:, None], (lengths[:, None].long() + older) % width)
-                for lengths in (before, self.lengths)
-            )
-        return self._rings[width]
+    def end(self, states: "States", last_inputs: Tensor, final: Tensor):
+        """What they leave: see Carry.end."""
+        self.carries[states.stack].end(states.place, last_inputs, final)
 
 
 @dataclass
@@ -95,6 +86,7 @@ class States:
     conv: (slots, width, channels), the input at position t in entry t % width. scan: (slots, ...).
     recent, recent_decay: the last tokens that scan does not contain yet, or None; pending: (slots) how
     many there are, one tensor for all layers. ops.deferred_state_update says how they are kept.
+    stack, place: which of the cache's stacks a layer is in, and where.
     """
 
     conv: Tensor
@@ -103,6 +95,8 @@ class States:
     recent_decay: Tensor | None = None
     pending: Tensor | None = None
     recent_dims: tuple[int, int] = (0, 0)  # of a recent token's x and B
+    stack: int = 0
+    place: int = 0
 
     def slot_tensors(self) -> list[Tensor]:
         """What belongs to this layer's slots, the slot first."""
@@ -123,10 +117,66 @@ class States:
         """Of several layers, (layers * slots) int64: where all of them have these slots."""
         return (self.first_slots + slots).flatten()
 
-    def layer(self, i: int) -> "States":
-        """Of several layers, the i-th."""
-        recent = (None if t is None else t[i] for t in (self.recent, self.recent_decay))
-        return States(self.conv[i], self.scan[i], *recent, self.pending, self.recent_dims)
+    def layer(self, place: int) -> "States":
+        """Of several layers, one."""
+        own = (self.conv, self.scan, self.recent, self.recent_decay)
+        own = (None if tensor is None else tensor[place] for tensor in own)
+        return States(*own, self.pending, self.recent_dims, self.stack, place)
+
+
+CARRIED_BYTES = (
+    1 << 25
+)  # more would cost the device more to put together than it spares in launches
+
+
+class Carry:
+    """The states of some slots on their way between a cache and the layers that feed them prompts.
+
+    stack: States of several layers, which come in turn. Those of the next few are gathered before the
+    first of them and scattered after the last, as many as CARRIED_BYTES hold.
+    slots: (rows) int64. before, after: (rows, width - 1) int64, where the first layer's rings, one after
+    the other, have the inputs before the prompts, oldest first, and take the last ones; before is None
+    if no slot has any, and then nothing is gathered.
+    """
+
+    def __init__(self, stack: States, slots: Tensor, before: Tensor | None, after: Tensor):
+        self.stack = stack
+        self.slots = stack.first_slots + slots  # (layers, rows), and so are the rings' entries
+        first, width = stack.first_slots[:, :, None], stack.conv.shape[2]
+        self.before = None if before is None else torch.add(before, first, alpha=width)
+        self.after = torch.add(after, first, alpha=width)
+        self.wide = torch.float64 if stack.conv.dtype == torch.float64 else torch.float32
+        layer_bytes = len(slots) * stack.scan[0, 0].numel() * self.wide.itemsize
+        self.together = max(1, CARRIED_BYTES // layer_bytes)
+        self._gathered = None
+        self._left: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, place: int) -> tuple[Tensor | None, Tensor | None]:
+        """Past inputs (rows, width - 1, channels) and scan states (rows, ...), wide; None means zeros."""
+        if self.before is None:
+            return None, None
+        i = place % self.together
+        if i == 0:
+            part = slice(place, place + self.together)
+            past = self.stack.conv.flatten(0, 2)[self.before[part]]
+            self._gathered = past, self.stack.scan.flatten(0, 1)[self.slots[part]].to(self.wide)
+        past, initial = self._gathered
+        return past[i], initial[i]
+
+    def end(self, place: int, last_inputs: Tensor, final: Tensor):
+        """The same after the prompts."""
+        self._left.append((last_inputs, final))
+        end = place + 1
+        if end % self.together and end < len(self.slots):
+            return
+        part = slice(end - len(self._left), end)
+        last_inputs, final = (
+            torch.stack(left) if len(left) > 1 else left[0][None] for left in zip(*self._left)
+        )
+        self.stack.conv.flatten(0, 2)[self.after[part]] = last_inputs
+        self.stack.scan.flatten(0, 1)[self.slots[part]] = final.to(self.stack.scan.dtype)
+        self._left.clear()
+        self._gathered = None
 
 
 def _recent_dims(shape: dict) -> tuple[int, int]:
@@ -227,6 +277,7 @@ class Cache:
                 stack = States(
                     conv=zeros(*lead, *shape["conv"]),
                     scan=zeros(*lead, *shape["scan"], dtype=state_dtype),
+                    stack=len(self.stacks),
                 )
                 if period > 1 and "recent" in shape:
                     lead, heads = (*lead, period - 1), shape["scan"][0]
@@ -362,7 +413,7 @@ class Cache:
 
     def settle(self, slots: Sequence[int]):
         """Fold the recent tokens of slots into their scan states."""
-        if self.period == 1:
+        if self.period == 1 or not slots:
             return
         rows = to_device(list(slots), torch.int64, self.page_table.device)
         for stack in self.stacks:
@@ -434,7 +485,7 @@ class Cache:
         """
         if decode and any(count != 1 for count in counts):
             raise ValueError(f"Cache: decode expected one token per row, got {list(counts)}")
-        lengths, offsets = [], [0]
+        starts, lengths, offsets = [], [], [0]
         for slot, count in zip(slots, counts, strict=True):
             start = self.lengths[slot]
             room = len(self._pages[slot]) * self.page_size if self.paged else self.max_length
@@ -442,25 +493,57 @@ class Cache:
                 raise ValueError(
                     f"Cache: slot {slot} has room for {room} tokens, got {start} + {count}"
                 )
+            starts.append(start)
             lengths.append(start + count)
             offsets.append(offsets[-1] + count)
+        fresh = not decode and not any(starts)
+        if fresh:
+            self._fresh.difference_update(slots)  # their states are written and not read
         self.apply()
         if not decode:
-            self.settle([slot for slot in slots if self.lengths[slot] > 0])
-        for slot, length in zip(slots, lengths, strict=True):
+            self.settle([slot for slot, start in zip(slots, starts) if start > 0])
+        for slot, length in zip(slots, lengths):
             self.lengths[slot] = length
 
-        def ints(values):
-            return to_device(values, torch.int32, self.page_table.device)
+        def ring(ends, width):  # the width - 1 entries before each end, oldest first
+            return [
+                slot * width + (end + older) % width
+                for slot, end in zip(slots, ends)
+                for older in range(1, width)
+            ]
 
-        rows = ints(list(slots))
+        lists = [slots, offsets, lengths]
+        for stack in () if decode else self.stacks:
+            width = stack.conv.shape[2]
+            lists += [[] if fresh else ring(starts, width), ring(lengths, width)]
+        # One copy to the device for all of them.
+        numbers = to_device(
+            [number for values in lists for number in values],
+            torch.int64,
+            self.page_table.device,
+        )
+        rows, _, _, *rings = numbers.split([len(values) for values in lists])
+        if fresh and self.period > 1:
+            self.pending.index_fill_(0, rows, 0)
+        carries = [
+            Carry(
+                stack,
+                rows,
+                None if fresh else before.view(len(rows), -1),
+                after.view(len(rows), -1),
+            )
+            for stack, before, after in zip(self.stacks, rings[::2], rings[1::2])
+        ]
+        ints = numbers[: 3 * len(rows) + 1].int()
+        slots, cu_seqlens, lengths = ints.split([len(rows), len(rows) + 1, len(rows)])
         return Step(
-            slots=rows,
-            page_table=self.page_table[rows.long()],
-            cu_seqlens=ints(offsets),
-            lengths=ints(lengths),
+            slots=slots,
+            page_table=self.page_table[rows],
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
             decode=decode,
             period=self.period if decode else 1,
+            carries=carries,
         )
 
     def _take(self, num_pages: int, shared: Sequence[int] = ()) -> int:

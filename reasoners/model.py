@@ -288,6 +288,15 @@ class Pass:
     positions: Tensor | None = None
     step: Step | None = None
 
+    def begin(self, cached: States | None) -> tuple[Tensor | None, Tensor | None]:
+        """Past inputs and scan states that a recurrent layer goes on from; None means zeros."""
+        return (None, None) if cached is None else self.step.begin(cached)
+
+    def end(self, cached: States | None, last_inputs: Tensor, final: Tensor):
+        """What it leaves."""
+        if cached is not None:
+            self.step.end(cached, last_inputs, final)
+
     def causal_mask(self, rows: int, length: int, device: torch.device) -> Tensor:
         """(rows, 1, length, length) booleans, or 1 for rows: whether a token may look at another one.
 
@@ -411,18 +420,9 @@ class CausalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.silu = silu
 
-    def forward(self, x: Tensor, this: Pass, cached: States | None) -> Tensor:
-        """(batch, length, channels) -> the same"""
-        if cached is None:
-            y, _ = ops.causal_conv1d(
-                x, self.weight, self.bias, cu_seqlens=this.cu_seqlens, silu=self.silu
-            )
-            return y
-        before, after = this.step.ring_places(cached.conv.shape[1])
-        y, cached.conv[after] = ops.causal_conv1d(
-            x, self.weight, self.bias, cached.conv[before], this.step.cu_seqlens, self.silu
-        )
-        return y
+    def forward(self, x: Tensor, this: Pass, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(batch, length, channels) -> the same, and the last inputs, as ops.causal_conv1d"""
+        return ops.causal_conv1d(x, self.weight, self.bias, past, this.cu_seqlens, self.silu)
 
 
 def scan_mixer(op, *arguments, this: Pass, cached: States | None) -> Tensor:
@@ -430,13 +430,9 @@ def scan_mixer(op, *arguments, this: Pass, cached: States | None) -> Tensor:
 
     op: ops.discrete_mamba2_scan or ops.mamba2_scan; arguments: all before the optional ones.
     """
-    if cached is None:
-        return op(*arguments, cu_seqlens=this.cu_seqlens)[0]
-    step = this.step
-    before, after = step.ring_places(cached.conv.shape[1])
-    past, initial = cached.conv[before], _wide(cached.scan[step.rows])
-    y, cached.conv[after], final = op(*arguments, past, initial, step.cu_seqlens)
-    cached.scan[step.rows] = final.to(cached.scan.dtype)
+    past, initial = this.begin(cached)
+    y, last_inputs, final = op(*arguments, past, initial, this.cu_seqlens)
+    this.end(cached, last_inputs, final)
     return y
 
 
@@ -509,7 +505,7 @@ class DiscreteMamba2(nn.Module):
     def _scanned(self, projected: Tensor, this: Pass):
         """What the scan takes of in_proj's output, and the gate: x, B, C, z, log_decay."""
         xBC, z, a = projected.split(self.sizes, -1)
-        x, B, C = self.conv(xBC, this, None).split(self.conv_sizes, -1)
+        x, B, C = self.conv(xBC, this)[0].split(self.conv_sizes, -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B = B.unflatten(-1, (self.num_groups, self.state_dim))
         C = C.unflatten(-1, (self.num_groups, self.state_dim))
@@ -589,7 +585,7 @@ class Mamba2(nn.Module):
             )  # fmt: skip
             return self.out_proj(y, onto)
         z, xBC, dt = projected.split(self.sizes, -1)
-        parts = self.conv(xBC, this, None).split(self.conv_sizes, -1)
+        parts = self.conv(xBC, this)[0].split(self.conv_sizes, -1)
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in parts)
         delta = ops.softplus(dt, _wide(self.dt_bias))
         log_decay = -delta * _wide(self.A_log).exp()
@@ -655,22 +651,14 @@ class Mamba1(nn.Module):
             )  # fmt: skip
             return self.out_proj(y[None], onto)
         x = x.unflatten(-1, (-1, self.state_dim)).repeat_interleave(self.repeats, -2).flatten(-2)
-        x = self.conv(x, this, cached)
+        past, initial = this.begin(cached)
+        x, last_inputs = self.conv(x, this, past)
         B, C = (t.unflatten(-1, (-1, self.state_dim)) for t in (B, C))
         delta = ops.softplus(self.dt_proj(dt), _wide(self.dt_proj.bias))
         A, D = -_wide(self.A_log).exp(), _wide(self.D)
-        y = self._scan(x, delta, A, B, C, D, this, cached)
+        y, final = ops.selective_scan(x, delta, A, B, C, D, initial, this.cu_seqlens)
+        this.end(cached, last_inputs, final)
         return self.out_proj(ops.gate(y, z), onto)
-
-    @staticmethod
-    def _scan(x, delta, A, B, C, D, this: Pass, cached: States | None) -> Tensor:
-        if cached is None:
-            return ops.selective_scan(x, delta, A, B, C, D, cu_seqlens=this.cu_seqlens)[0]
-        step = this.step
-        initial = cached.scan[step.rows].to(delta.dtype)
-        y, final = ops.selective_scan(x, delta, A, B, C, D, initial, step.cu_seqlens)
-        cached.scan[step.rows] = final.to(cached.scan.dtype)
-        return y
 
     def reset(self):
         """Fresh decay, step size and convolution, as Mamba starts."""

@@ -321,7 +321,7 @@ def test_a_mixing_matrix_applied_is_what_the_layer_mixes(packed):
     with torch.no_grad():
         mixer.in_proj.weight[3 * 96 : 4 * 96] = 0  # z: the gate is silu(z_bias) alone
         matrix = mixer.mixing_matrix(u, this)
-        x = mixer.conv(mixer.in_proj(u)[..., : 3 * 96], this, None)[..., :96].unflatten(-1, (6, 16))
+        x = mixer.conv(mixer.in_proj(u)[..., : 3 * 96], this)[0][..., :96].unflatten(-1, (6, 16))
         y = torch.einsum("bhij,bjhp->bihp", matrix, x).flatten(-2)
         expected = mixer.out_proj(y * F.silu(mixer.z_bias))
         torch.testing.assert_close(mixer(u, this), expected, rtol=1e-9, atol=1e-9)
