@@ -26,8 +26,13 @@ CUDA_TABLE = (
         "no sequences": {"lengths": []},
         "several runs and tiles": {"length": 300, "channels": 136},
         "packed, ends within runs, bf16": {
-            "lengths": [100, 3, 0, 1, 200, 64, 32, 1], "channels": 132, "dtype": torch.bfloat16,
+            "lengths": [100, 3, 0, 1, 200, 64, 32, 1], "channels": 136, "dtype": torch.bfloat16,
         },
+        "packed, no activation, blocks of channels, bf16": {
+            "lengths": [130, 62, 0, 1, 2, 261], "channels": 264, "silu": False, "dtype": torch.bfloat16,
+        },
+        "more sequences than a warp has threads": {"lengths": [3, 0, 1, 5] * 20},
+        "batch, channels in no vectors, bf16": {"length": 70, "channels": 132, "dtype": torch.bfloat16},
     }
 )  # fmt: skip
 
