@@ -4,6 +4,8 @@
 // many. Every operation is one that the compiler may not fuse with its neighbour, so that both ways
 // round alike and an element's bits do not depend on where in the tensor it stands.
 
+#include <cstring>
+
 #include "activation.cuh"
 #include "convert.cuh"
 #include "kernels.h"
@@ -16,6 +18,22 @@ constexpr int kThreads = 256;
 
 unsigned blocks_for(int64_t threads) {
   return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+}
+
+// In one store: of an assignment of a Vec, or a uint4, that was computed element by element the
+// compiler makes one for every 32 bits, and L2 takes each sector in parts.
+template <typename T, int kVec>
+__device__ void store(T* to, const Vec<T, kVec>& values) {
+  if constexpr (sizeof(values) == sizeof(uint4)) {
+    uint4 raw;
+    memcpy(&raw, &values, sizeof(raw));
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+                 : "memory");
+  } else {
+    static_assert(kVec == 1);
+    *to = values.at[0];
+  }
 }
 
 template <typename data_t, int kVec>
@@ -42,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const GateParams p) {
 #pragma unroll
   for (int k = 0; k < kVec; ++k)
     y.at[k] = from_float<data_t>(__fmul_rn(to_float(x.at[k]), silu(v[k])));
-  *reinterpret_cast<Some*>(static_cast<data_t*>(p.y) + row * p.channels + channel) = y;
+  store(static_cast<data_t*>(p.y) + row * p.channels + channel, y);
 }
 
 template <typename data_t>
@@ -74,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) softplus_kernel(const SoftplusParams
     // max(v, 0) drops a NaN, the logarithm brings it back.
     y.at[k] = softplus(v);
   }
-  *reinterpret_cast<Vec<float, kVec>*>(p.y + row * p.channels + channel) = y;
+  store(p.y + row * p.channels + channel, y);
 }
 
 template <typename data_t>
