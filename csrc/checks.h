@@ -617,14 +617,43 @@ inline void check_rotate(const Tensor& x, const Tensor& positions, const Tensor&
   check.tensor("positions", positions, x, at::kInt, {x.size(0)}, "(tokens)");
 }
 
-inline void check_gate(const Tensor& x, const Tensor& z, const OptionalTensor& bias) {
-  const Check check{"gate"};
+inline void check_gate(const char* op, const Tensor& x, const Tensor& z,
+                       const OptionalTensor& bias) {
+  const Check check{op};
   check.data_dtype("x", x);
   check.device("z", z, x);
   check.dtype("z", z, x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && z.sizes() == x.sizes(), "gate: z expected shape ",
+  TORCH_CHECK_VALUE(x.dim() >= 1 && z.sizes() == x.sizes(), op, ": z expected shape ",
                     Check::tuple(x.sizes()), " as x, got ", Check::tuple(z.sizes()));
   if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {x.size(-1)}, "(channels)");
+}
+
+inline void check_gate_backward(const Tensor& dy, const Tensor& x, const Tensor& z,
+                                const OptionalTensor& bias) {
+  const Check check{"gate_backward"};
+  check_gate(check.op, x, z, bias);
+  check.device("dy", dy, x);
+  check.dtype("dy", dy, x.scalar_type());
+  TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), "gate_backward: dy expected shape ",
+                    Check::tuple(x.sizes()), " as x, got ", Check::tuple(dy.sizes()));
+}
+
+inline void check_swiglu(const char* op, const Tensor& gate_up) {
+  Check{op}.data_dtype("gate_up", gate_up);
+  TORCH_CHECK_VALUE(gate_up.dim() >= 1, op, ": gate_up expected at least 1 dimension, got 0");
+  TORCH_CHECK_VALUE(gate_up.size(-1) % 2 == 0, op,
+                    ": gate_up expected an even number of channels, got ", gate_up.size(-1));
+}
+
+inline void check_swiglu_backward(const Tensor& dy, const Tensor& gate_up) {
+  const Check check{"swiglu_backward"};
+  check_swiglu(check.op, gate_up);
+  check.device("dy", dy, gate_up);
+  check.dtype("dy", dy, gate_up.scalar_type());
+  auto sizes = gate_up.sizes().vec();
+  sizes.back() /= 2;
+  TORCH_CHECK_VALUE(dy.sizes() == at::IntArrayRef(sizes), "swiglu_backward: dy expected shape ",
+                    Check::tuple(sizes), ", got ", Check::tuple(dy.sizes()));
 }
 
 inline void check_softplus(const Tensor& x, const OptionalTensor& bias) {

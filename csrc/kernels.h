@@ -343,6 +343,18 @@ struct GateParams {
 };
 void launch_gate(const GateParams& params, cudaStream_t stream);
 
+struct GateBackwardParams {
+  const void* dy;    // (rows, channels), dtype as everything here
+  const void* x;     // (rows, channels)
+  const void* z;     // (rows, channels)
+  const void* bias;  // (channels) or null
+  void* dx;          // (rows, channels)
+  void* dz;          // (rows, channels)
+  int64_t rows, channels, dy_stride, x_stride, z_stride, dx_stride, dz_stride;
+  DType dtype;
+};
+void launch_gate_backward(const GateBackwardParams& params, cudaStream_t stream);
+
 struct DistillationLossesParams {
   void* logits;           // (tokens, vocab), dtype; becomes the gradient
   const void* taught;     // (tokens, vocab), dtype, or null

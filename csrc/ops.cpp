@@ -75,6 +75,9 @@ TORCH_LIBRARY(reasoners, m) {
       "Tensor A_log, Tensor D, int kv_dim) -> Tensor");
   // Elementwise, with the same bits wherever in a tensor an element stands.
   m.def("gate(Tensor x, Tensor z, Tensor? bias) -> Tensor");
+  m.def("gate_backward(Tensor dy, Tensor x, Tensor z, Tensor? bias) -> (Tensor dx, Tensor dz)");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor");
   m.def("softplus(Tensor x, Tensor? bias) -> Tensor");
   // What distillation minimises, and its gradient in place of the logits.
   m.def(

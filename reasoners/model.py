@@ -244,8 +244,7 @@ class Linear(nn.Linear):
         """silu(first half of y) times the second, (..., in_features) -> (..., out_features / 2)"""
         if isinstance(x, Normed):
             return self._of_norm(x, gated=True)
-        gate, up = self(x).chunk(2, -1)
-        return ops.gate(up, gate)
+        return ops.swiglu(self(x))
 
     def _of_norm(self, x: Normed, gated: bool) -> Tensor:
         norm = x.norm

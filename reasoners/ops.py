@@ -656,19 +656,55 @@ def _(x, z, bias):
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("reasoners::gate_backward")
+def _(dy, x, z, bias):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
 def _gate_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
 def _gate_derivative(ctx, dy):
     x, z, bias = ctx.saved_tensors
-    v = z if bias is None else z + bias
-    dv = torch.ops.aten.silu_backward(dy * x, v)
-    dbias = None if bias is None else dv.sum_to_size(bias.shape)
-    return dy * torch.nn.functional.silu(v), dv, dbias
+    dx, dz = _ops.gate_backward(dy, x, z, bias)
+    return dx, dz, dz.sum_to_size(bias.shape) if ctx.needs_input_grad[2] else None
 
 
 torch.library.register_autograd("reasoners::gate", _gate_derivative, setup_context=_gate_setup)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """The second half of the channels times silu of the first; as `gate`, its bits and all.
+
+    gate_up: (..., 2 channels), as the one matrix of an MLP's two projections gives them.
+    Returns (..., channels). Differentiable, and its gradient is one tensor too.
+    Source: Shazeer 2020 (GLU Variants Improve Transformer).
+    """
+    return _ops.swiglu(gate_up)
+
+
+@torch.library.register_fake("reasoners::swiglu")
+def _(gate_up):
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@torch.library.register_fake("reasoners::swiglu_backward")
+def _(dy, gate_up):
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_derivative(ctx, dy):
+    return _ops.swiglu_backward(dy, *ctx.saved_tensors)
+
+
+torch.library.register_autograd(
+    "reasoners::swiglu", _swiglu_derivative, setup_context=_swiglu_setup
+)
 
 
 def softplus(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -590,7 +590,7 @@ def selective_update_inputs(
     return {"state": state, "slots": slots.int()} | {n: (inputs | token)[n] for n in order}
 
 
-# ---- gate, softplus
+# ---- gate, swiglu, softplus
 
 
 def gate(x, z, bias=None):
@@ -603,6 +603,18 @@ def gate_inputs(shape=(5, 37), dtype=torch.float32, bias=True, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, z = (4 * torch.randn(2, *shape, generator=g, dtype=torch.float64)).to(dtype)
     return {"x": x, "z": z, "bias": torch.randn(shape[-1], generator=g).to(dtype) if bias else None}
+
+
+def swiglu(gate_up):
+    """The second half times silu of the first"""
+    z, x = gate_up.chunk(2, -1)
+    return gate(x, z)
+
+
+def swiglu_inputs(shape=(5, 37), dtype=torch.float32, seed=0):
+    """Random arguments of swiglu; shape of its result."""
+    inputs = gate_inputs(shape, dtype, bias=False, seed=seed)
+    return {"gate_up": torch.cat((inputs["z"], inputs["x"]), -1)}
 
 
 def softplus(x, bias=None):
@@ -1100,10 +1112,7 @@ def linear_inputs(
 def rms_norm_linear(h, norm_weight, eps, weight, bias=None, gated=False):
     """W norm(h) + b; gated: the second half times silu of the first"""
     y = linear(_normalised(h, eps) * norm_weight, weight, bias)
-    if not gated:
-        return y
-    z, x = y.chunk(2, -1)
-    return gate(x, z)
+    return swiglu(y) if gated else y
 
 
 def rms_norm_linear_inputs(gated=False, seed=0, **sizes):
@@ -1165,6 +1174,7 @@ OPERATORS = {
     "mamba2_scan": (mamba2_scan, mamba2_scan_inputs, ()),
     "mamba1_update": (mamba1_update, mamba1_update_inputs, ("conv_state", "state")),
     "gate": (gate, gate_inputs, ()),
+    "swiglu": (swiglu, swiglu_inputs, ()),
     "linear": (linear, linear_inputs, ()),
     "rms_norm_linear": (rms_norm_linear, rms_norm_linear_inputs, ()),
     "add_linear": (add_linear, add_linear_inputs, ("h",)),

@@ -16,7 +16,7 @@ from reasoners.sampling import SamplingParams
 
 DECODE_OPERATORS = (
     "discrete_mamba2_update", "mamba2_update", "mamba1_update", "add_rms_norm", "gate",
-    "rotate_append_kv", "paged_attention", "sample", "advance", "count_pending", "ssd_scan",
+    "swiglu", "rotate_append_kv", "paged_attention", "sample", "advance", "count_pending", "ssd_scan",
     "selective_scan", "causal_conv1d", "softplus",
 )  # fmt: skip
 

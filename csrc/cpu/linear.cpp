@@ -44,9 +44,7 @@ Tensor rms_norm_linear(const Tensor& h, const Tensor& norm_weight, double eps, c
                        const OptionalTensor& bias, bool gated) {
   check_rms_norm_linear(h, norm_weight, eps, weight, bias, gated);
   const Tensor y = reasoners::linear(cpu::add_rms_norm(h, {}, norm_weight, eps), weight, bias);
-  if (!gated) return y;
-  const auto halves = y.chunk(2, -1);
-  return cpu::gate(halves[1], halves[0], {});
+  return gated ? cpu::swiglu(y) : y;
 }
 
 void add_linear(const Tensor& h, const Tensor& x, const Tensor& weight) {

@@ -31,6 +31,7 @@ Tensor selective_update(const Tensor& state, const Tensor& slots, const Tensor& 
                         const OptionalTensor& D);
 Tensor add_rms_norm(const Tensor& h, const OptionalTensor& delta, const Tensor& weight, double eps);
 Tensor gate(const Tensor& x, const Tensor& z, const OptionalTensor& bias);
+Tensor swiglu(const Tensor& gate_up);
 Tensor softplus(const Tensor& x, const OptionalTensor& bias);
 
 inline OptionalTensor contiguous(const OptionalTensor& t) {

@@ -433,7 +433,7 @@ Tensor add_rms_norm(const Tensor& h, const OptionalTensor& delta_in, const Tenso
 }
 
 Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_in) {
-  check_gate(x_in, z_in, bias_in);
+  check_gate("gate", x_in, z_in, bias_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const Tensor x = rows_of(x_in), z = rows_of(z_in);
   const OptionalTensor bias = contiguous(bias_in);
@@ -451,6 +451,54 @@ Tensor gate(const Tensor& x_in, const Tensor& z_in, const OptionalTensor& bias_i
   launch_gate(p, at::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
+}
+
+// dx and dz: rows at one stride, as rows_of gives them.
+void differentiate_gate(const Tensor& dy_in, const Tensor& x_in, const Tensor& z_in,
+                        const OptionalTensor& bias_in, const Tensor& dx, const Tensor& dz) {
+  const Tensor dy = rows_of(dy_in), x = rows_of(x_in), z = rows_of(z_in);
+  const OptionalTensor bias = contiguous(bias_in);
+  GateBackwardParams p{};
+  p.dy = dy.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.z = z.const_data_ptr();
+  p.bias = bias ? bias->const_data_ptr() : nullptr;
+  p.dx = dx.mutable_data_ptr();
+  p.dz = dz.mutable_data_ptr();
+  p.channels = x.size(-1);
+  p.rows = p.channels ? x.numel() / p.channels : 0;
+  p.dy_stride = row_stride(dy);
+  p.x_stride = row_stride(x);
+  p.z_stride = row_stride(z);
+  p.dx_stride = row_stride(dx);
+  p.dz_stride = row_stride(dz);
+  p.dtype = dtype_of(x);
+  launch_gate_backward(p, at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& dy, const Tensor& x, const Tensor& z,
+                                         const OptionalTensor& bias) {
+  check_gate_backward(dy, x, z, bias);
+  const c10::cuda::CUDAGuard guard(x.device());
+  auto dx = at::empty(x.sizes(), x.options()), dz = at::empty(x.sizes(), x.options());
+  differentiate_gate(dy, x, z, bias, dx, dz);
+  return {dx, dz};
+}
+
+Tensor swiglu(const Tensor& gate_up) {
+  check_swiglu("swiglu", gate_up);
+  const auto halves = gate_up.chunk(2, -1);
+  return gate(halves[1], halves[0], {});
+}
+
+Tensor swiglu_backward(const Tensor& dy, const Tensor& gate_up) {
+  check_swiglu_backward(dy, gate_up);
+  const c10::cuda::CUDAGuard guard(gate_up.device());
+  auto dgate_up = at::empty(gate_up.sizes(), gate_up.options());
+  const auto halves = gate_up.chunk(2, -1), gradients = dgate_up.chunk(2, -1);
+  differentiate_gate(dy, halves[1], halves[0], {}, gradients[1], gradients[0]);
+  return dgate_up;
 }
 
 std::tuple<Tensor, Tensor> distillation_losses(const Tensor& logits, const OptionalTensor& taught,
@@ -488,9 +536,7 @@ Tensor rms_norm_linear(const Tensor& h, const Tensor& norm_weight_in, double eps
   const Tensor norm_weight = norm_weight_in.contiguous();
   if (!rows.stream() || !can_normalise_in_linear(h.size(-1)) || !is_aligned_to_16(norm_weight)) {
     const Tensor y = reasoners::linear(add_rms_norm(h, {}, norm_weight, eps), weight, bias_in);
-    if (!gated) return y;
-    const auto halves = y.chunk(2, -1);
-    return gate(halves[1], halves[0], {});
+    return gated ? swiglu(y) : y;
   }
   const OptionalTensor bias = contiguous(bias_in);
   auto y = at::empty(rows.sizes, h.options());
@@ -1203,6 +1249,9 @@ TORCH_LIBRARY_IMPL(reasoners, CUDA, m) {
   m.impl("causal_conv1d", &causal_conv1d);
   m.impl("causal_conv1d_backward", &causal_conv1d_backward);
   m.impl("gate", &gate);
+  m.impl("gate_backward", &gate_backward);
+  m.impl("swiglu", &swiglu);
+  m.impl("swiglu_backward", &swiglu_backward);
   m.impl("distillation_losses", &distillation_losses);
   m.impl("softplus", &softplus);
   m.impl("append_kv", &append_kv);

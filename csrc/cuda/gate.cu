@@ -1,4 +1,4 @@
-// x silu(z + bias) and softplus(x + bias), each element by itself.
+// x silu(z + bias) with its derivative, and softplus(x + bias), each element by itself.
 //
 // A thread takes kVec neighbouring elements of a row, or one where rows are not aligned to that
 // many. Every operation is one that the compiler may not fuse with its neighbour, so that both ways
@@ -8,6 +8,7 @@
 
 #include "activation.cuh"
 #include "convert.cuh"
+#include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -79,6 +80,54 @@ void dispatch_gate(const GateParams& p, cudaStream_t stream) {
 }
 
 template <typename data_t, int kVec>
+__global__ void __launch_bounds__(kThreads) gate_backward_kernel(const GateBackwardParams p) {
+  using Some = Vec<data_t, kVec>;
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, vectors = p.channels / kVec;
+  const int64_t row = at / vectors, channel = (at - row * vectors) * kVec;
+  if (row >= p.rows) return;
+  const auto read = [&](const void* t, int64_t stride) {
+    return *reinterpret_cast<const Some*>(static_cast<const data_t*>(t) + row * stride + channel);
+  };
+  const auto dy = read(p.dy, p.dy_stride), x = read(p.x, p.x_stride), z = read(p.z, p.z_stride);
+  float v[kVec];
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) v[k] = to_float(z.at[k]);
+  if (p.bias) {
+    const auto bias = read(p.bias, 0);
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) v[k] = __fadd_rn(v[k], to_float(bias.at[k]));
+  }
+  Some dx, dz;
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) {
+    // silu' = s + v s (1 - s). Far below 0 s is 0 and so is v s, however large v.
+    const float s = reciprocal_fast(__fadd_rn(1.f, expf(-v[k]))), vs = __fmul_rn(v[k], s);
+    const float slope = __fmaf_rn(vs, __fsub_rn(1.f, s), s), g = to_float(dy.at[k]);
+    dx.at[k] = from_float<data_t>(__fmul_rn(g, vs));
+    dz.at[k] = from_float<data_t>(__fmul_rn(__fmul_rn(g, to_float(x.at[k])), slope));
+  }
+  store(static_cast<data_t*>(p.dx) + row * p.dx_stride + channel, dx);
+  store(static_cast<data_t*>(p.dz) + row * p.dz_stride + channel, dz);
+}
+
+template <typename data_t>
+void dispatch_gate_backward(const GateBackwardParams& p, cudaStream_t stream) {
+  constexpr int kVec = 16 / sizeof(data_t);
+  using Some = Vec<data_t, kVec>;
+  bool whole = p.channels % kVec == 0;
+  for (const int64_t stride : {p.dy_stride, p.x_stride, p.z_stride, p.dx_stride, p.dz_stride})
+    whole = whole && stride % kVec == 0;
+  for (const void* t :
+       {p.dy, p.x, p.z, p.bias, static_cast<const void*>(p.dx), static_cast<const void*>(p.dz)})
+    whole = whole && is_aligned<Some>(t);
+  const int64_t elements = p.rows * p.channels;
+  if (whole)
+    gate_backward_kernel<data_t, kVec><<<blocks_for(elements / kVec), kThreads, 0, stream>>>(p);
+  else
+    gate_backward_kernel<data_t, 1><<<blocks_for(elements), kThreads, 0, stream>>>(p);
+}
+
+template <typename data_t, int kVec>
 __global__ void __launch_bounds__(kThreads) softplus_kernel(const SoftplusParams p) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, vectors = p.channels / kVec;
   const int64_t row = at / vectors, channel = (at - row * vectors) * kVec;
@@ -118,6 +167,18 @@ void launch_gate(const GateParams& p, cudaStream_t stream) {
       return dispatch_gate<__nv_bfloat16>(p, stream);
     case DType::kFloat16:
       return dispatch_gate<__half>(p, stream);
+  }
+}
+
+void launch_gate_backward(const GateBackwardParams& p, cudaStream_t stream) {
+  if (p.rows == 0 || p.channels == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return dispatch_gate_backward<float>(p, stream);
+    case DType::kBFloat16:
+      return dispatch_gate_backward<__nv_bfloat16>(p, stream);
+    case DType::kFloat16:
+      return dispatch_gate_backward<__half>(p, stream);
   }
 }
 
