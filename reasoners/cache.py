@@ -28,12 +28,13 @@ def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Ten
     return pinned.to(device, non_blocking=True)
 
 
-COPIED_BYTES = 1 << 28  # on their way from slots to their forks at a time
+# On their way from slots to their forks at a time; on a CPU no more than its caches hold.
+COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 
 def copy_entries(tensor: Tensor, targets: Tensor, sources: Tensor):
     """tensor[targets] = tensor[sources], in parts: no target may be a source further on."""
-    part = max(1, COPIED_BYTES // (tensor[0].numel() * tensor.element_size()))
+    part = max(1, COPIED_BYTES[tensor.device.type] // tensor[0].nbytes)
     for to, of in zip(targets.split(part), sources.split(part), strict=True):
         tensor[to] = tensor[of]
 
@@ -124,9 +125,8 @@ class States:
         return States(*own, self.pending, self.recent_dims, self.stack, place)
 
 
-CARRIED_BYTES = (
-    1 << 25
-)  # more would cost the device more to put together than it spares in launches
+# More of them would cost a device more to put together than they spare in launches.
+CARRIED_BYTES = 1 << 24
 
 
 class Carry:
@@ -213,7 +213,8 @@ class Cache:
     num_pages: pages per attention layer, None for as many as all slots can use. max_bytes: upper bound
     of the memory, which limits num_pages. state_dtype: of the scan states; float32 unless the model
     computes in float64. period: decode steps from one write of a scan state to the next, see
-    ops.deferred_state_update; 1 writes at every step and keeps no recent tokens.
+    ops.deferred_state_update; 1 writes at every step and keeps no recent tokens, as models do that
+    cannot keep any.
     """
 
     def __init__(
@@ -240,11 +241,11 @@ class Cache:
         dtype, device = weight.dtype, weight.device
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         state_dtype = state_dtype or wide
-        self.period = period
         self.num_slots, self.max_length, self.page_size = num_slots, max_length, page_size
         self.paged = any(kind == "attention" for kind in model.config.mixers)
         max_pages = -(-max_length // page_size) if self.paged else 0
         shapes = [layer.mixer.cache_shapes() for layer in model.layers]
+        self.period = period if any("recent" in shape for shape in shapes) else 1
         page_bytes, state_bytes = bytes_to_hold(model, page_size, state_dtype, period)
         most = num_slots * max_pages
         if max_bytes is not None:

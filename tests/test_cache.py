@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reasoners.cache import Cache, CacheFull
+from reasoners.cache import COPIED_BYTES, Cache, CacheFull
 from reasoners.model import CONFIGS, HybridLM
 
 
@@ -97,9 +97,9 @@ def test_recent_tokens_of_the_last_sequence_are_not_read():
         assert model.extend(torch.tensor([token]), cache, step).isfinite().all()
 
 
-@pytest.mark.parametrize("copied_bytes", [1 << 28, 1])
+@pytest.mark.parametrize("copied_bytes", [1 << 22, 1])
 def test_forks_of_a_freed_parent_whose_slot_a_fork_takes(hybrid, monkeypatch, copied_bytes):
-    monkeypatch.setattr("reasoners.cache.COPIED_BYTES", copied_bytes)
+    monkeypatch.setitem(COPIED_BYTES, "cpu", copied_bytes)
     cache = Cache(hybrid, num_slots=4, max_length=16, page_size=4)
     parent, other = cache.allocate(6), cache.allocate(7)
     fill(hybrid, cache, parent, 6)
@@ -114,6 +114,39 @@ def test_forks_of_a_freed_parent_whose_slot_a_fork_takes(hybrid, monkeypatch, co
     cache.apply()
     for slot, states in ((first, of_parent), (taken, of_other), (second, of_other)):
         assert all(torch.equal(t[slot], state) for t, state in zip(tensors, states, strict=True))
+
+
+@pytest.mark.parametrize("name", ["tiny-llamba", "tiny-mamba1", "tiny-mamba2"])
+@pytest.mark.parametrize("carried_bytes", [1, 2 * 3 * 6 * 16 * 16 * 4])
+def test_states_are_the_same_bits_however_many_layers_are_carried_together(
+    name, carried_bytes, monkeypatch
+):
+    model = HybridLM(CONFIGS[name]).eval()
+
+    def states():
+        cache = Cache(model, num_slots=4, max_length=32)
+        slots = [cache.allocate(32) for _ in range(4)][1:]
+        for fed, counts in ((slots[:2], (1, 7)), (slots, (6, 2, 9)), (slots[1:], (1, 5))):
+            step = cache.step(fed, counts)
+            model.extend(torch.arange(sum(counts)) % 256, cache, step)
+        return [t for stack in cache.stacks for t in (stack.conv, stack.scan)]
+
+    expected = states()
+    monkeypatch.setattr("reasoners.cache.CARRIED_BYTES", carried_bytes)
+    assert all(torch.equal(a, b) for a, b in zip(states(), expected, strict=True))
+
+
+def test_a_prompt_beside_an_older_one_gets_the_bits_that_it_gets_alone(hybrid):
+    cache = Cache(hybrid, num_slots=3, max_length=32)
+    older, alone, beside = (cache.allocate(32) for _ in range(3))
+    tokens = torch.arange(9)
+    hybrid.extend(tokens[:4], cache, cache.step([older], [4]))
+    expected = hybrid.extend(tokens, cache, cache.step([alone], [9]))
+    step = cache.step([older, beside], [4, 9])
+    logits = hybrid.extend(torch.cat([tokens[:4], tokens]), cache, step)
+    assert torch.equal(logits[1:], expected)
+    for states in cache.stacks:
+        assert torch.equal(states.scan[:, beside], states.scan[:, alone])
 
 
 def test_full_raises_now_and_works_later(hybrid):
