@@ -174,7 +174,7 @@ class DecodeLoop:
         part = (slice(steps), slice(self.num_rows))
         return Drawn(self.drawn[part], self.logprobs[part], self._places)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _step(self, size: int, grouped: bool):
         rows = self.rows.first(size)
         step = Step(

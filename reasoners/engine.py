@@ -340,13 +340,17 @@ class _Run:
         for start in range(0, max((len(p.request.prompt) for p in fresh), default=0), chunk):
             part = [p for p in fresh if len(p.request.prompt) > start]
             for group in _groups(part, 4 * chunk, chunk):
-                pieces = [p.request.prompt[start : start + chunk] for p in group]
-                step = self.cache.step([p.slot for p in group], [len(piece) for piece in pieces])
-                tokens = [token for piece in pieces for token in piece]
-                tokens = to_device(tokens, torch.int64, self.model.device)
-                logits = self.model.extend(tokens, self.cache, step)
-                for prompt, last in zip(group, logits, strict=True):
-                    prompt.logits = last
+                self._feed(group, [p.request.prompt[start : start + chunk] for p in group])
+
+    @torch.inference_mode()
+    def _feed(self, prompts: list[_Prompt], pieces: list[tuple[int, ...]]):
+        """Run a piece of each prompt."""
+        step = self.cache.step([p.slot for p in prompts], [len(piece) for piece in pieces])
+        tokens = [token for piece in pieces for token in piece]
+        tokens = to_device(tokens, torch.int64, self.model.device)
+        logits = self.model.extend(tokens, self.cache, step)
+        for prompt, last in zip(prompts, logits, strict=True):
+            prompt.logits = last
 
     def _fork(self) -> list[tuple[_Prompt, _Row]]:
         """Start waiting samples while rows, slots and pages last; returns them with their prompts."""

@@ -193,7 +193,8 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(_wide_dtype(x.dtype))
+    dtype = _wide_dtype(x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)  # Tensor.to takes 1 us to do nothing
 
 
 class RMSNorm(nn.Module):
@@ -331,7 +332,8 @@ class Rotary:
     def on(self, device: torch.device) -> Tensor:
         """The angle per position of every channel pair, (head_dim / 2) float32."""
         if device not in self.inv_freq:
-            self.inv_freq[device] = self.inv_freq[torch.device("cpu")].to(device)
+            with torch.inference_mode(False):  # training may ask for them later
+                self.inv_freq[device] = self.inv_freq[torch.device("cpu")].to(device)
         return self.inv_freq[device]
 
 

@@ -270,6 +270,16 @@ def test_sampling_params_say_what_is_wrong(change, words):
         SamplingParams(**change)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_has_generated_can_be_trained(name, device):
+    model = tiny(name).to(device)
+    engine = Engine(model, max_rows=2, max_length=32)
+    assert len(collect(engine, [Request((1, 2, 3), SamplingParams(n=2, max_tokens=4))])) == 2
+    model(torch.arange(9, device=device)[None]).square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_prompt_key_is_stable():
     """Stored runs are resumed by later versions: the key of a prompt may never change."""
     assert prompt_key((1, 2, 3)) == prompt_key([1, 2, 3])
