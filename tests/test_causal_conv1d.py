@@ -32,6 +32,9 @@ CUDA_TABLE = (
             "lengths": [130, 62, 0, 1, 2, 261], "channels": 264, "silu": False, "dtype": torch.bfloat16,
         },
         "more sequences than a warp has threads": {"lengths": [3, 0, 1, 5] * 20},
+        "so many tokens that the forward's runs are long": {
+            "lengths": [30000, 5, 0, 1, 70, 40000], "channels": 8, "dtype": torch.bfloat16,
+        },
         "batch, channels in no vectors, bf16": {"length": 70, "channels": 132, "dtype": torch.bfloat16},
     }
 )  # fmt: skip
