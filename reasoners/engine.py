@@ -118,7 +118,7 @@ class Engine:
     max_bytes: of the cache, None for half of the memory that is free now. eos_token_ids: tokens that
     end an answer. ends_with_stop: called with (token_ids, stop strings) for requests that have stop
     strings; true ends the answer. prefill_chunk: prompts are fed in pieces of this many tokens, four
-    of them at most in a pass; None for 2048 on CUDA, where a pass costs the host 5 to 15 ms, and 512
+    of them at most in a pass; None for 2048 on CUDA, where a pass costs the host 3 to 10 ms, and 512
     elsewhere.
     look_every: steps of a window, None for 8 on CUDA and 1 elsewhere. ahead: windows that the device is
     ahead of the host, 0 or 1, None for 1 on CUDA and 0 elsewhere.

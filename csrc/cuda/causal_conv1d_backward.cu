@@ -20,7 +20,8 @@
 //
 // Bytes that must move, 16-bit: x, dy and dx once, 6 a channel and token; the partial sums add
 // 2 * 4 (width + 1) / 256 = 0.16 and the tokens read twice 2 H / 64 = 0.1, twice that with SiLU.
-// With 12 warps a multiprocessor, 86 kB are on their way; the reads need 21.
+// With 12 warps a multiprocessor, 86 kB are on their way; the reads need 21. H200, 16,384 x 6,144,
+// width 4, bfloat16, no SiLU: 167 us, 86 % of a copy's rate; from registers it took 535.
 //
 //   block   32 columns of kVec = 16 bytes (or 1 channel) x 4 runs of 64 tokens
 

@@ -11,6 +11,10 @@
 // rescaled when a higher logit does; for the divergence; for the gradient. What PyTorch's operators
 // move for the same is some 45 bytes a logit of 16 bits, in 14 kernels; this moves 14.
 //
+// H200, 2,048 tokens of 128,256 logits of 16 bits, beta 1: 1.2 ms, PyTorch's operators 15.9; the
+// bytes of three reads need 0.9, of one 0.4. A distillation step of Llamba-1B (16,384 tokens)
+// spends 2.5 % of its time here. Next: a cluster that keeps a row in shared memory.
+//
 // All sums are fp32, in the order of threads, lanes and warps: two runs give the same bits.
 
 #include <cstdint>

@@ -3,6 +3,10 @@
 // A thread takes kVec neighbouring elements of a row, or one where rows are not aligned to that
 // many. Every operation is one that the compiler may not fuse with its neighbour, so that both ways
 // round alike and an element's bits do not depend on where in the tensor it stands.
+//
+// H200, 16 bits: the gate of 8,192 x 8,192 takes 108 us, 89 % of a copy's rate (114 with four
+// stores of a thread instead of one); its derivative of 16,384 x 8,192 some 310, in PyTorch's
+// operators 1,590.
 
 #include <cstring>
 

@@ -51,8 +51,9 @@
 // first walk, and 256 for states, part of them in the second-level cache. Sums that pass from block
 // to block come to 8 bytes an element and head more, in that cache: the blocks of a group are a few
 // microseconds apart. Their places take 2 to 8 % of the input's bytes where four heads share x and
-// B of 64 x 64, states between runs 2 to 4 % without sharing. Places for the sums of all chunks
-// (64 %, and 9 % for 80 heads in one group) were 5 % slower for the former.
+// B of 64 x 64, states between runs 2 to 4 % without sharing. With places for the sums of all
+// chunks (64 %, and 9 % for 80 heads in one group) the former took 5 % longer and the latter 3 %
+// less; twice as many places for it gave 1 %.
 //
 // H200, bfloat16, us; in brackets with states kept every 256 tokens and those between them computed
 // again in a second walk forwards (9 to 25 % of the input's bytes, and the instructions of three
@@ -62,7 +63,7 @@
 //             1 x 2048    224  (320)     24 heads of 128 x 128, 8 x 4096    1868 (1748)
 //             1 x 32768   875 (1085)       x and B of 8 heads, in clusters  2112
 //   32 heads of 64 x 64, x and B of 8 heads, 8 x 4096    804; 64 x 512 812; 1 x 32768 1003
-//   80 heads of 64 x 128, one group, 8 x 4096           4353 (5339)
+//   80 heads of 64 x 128, one group, 8 x 4096           4543 (5339)
 // A third of the bandwidth: not profiled yet, instructions are the likely limit.
 
 #include <algorithm>
@@ -1201,13 +1202,11 @@ TileScratch scratch_of(const SsdScanParams& f) {
     const int64_t at_once = int64_t(processors) * T::kWanted / gradient.count + 2;
     gradient.slots = static_cast<int>(std::min(at_once, all));
     // A block is a quarter of a chunk or less behind the one before it. Of all chunks no more than
-    // an eighth have places (of a large group's, whose sums are small beside x, a half), as long as
-    // each group has one. But a group that is not on the device as a whole must not wait for its
-    // last.
+    // an eighth have places, as long as each group has one. But a group that is not on the device
+    // as a whole must not wait for its last.
     const int64_t chunks = std::min<int64_t>((f.length + kChunk - 1) / kChunk, kRunChunks);
-    const int64_t part =
-        count_chunks(f) * groups / ((gradient.count > 16 ? 2 : 8) * gradient.slots);
-    const int64_t few = std::min<int64_t>(2 + gradient.count / 4, part);
+    const int64_t eighth = count_chunks(f) * groups / (8 * gradient.slots);
+    const int64_t few = std::min<int64_t>(2 + gradient.count / 4, eighth);
     const int64_t most = f.heads <= processors ? few : 2 * chunks;
     gradient.places = 1;
     while (gradient.places < chunks && 2 * gradient.places <= most) gradient.places *= 2;
