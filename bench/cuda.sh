@@ -49,7 +49,7 @@ for topic in $topics; do
       for tool in memcheck racecheck; do
         for file in state_update deferred_state_update many_rows mixer_update selective_scan linear \
           add_rms_norm advance rotate paged_attention rotate_append_kv ssd_scan causal_conv1d \
-          mixer_scan sample; do echo $tool $file; done
+          mixer_scan sample gate distillation_losses; do echo $tool $file; done
       done | xargs -P 8 -L 1 sh -c '
         log=$0/$2-$3.log
         timeout ${LIMIT_S:-900} compute-sanitizer --tool $2 --kernel-name-exclude regex=at:: \
