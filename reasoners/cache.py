@@ -499,7 +499,8 @@ class Cache:
             offsets.append(offsets[-1] + count)
         fresh = not decode and not any(starts)
         if fresh:
-            self._fresh.difference_update(slots)  # their states are written and not read
+            # Their states are written and not read, unless forks of theirs are still to be made.
+            self._fresh.difference_update(set(slots) - self._copied)
         self.apply()
         if not decode:
             self.settle([slot for slot, start in zip(slots, starts) if start > 0])

@@ -97,6 +97,19 @@ def test_recent_tokens_of_the_last_sequence_are_not_read():
         assert model.extend(torch.tensor([token]), cache, step).isfinite().all()
 
 
+def test_fork_of_an_empty_sequence_is_empty(hybrid):
+    """Although its parent is fed first, where states of the last owner are not cleared."""
+    cache = Cache(hybrid, num_slots=2, max_length=16)
+    for stack in cache.stacks:
+        for tensor in stack.slot_tensors():
+            tensor.fill_(float("nan"))
+    parent = cache.allocate(16)
+    child = cache.fork(parent, 16)
+    fill(hybrid, cache, parent, 6)
+    for stack in cache.stacks:
+        assert not stack.conv[:, child].any() and not stack.scan[:, child].any()
+
+
 @pytest.mark.parametrize("copied_bytes", [1 << 22, 1])
 def test_forks_of_a_freed_parent_whose_slot_a_fork_takes(hybrid, monkeypatch, copied_bytes):
     monkeypatch.setitem(COPIED_BYTES, "cpu", copied_bytes)
