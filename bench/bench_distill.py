@@ -125,9 +125,8 @@ def bench_distillation_losses(measure, impl, tokens=2048, vocab=128256):
     found = ops.distillation_losses(kept, taught, labels)
     for name, actual, oracle in zip(("ce", "kl", "gradient"), (*found, kept), expected):
         peers.require_close(actual, oracle, name)
-    work = (
-        logits.clone()
-    )  # is the gradient of the gradient in the next round, which is as much work
+    # Is the gradient's gradient in the next round, which is as much work.
+    work = logits.clone()
     calls = {
         "reasoners": lambda: ops.distillation_losses(work, taught, labels),
         "torch": lambda: composed(logits, taught, labels),

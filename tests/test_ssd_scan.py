@@ -7,6 +7,14 @@ from reasoners.reference import assert_close, ssd_scan_inputs, widen
 
 NAMES = ("x", "log_decay", "B", "C", "scale", "D", "initial_state")
 DATA = ("x", "B", "C")
+TOKENS = ("x", "log_decay", "B", "C", "scale")
+
+
+def sequence_of(packed, index, where):
+    """The arguments of one of several packed sequences, whose tokens are there."""
+    alone = {**packed, "cu_seqlens": None}
+    alone["initial_state"] = packed["initial_state"][index : index + 1]
+    return alone | {k: packed[k][:, where] for k in TOKENS if packed[k] is not None}
 
 
 def run(fn, inputs, weights, like=None):
@@ -214,7 +222,7 @@ CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES | {
 
 
 FORWARD_TABLE = CUDA_TABLE | {
-    # Turns of a cluster: of eight blocks the last without a segment, or all but one; of four.
+    # Few long sequences, whose segments are dealt to several blocks.
     "1,800 tokens of one head, bf16": {
         "batch": 1, "length": 1800, "P": 64, "N": 64, "H": 1, "Hx": 1, "Gb": 1, "Gc": 1, "decay": 0.01,
         "dtype": torch.bfloat16,
@@ -276,9 +284,9 @@ def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, size
     begin = 0
     for i, length in enumerate(lengths):
         where = slice(begin, begin + length)
-        alone = {**packed, "cu_seqlens": None, "initial_state": packed["initial_state"][i : i + 1]}
-        for name in ("x", "log_decay", "B", "C", "scale"):
-            rows = packed[name][:, where]
+        alone = sequence_of(packed, i, where)
+        for name in TOKENS:
+            rows = alone[name]
             wide = rows.new_zeros(1, length, rows[0, 0].numel() + 3)
             alone[name] = wide[..., 3:].view(rows.shape).copy_(rows)
         *tokens, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
@@ -304,10 +312,8 @@ def test_gradients_among_many_equal_alone_bitwise_cuda(sizes):
     together = backward(dy, dfinal, *inputs.values())
     begin = 0
     for i, length in enumerate(lengths[:6]):
-        alone = {**inputs, "cu_seqlens": None, "initial_state": inputs["initial_state"][i : i + 1]}
         where = slice(begin, begin + length)
-        for name in ("x", "log_decay", "B", "C", "scale"):
-            alone[name] = inputs[name][:, where]
+        alone = sequence_of(inputs, i, where)
         *tokens, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
         assert_equal(tokens, [gradient[:, where] for gradient in together[:5]])
         assert torch.equal(dinitial, together[6][i : i + 1])
@@ -337,9 +343,7 @@ def test_gradients_of_long_sequences_cuda(sizes):
     for ours, exact in zip(found, expected, strict=True):
         ours = ours.cpu().float()
         assert (ours - exact).square().mean().sqrt() < 0.01 * exact.square().mean().sqrt()
-    alone = {**inputs, "cu_seqlens": None, "initial_state": inputs["initial_state"][2:]}
-    for name in ("x", "log_decay", "B", "C", "scale"):
-        alone[name] = inputs[name][:, 4197:]
+    alone = sequence_of(inputs, 2, slice(4197, None))
     *tokens, _, dinitial = backward(dy[:, 4197:], dfinal[2:], *alone.values())
     assert_equal(tokens, [gradient[:, 4197:] for gradient in found[:5]])
     assert torch.equal(dinitial, found[6][2:])
@@ -375,7 +379,7 @@ def test_memory_for_gradients_cuda(model, extents):
     torch.cuda.reset_peak_memory_stats()
     gradients = backward(*outer, *inputs.values())
     beyond = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    data = [inputs[name] for name in ("x", "log_decay", "B", "C", "scale")]
+    data = [inputs[name] for name in TOKENS]
     assert beyond <= most * sum(t.nbytes for t in data)
     del gradients
 
@@ -439,19 +443,18 @@ def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(batch, length, P,
     ],
 )
 def test_long_sequences_are_the_same_bits_alone_packed_and_among_many_cuda(dtype, sizes):
-    """Alone and packed clusters walk the longer ones, of as many blocks as suit; among many a block."""
+    """Alone and packed the longer ones are dealt to several blocks; among many one walks each."""
     lengths = [2049, 0, 1, 5000, 256, 257, 255][: 128 // sizes["H"]]
     sizes = {"P": 64, "N": 64, "decay": 0.01} | sizes
     packed = ssd_scan_inputs(lengths=lengths, dtype=dtype, **sizes)
     packed = {k: v if v is None else v.cuda() for k, v in packed.items()}
     y, final = ops.ssd_scan(**packed)
     assert_equal(ops.ssd_scan(**packed), (y, final))
-    tokens = [name for name in ("x", "log_decay", "B", "C", "scale") if packed[name] is not None]
+    tokens = [name for name in TOKENS if packed[name] is not None]
     begin = 0
     for i, length in enumerate(lengths):
         expected = (y[:, begin : begin + length], final[i : i + 1])
-        alone = {**packed, "cu_seqlens": None, "initial_state": packed["initial_state"][i : i + 1]}
-        alone |= {name: packed[name][:, begin : begin + length] for name in tokens}
+        alone = sequence_of(packed, i, slice(begin, begin + length))
         assert_equal(ops.ssd_scan(**alone), expected)
         for copies in (2, 4, 160 // sizes["H"]):
             several = {**alone, "initial_state": torch.cat([alone["initial_state"]] * copies)}
@@ -474,9 +477,9 @@ def test_packed_and_strided_equal_separate_bitwise_cuda(dtype, sizes):
     y, final = ops.ssd_scan(**packed)
     begin = 0
     for i, length in enumerate(lengths):
-        alone = {**packed, "cu_seqlens": None, "initial_state": packed["initial_state"][i : i + 1]}
-        for name in ("x", "log_decay", "B", "C", "scale"):
-            rows = packed[name][:, begin : begin + length]
+        alone = sequence_of(packed, i, slice(begin, begin + length))
+        for name in TOKENS:
+            rows = alone[name]
             wide = rows.new_zeros(1, length, rows[0, 0].numel() + 3 if length else 8)
             alone[name] = wide[..., 3:].view(rows.shape).copy_(rows) if length else rows
         y1, final1 = ops.ssd_scan(**alone)
@@ -613,9 +616,7 @@ def test_packed_equals_separate_bitwise(dtype):
     dD, begin = torch.zeros(4), 0
     for i, length in enumerate(lengths):
         where = slice(begin, begin + length)
-        alone = {**packed, "cu_seqlens": None, "initial_state": packed["initial_state"][i : i + 1]}
-        for name in ("x", "log_decay", "B", "C", "scale"):
-            alone[name] = packed[name][:, where]
+        alone = sequence_of(packed, i, where)
         y1, final1 = ops.ssd_scan(**alone)
         assert torch.equal(y1, y[:, where]) and torch.equal(final1, final[i : i + 1])
         *tokens, dD1, dinitial = torch.ops.reasoners.ssd_scan_backward(
