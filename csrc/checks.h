@@ -94,6 +94,13 @@ struct Check {
     dtype(name, t, type);
     shape(name, t, want, words);
   }
+  // An argument that is as another one in everything.
+  void same_as(const char* name, const Tensor& t, const char* like_name, const Tensor& like) const {
+    device(name, t, like);
+    dtype(name, t, like.scalar_type());
+    TORCH_CHECK_VALUE(t.sizes() == like.sizes(), op, ": ", name, " expected shape ",
+                      tuple(like.sizes()), " as ", like_name, ", got ", tuple(t.sizes()));
+  }
   // What a recurrence leaves in its slots: mutated, and in a dtype of its own.
   void state(const Tensor& state, const Tensor& data, const char* data_name,
              std::initializer_list<int64_t> want, const char* words) const {
@@ -599,12 +606,7 @@ inline void check_add_rms_norm(const Tensor& h, const OptionalTensor& delta, con
   check.data_dtype("h", h);
   TORCH_CHECK_VALUE(h.dim() >= 1, "add_rms_norm: h expected at least 1 dimension, got 0");
   check.contiguous("h", h);
-  if (delta) {
-    check.device("delta", *delta, h);
-    check.dtype("delta", *delta, h.scalar_type());
-    TORCH_CHECK_VALUE(delta->sizes() == h.sizes(), "add_rms_norm: delta expected shape ",
-                      Check::tuple(h.sizes()), " as h, got ", Check::tuple(delta->sizes()));
-  }
+  if (delta) check.same_as("delta", *delta, "h", h);
   check.tensor("weight", weight, h, h.scalar_type(), {h.size(-1)}, "(dim)");
   check.eps(eps);
 }
@@ -621,10 +623,8 @@ inline void check_gate(const char* op, const Tensor& x, const Tensor& z,
                        const OptionalTensor& bias) {
   const Check check{op};
   check.data_dtype("x", x);
-  check.device("z", z, x);
-  check.dtype("z", z, x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() >= 1 && z.sizes() == x.sizes(), op, ": z expected shape ",
-                    Check::tuple(x.sizes()), " as x, got ", Check::tuple(z.sizes()));
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x expected at least 1 dimension, got 0");
+  check.same_as("z", z, "x", x);
   if (bias) check.tensor("bias", *bias, x, x.scalar_type(), {x.size(-1)}, "(channels)");
 }
 
@@ -632,10 +632,7 @@ inline void check_gate_backward(const Tensor& dy, const Tensor& x, const Tensor&
                                 const OptionalTensor& bias) {
   const Check check{"gate_backward"};
   check_gate(check.op, x, z, bias);
-  check.device("dy", dy, x);
-  check.dtype("dy", dy, x.scalar_type());
-  TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), "gate_backward: dy expected shape ",
-                    Check::tuple(x.sizes()), " as x, got ", Check::tuple(dy.sizes()));
+  check.same_as("dy", dy, "x", x);
 }
 
 inline void check_swiglu(const char* op, const Tensor& gate_up) {

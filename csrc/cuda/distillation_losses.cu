@@ -18,7 +18,6 @@
 // All sums are fp32, in the order of threads, lanes and warps: two runs give the same bits.
 
 #include <cstdint>
-#include <type_traits>
 
 #include "convert.cuh"
 #include "exponential.cuh"
