@@ -62,14 +62,6 @@ class Step:
     shared: Tensor | None = None
     carries: Sequence["Carry"] = ()
 
-    def begin(self, states: "States") -> tuple[Tensor | None, Tensor | None]:
-        """What a layer's prompts go on from: see Carry.begin."""
-        return self.carries[states.stack].begin(states.place)
-
-    def end(self, states: "States", last_inputs: Tensor, final: Tensor):
-        """What they leave: see Carry.end."""
-        self.carries[states.stack].end(states.place, last_inputs, final)
-
 
 @dataclass
 class KVPages:
@@ -145,7 +137,7 @@ class Carry:
         first, width = stack.first_slots[:, :, None], stack.conv.shape[2]
         self.before = None if before is None else torch.add(before, first, alpha=width)
         self.after = torch.add(after, first, alpha=width)
-        self.wide = torch.float64 if stack.conv.dtype == torch.float64 else torch.float32
+        self.wide = ops.wide_dtype(stack.conv.dtype)
         layer_bytes = len(slots) * stack.scan[0, 0].numel() * self.wide.itemsize
         self.together = max(1, CARRIED_BYTES // layer_bytes)
         self._gathered = None
@@ -190,7 +182,7 @@ def bytes_to_hold(
 ) -> tuple[int, int]:
     """What a Cache takes for a page, and for a slot, of all layers."""
     dtype = model.embedding.weight.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = ops.wide_dtype(dtype)
     page_bytes = slot_bytes = 0
     for layer in model.layers:
         shape = layer.mixer.cache_shapes()
@@ -239,7 +231,7 @@ class Cache:
                 raise ValueError(f"Cache: {name} expected >= 1, got {value}")
         weight = model.embedding.weight
         dtype, device = weight.dtype, weight.device
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = ops.wide_dtype(dtype)
         state_dtype = state_dtype or wide
         self.num_slots, self.max_length, self.page_size = num_slots, max_length, page_size
         self.paged = any(kind == "attention" for kind in model.config.mixers)

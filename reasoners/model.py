@@ -188,12 +188,8 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 
 
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _wide(x: Tensor) -> Tensor:
-    dtype = _wide_dtype(x.dtype)
+    dtype = ops.wide_dtype(x.dtype)
     return x if x.dtype == dtype else x.to(dtype)  # Tensor.to takes 1 us to do nothing
 
 
@@ -290,12 +286,14 @@ class Pass:
 
     def begin(self, cached: States | None) -> tuple[Tensor | None, Tensor | None]:
         """Past inputs and scan states that a recurrent layer goes on from; None means zeros."""
-        return (None, None) if cached is None else self.step.begin(cached)
+        if cached is None:
+            return None, None
+        return self.step.carries[cached.stack].begin(cached.place)
 
     def end(self, cached: States | None, last_inputs: Tensor, final: Tensor):
         """What it leaves."""
         if cached is not None:
-            self.step.end(cached, last_inputs, final)
+            self.step.carries[cached.stack].end(cached.place, last_inputs, final)
 
     def causal_mask(self, rows: int, length: int, device: torch.device) -> Tensor:
         """(rows, 1, length, length) booleans, or 1 for rows: whether a token may look at another one.

@@ -26,6 +26,11 @@ build = {
 }
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of decays, scales, D, scan states and sums beside data of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def has_kernel(name: str, device: str) -> bool:
     """Whether this build has a kernel of the operator for "cpu" or "cuda"."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -241,7 +246,7 @@ def mamba_chunk_scan(
         raise ValueError(
             "mamba_chunk_scan: cu_seqlens expected with return_varlen_states, got None"
         )
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     delta = dt.to(wide)
     if dt_bias is not None:
         delta = delta + dt_bias.to(wide)
@@ -718,7 +723,7 @@ def softplus(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.library.register_fake("reasoners::softplus")
 def _(x, bias):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     return x.new_empty(x.shape, dtype=wide)
 
 
@@ -762,7 +767,7 @@ def distillation_losses(
 
 @torch.library.register_fake("reasoners::distillation_losses")
 def _(logits, taught, labels, *settings):
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(logits.dtype)
     return tuple(logits.new_empty(logits.shape[0], dtype=wide) for _ in range(2))
 
 
@@ -1000,7 +1005,7 @@ def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, max_quer
 
 @torch.library.register_fake("reasoners::paged_attention_lse")
 def _(q, k_cache, v_cache, page_table, cu_seqlens_q, kv_lengths, scale, max_queries, shared):
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
 
 

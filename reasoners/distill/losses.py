@@ -114,8 +114,7 @@ def distillation_loss(
     rest = (labels, teacher_hidden, teacher_head, beta, temperature, kl_weight, chunk)
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         return _DistillationLoss.apply(hidden, head, *rest)
-    with torch.no_grad():
-        return _sum_chunks(hidden, head, *rest, (False, False))[:3]
+    return _sum_chunks(hidden, head, *rest, (False, False))[:3]
 
 
 class _DistillationLoss(torch.autograd.Function):
