@@ -302,14 +302,14 @@ def bench_prefill_cuda(measure, model, case, impl):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("impl", ["reasoners", "composition"])
-@pytest.mark.parametrize("batch", [1, 64, 512])
+@pytest.mark.parametrize("batch", [1, 64, 512, 8192])
 def bench_rotate_append_kv_cuda(measure, batch, impl):
     heads, kv_heads, head_dim = MODELS["Llama-3.2-1B"]
     num_bytes = 2 * batch * (heads + 2 * kv_heads) * head_dim * 2
     inv_freq = torch.rand(head_dim // 2, device="cuda")
 
     def prepare():
-        inputs = make_cuda([1024] * batch, 0, "Llama-3.2-1B")
+        inputs = make_cuda([1024 if batch <= 512 else 16] * batch, 0, "Llama-3.2-1B")
         caches = inputs["k_cache"], inputs["v_cache"]
         where = inputs["page_table"], inputs["cu_seqlens_q"], inputs["kv_lengths"]
         qkv = torch.randn(batch, heads + 2 * kv_heads, head_dim, device="cuda").bfloat16()

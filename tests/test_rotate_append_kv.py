@@ -6,9 +6,14 @@ from reasoners import ops, reference
 from reasoners.reference import rotate_append_kv_inputs
 
 CASES = ROTATE_APPEND_KV_CASES
+MANY = {"lengths": (1500, 0, 900, 9), "queries": (1400, 2, 890, 9)}  # and rows of padding
 CUDA = {k: v for k, v in CASES.items() if v.get("dtype") != torch.float64} | {
     "fp16": {"dtype": torch.float16},
     "many tokens": {"lengths": (700, 300), "queries": (700, 290), "dtype": torch.bfloat16},
+    # Several in a block.
+    "2,301 tokens, bf16": {**MANY, "dtype": torch.bfloat16},
+    "2,301 tokens, D 128": {**MANY, "head_dim": 128},
+    "2,301 tokens, D 10, pages of 7": {**MANY, "head_dim": 10, "page_size": 7},
 }
 
 
