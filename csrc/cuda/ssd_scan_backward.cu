@@ -20,10 +20,10 @@
 // the one after it computed from it once more. What is read for the next step is on its way while
 // one is computed. Nothing quadratic in the chunk leaves the multiprocessor.
 //
-// A sequence of more than kRunChunks chunks is dealt to several blocks, a run of as many each,
-// whose two walks begin at the state before the run and at the gradient of the state after it: a
-// kernel finds what each run adds to both, from zeros, another carries them from run to run. That
-// depends on the sequence's length alone, so that its gradients are the same bits in any company.
+// A long sequence is dealt to several blocks, a run of chunks each, whose two walks begin at the
+// state before the run and at the gradient of the state after it: a kernel finds what each run adds
+// to both, from zeros, another carries them from run to run. Where the cuts are depends on the
+// shape and the sequence's length alone, so that its gradients are the same bits in any company.
 //
 // A gradient that heads share is summed in fp32, in the order of the heads, by the blocks of a
 // group. Where they are few and a state in shared memory has room for a chunk's sums, they are a
@@ -51,9 +51,9 @@
 // first walk, and 256 for states, part of them in the second-level cache. Sums that pass from block
 // to block come to 8 bytes an element and head more, in that cache: the blocks of a group are a few
 // microseconds apart. Their places take 2 to 8 % of the input's bytes where four heads share x and
-// B of 64 x 64, states between runs 2 to 4 % without sharing. With places for the sums of all
-// chunks (64 %, and 9 % for 80 heads in one group) the former took 5 % longer and the latter 3 %
-// less; twice as many places for it gave 1 %.
+// B of 64 x 64, states between runs 2 to 4 % without sharing and up to 8 % with it. With places for
+// the sums of all chunks (64 %, and 9 % for 80 heads in one group) the former took 5 % longer and
+// the latter 3 % less; twice as many places for it gave 1 %.
 //
 // H200, bfloat16, us; in brackets with states kept every 256 tokens and those between them computed
 // again in a second walk forwards (9 to 25 % of the input's bytes, and the instructions of three
@@ -114,9 +114,9 @@ struct Triangle {
 
 // A block's part in passing on the sums of a gradient.
 struct Passing {
-  int member;         // of its group
-  int place, places;  // the group's first, and how many, a power of two
-  int before;         // the last block of the group that had them before, or -1
+  int member;  // of its group
+  int place;   // the group's first
+  int before;  // the last block of the group that had its places before, or -1
 };
 
 template <typename data_t, int kP, int kN>
@@ -155,9 +155,19 @@ struct Tile {
   static constexpr int kColumnTiles = kN / 8 / kHalves;
 };
 
-// The longest walk: 4,096 tokens, so that 32,768 tokens of 32 heads are 256 blocks, in one sequence
-// or in eight. With shorter ones more would be read twice.
-constexpr int kRunChunks = 64, kRunTokens = kRunChunks * kChunk;
+// The longest run: 4,352 tokens, so that 32,768 tokens of 32 heads are 256 blocks, in one sequence
+// or in eight, and a few tokens more make no more of them. With shorter ones more would be read
+// twice. But a state and its gradient, kept in fp32 between runs, shall take a twelfth at most of
+// the bytes of a run's inputs: where heads share these, runs are up to 6,144 tokens, which is
+// enough where any input is each head's own. An even number of chunks, for KeptStates.
+inline int longest_run(const SsdScanParams& f) {
+  constexpr int64_t kLeast = 68, kMost = 96, kTimes = 12;
+  const int64_t border = int64_t(f.heads) * f.head_dim * f.state_dim * 2 * sizeof(float);
+  const int64_t data = f.x_heads * f.head_dim + (f.b_groups + f.c_groups) * f.state_dim;
+  const int64_t token = 2 * data + f.heads * (f.scale ? 2 : 1) * sizeof(float);
+  const int64_t pairs = (kTimes * border + 2 * kChunk * token - 1) / (2 * kChunk * token);
+  return static_cast<int>(std::clamp(2 * pairs, kLeast, kMost));
+}
 
 // Rows of 64 tokens that are a head's own, and not yet written: of a gradient, or scratch memory.
 struct OwnRows {
@@ -201,20 +211,21 @@ struct KeptStates {
 };
 
 // A gradient whose sums pass from block to block: how many groups have places for them at a time,
-// and each for how many chunks, a power of two.
+// and each for how many chunks, a power of two or all chunks of a run.
 struct PassedGradient : PartedGradient {
   int slots, places;
 
   __device__ Passing passing_of(int block, int heads) const {
     const int run = block / heads, head = block % heads;
     const int group = run * groups + head / count, before = group - slots;
-    return {head % count, group % slots * places, places,
+    return {head % count, group % slots * places,
             before < 0 ? -1 : before / groups * heads + (before % groups + 1) * count - 1};
   }
 };
 
 struct TileScratch : SsdScanScratch {
   KeptStates kept;
+  int run_chunks;  // of the longest run
   PassedGradient dx, dB, dC;
   // For every border between runs of dealt sequences: the state, its gradient; and before they are
   // carried what the run before or after it adds to them, and that run's decay.
@@ -225,68 +236,68 @@ struct TileScratch : SsdScanScratch {
   int cluster;  // blocks
 };
 
+// Of a sequence. The runs have as many chunks each, but for the last, which may have fewer.
+__device__ __host__ inline int64_t runs_of(int64_t tokens, int64_t longest) {
+  return tokens > longest ? (tokens + longest - 1) / longest : 1;
+}
 // Runs have places by the lengths of sequences where all have the same, and else as checkpoints
 // have, so that few blocks have none.
-__device__ __host__ inline int64_t runs_of_each(const SsdScanParams& f) {
-  return f.length > kRunTokens ? (f.length + kRunTokens - 1) / kRunTokens : 1;
+inline int64_t count_runs(const SsdScanParams& f, int64_t longest) {
+  if (f.cu_seqlens == nullptr) return f.sequences * runs_of(f.length, longest);
+  return count_checkpoints(f.batch * f.length, f.sequences, longest);
 }
-inline int64_t count_runs(const SsdScanParams& f) {
-  if (f.cu_seqlens == nullptr) return f.sequences * runs_of_each(f);
-  return count_checkpoints(f.batch * f.length, f.sequences, kRunTokens);
-}
-// Borders between runs. Those of a sequence of n tokens, (n - 1) / kRunTokens, fit in before those
-// of the next one where every sequence has its places from its first token / kRunTokens on.
-inline int64_t count_borders(const SsdScanParams& f) {
-  return f.length > kRunTokens ? f.batch * f.length / kRunTokens : 0;
-}
-
-inline int64_t count_chunks(const SsdScanParams& f) {
-  if (f.cu_seqlens == nullptr) return f.sequences * ((f.length + kChunk - 1) / kChunk);
-  return count_checkpoints(f.batch * f.length, f.sequences, kChunk);
+// Borders between runs. Those of a packed sequence of n tokens, (n - 1) / longest, fit in before
+// those of the next one where every sequence has its places from its first token / longest on.
+inline int64_t count_borders(const SsdScanParams& f, int64_t longest) {
+  return f.batch * (runs_of(f.length, longest) - 1);
 }
 
 // A head's run of a sequence.
 struct Run {
   Sequence sequence;
   int head, index, batch, begin, length;
-  int chunks;                   // of the sequence
+  int chunks, runs;             // of the sequence
   int first_chunk, last_chunk;  // of the run, and one past it
-  bool first, dealt;            // the first of the sequence; one of several
+  bool first;                   // of the sequence
   int border;                   // the place of the one after the run
 
-  __device__ Run(const SsdScanParams& f, int block) : head(block % f.heads) {
-    const int64_t at = block / f.heads;
+  __device__ Run(const SsdScanParams& f, const TileScratch& scratch, int block)
+      : head(block % f.heads) {
+    const int64_t at = block / f.heads, longest = scratch.run_chunks * kChunk;
     if (f.cu_seqlens == nullptr) {
-      const int64_t each = runs_of_each(f);
-      set(f, at / each, static_cast<int>(at % each));
+      const int64_t each = runs_of(f.length, longest);
+      set(f, scratch, at / each, static_cast<int>(at % each));
       return;
     }
     const auto first_of = [&](int64_t index) {
-      return first_checkpoint(sequence_at(f.cu_seqlens, f.length, index), f.length, index,
-                              kRunTokens);
+      return first_checkpoint(sequence_at(f.cu_seqlens, f.length, index), f.length, index, longest);
     };
     // By shuffles, so that the compiler knows them to be the same for all lanes.
     const int of =
         __shfl_sync(~0u, static_cast<int>(sequence_at_place(f.sequences, at, first_of)), 0);
-    set(f, of, __shfl_sync(~0u, static_cast<int>(at - first_of(of)), 0));
+    set(f, scratch, of, __shfl_sync(~0u, static_cast<int>(at - first_of(of)), 0));
   }
-  __device__ Run(const SsdScanParams& f, int64_t index, int head, int run) : head(head) {
-    set(f, index, run);
+  __device__ Run(const SsdScanParams& f, const TileScratch& scratch, int64_t index, int head,
+                 int run)
+      : head(head) {
+    set(f, scratch, index, run);
   }
 
-  __device__ void set(const SsdScanParams& f, int64_t of, int run) {
+  __device__ void set(const SsdScanParams& f, const TileScratch& scratch, int64_t of, int run) {
     index = static_cast<int>(of);
     sequence = sequence_at(f.cu_seqlens, f.length, of);
     batch = static_cast<int>(sequence.batch);
     begin = static_cast<int>(sequence.begin);
     length = static_cast<int>(sequence.end - sequence.begin);
+    const int longest = scratch.run_chunks * kChunk, every = scratch.kept.every;
     chunks = (length + kChunk - 1) / kChunk;
-    first_chunk = min(run * kRunChunks, chunks);
-    last_chunk = min(first_chunk + kRunChunks, chunks);
+    runs = static_cast<int>(runs_of(length, longest));
+    const int each = (chunks + runs * every - 1) / (runs * every) * every;
+    first_chunk = min(run * each, chunks);
+    last_chunk = min(first_chunk + each, chunks);
     first = run == 0;
-    dealt = chunks > kRunChunks;
-    const int64_t before = (sequence.batch * f.length + sequence.begin) / kRunTokens;
-    border = static_cast<int>((before + run) * f.heads + head);
+    const int before = batch * (runs - 1) + begin / longest;
+    border = (before + run) * f.heads + head;
   }
 };
 
@@ -378,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     __syncthreads();
   }
   // Where the block is; offsets follow from it, in 64 bits, where they are needed.
-  const Run run(f, block);
+  const Run run(f, scratch, block);
   const int head = run.head, batch = run.batch, begin = run.begin, length = run.length;
   // Of a block's warp, where sums are passed.
   const auto progress_of = [&](int64_t block, int warp) {
@@ -631,14 +642,15 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
       };
       // Adds up a gradient that heads share: the sums of the heads so far pass from block to block,
       // warp to warp and thread to thread. False for all but the last head, who writes them.
-      const auto add_up = [&](const PartedGradient& gradient, auto& d, int which) {
+      const auto add_up = [&](const PassedGradient& gradient, auto& d, int which) {
         if (kSums != Sums::kPassed || gradient.count == 1) return true;
         constexpr int kTiles = sizeof(d) / sizeof(d[0]);
         const Passing& passing = rest.passing[which];
         const int turn = chunks - 1 - (first + k), member = passing.member;
         const uint32_t step = 3 * turn + which + 1;
         uint32_t* progress = progress_of(opaque(block), warp);
-        const int place = passing.place + (turn & (passing.places - 1));
+        const int place =
+            passing.place + (turn < gradient.places ? turn : turn & (gradient.places - 1));
         auto* sums = reinterpret_cast<float4*>(p.scratch + gradient.parts) +
                      int64_t(place) * (kTiles * kThreads) + threadIdx.x;
         if (member > 0) {
@@ -651,8 +663,8 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
             d[n][2] += before_here.z;
             d[n][3] += before_here.w;
           }
-        } else if (turn >= passing.places) {
-          wait_until(progress + (gradient.count - 1) * kWarps, step - 3 * passing.places);
+        } else if (turn >= gradient.places) {
+          wait_until(progress + (gradient.count - 1) * kWarps, step - 3 * gradient.places);
         } else if (passing.before >= 0) {
           wait_until(progress_of(passing.before, warp), kDone);
         }
@@ -1034,10 +1046,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_inputs();
   const SsdScanParams& f = p.forward;
   const bool back = blockIdx.x % 2;
-  const Run run(f, blockIdx.x / 2);
+  const Run run(f, scratch, blockIdx.x / 2);
   const int count = run.last_chunk - run.first_chunk;
   // Nothing is carried past the ends of a sequence.
-  if (!run.dealt || count <= 0 || (back ? run.first : run.last_chunk == run.chunks)) return;
+  if (run.runs == 1 || count <= 0 || (back ? run.first : run.last_chunk == run.chunks)) return;
   const int64_t border = run.border - (back ? f.heads : 0);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -1132,8 +1144,8 @@ __global__ void __launch_bounds__(kCarryThreads)
   const int64_t size = int64_t(f.head_dim) * f.state_dim;
   const int64_t element = int64_t(blockIdx.y) * kCarryThreads + threadIdx.x;
   const int head = blockIdx.x % f.heads, index = blockIdx.x / f.heads;
-  const Run first(f, index, head, 0);
-  if (!first.dealt || 4 * element >= size) return;
+  const Run first(f, scratch, index, head, 0);
+  if (first.runs == 1 || 4 * element >= size) return;
   const auto vector = [&](const float* data, int64_t entry) {
     return reinterpret_cast<float4*>(const_cast<float*>(data) + entry * size) + element;
   };
@@ -1149,7 +1161,7 @@ __global__ void __launch_bounds__(kCarryThreads)
   const int64_t home = int64_t(index) * f.heads + head;
   float4 state{}, dstate = *vector(p.dfinal_state, home);
   if (f.initial_state) state = *vector(f.initial_state, home);
-  const int borders = (first.chunks - 1) / kRunChunks;
+  const int borders = first.runs - 1;
   for (int border = 0; border < borders; ++border) {
     carry(state, scratch.border_states, scratch.border_decays, border);
     carry(dstate, scratch.border_dstates, scratch.border_ddecays, borders - 1 - border);
@@ -1187,7 +1199,9 @@ TileScratch scratch_of(const SsdScanParams& f) {
   // Where no gradient has rows that are a head's own.
   const bool none = scratch.kept.rows[0].where == OwnRows::kScratch;
   scratch.states = scratch.take(none ? f.batch * f.length * f.heads * f.state_dim / 2 : 0);
-  const int64_t blocks = count_runs(f) * f.heads, borders = count_borders(f) * f.heads;
+  scratch.run_chunks = longest_run(f);
+  const int64_t longest = scratch.run_chunks * kChunk, runs = count_runs(f, longest),
+                blocks = runs * f.heads, borders = count_borders(f, longest) * f.heads;
   scratch.border_states = scratch.take(borders * f.head_dim * f.state_dim);
   scratch.border_dstates = scratch.take(borders * f.head_dim * f.state_dim);
   scratch.border_decays = scratch.take(borders);
@@ -1196,20 +1210,23 @@ TileScratch scratch_of(const SsdScanParams& f) {
   // Of a gradient that heads share the sums in fp32, chunk by chunk as the tile has them.
   const auto take_sums = [&](int groups, int width, int columns) {
     PassedGradient gradient{{0, f.heads / groups, groups, width}};
-    const int64_t all = count_runs(f) * groups;
+    const int64_t all = runs * groups;
     if (gradient.count == 1 || scratch.cluster > 1 || all == 0) return gradient;
     const int processors = count_processors();
     const int64_t at_once = int64_t(processors) * T::kWanted / gradient.count + 2;
     gradient.slots = static_cast<int>(std::min(at_once, all));
     // A block is a quarter of a chunk or less behind the one before it. Of all chunks no more than
-    // an eighth have places, as long as each group has one. But a group that is not on the device
-    // as a whole must not wait for its last.
-    const int64_t chunks = std::min<int64_t>((f.length + kChunk - 1) / kChunk, kRunChunks);
-    const int64_t eighth = count_chunks(f) * groups / (8 * gradient.slots);
-    const int64_t few = std::min<int64_t>(2 + gradient.count / 4, eighth);
+    // an eighth have places, a twelfth where states between runs take memory too, as long as each
+    // group has one. But a group that is not on the device as a whole must not wait for its last.
+    const int64_t chunks =
+        std::clamp<int64_t>((f.length + kChunk - 1) / kChunk, 1, scratch.run_chunks);
+    const int64_t all_chunks = f.batch * f.length / kChunk * groups;
+    const int64_t share = all_chunks / ((borders > 0 ? 12 : 8) * gradient.slots);
+    const int64_t few = std::min<int64_t>(2 + gradient.count / 4, share);
     const int64_t most = f.heads <= processors ? few : 2 * chunks;
-    gradient.places = 1;
-    while (gradient.places < chunks && 2 * gradient.places <= most) gradient.places *= 2;
+    int64_t places = 1;
+    while (places < chunks && 2 * places <= most) places *= 2;
+    gradient.places = static_cast<int>(std::min(places, chunks));
     gradient.parts = scratch.take(int64_t(gradient.slots) * gradient.places * kChunk * columns);
     return gradient;
   };
@@ -1239,13 +1256,15 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
                   : rows.where == OwnRows::kdB ? p.dB
                   : rows.where == OwnRows::kdC ? p.dC
                                                : p.scratch + scratch.states;
-    const auto blocks = static_cast<unsigned>(f.sequences > 0 ? count_runs(f) * f.heads : 0);
+    const int64_t longest = scratch.run_chunks * kChunk,
+                  runs = f.sequences > 0 ? count_runs(f, longest) : 0;
+    const auto blocks = static_cast<unsigned>(runs * f.heads);
     if (blocks > 0 && scratch.counts > 0) {
       const auto clearing = static_cast<unsigned>((scratch.counts + kThreads - 1) / kThreads);
       launch_overlapping(clear_kernel, clearing, kThreads, 0, stream, p.scratch + scratch.progress,
                          scratch.counts);
     }
-    if (blocks > 0 && count_borders(f) > 0) {
+    if (blocks > 0 && count_borders(f, longest) > 0) {
       const auto add = add_kernel<data_t, kP, kN>;
       constexpr int kAddBytes = sizeof(typename AddTile<data_t, kP, kN>::Shared);
       cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kAddBytes);
@@ -1267,9 +1286,7 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
     } else {
       walk(ssd_scan_backward_kernel<data_t, kP, kN, Sums::kNone>);
     }
-    if (p.dD != nullptr)
-      sum_partials(p.scratch + scratch.dD, f.heads, f.sequences > 0 ? count_runs(f) : 0, f.heads,
-                   p.dD, stream);
+    if (p.dD != nullptr) sum_partials(p.scratch + scratch.dD, f.heads, runs, f.heads, p.dD, stream);
   });
 }
 

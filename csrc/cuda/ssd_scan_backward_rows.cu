@@ -31,7 +31,12 @@ constexpr int kStages = 8;               // of a span
 constexpr int kSpan = kStage * kStages;  // tokens
 
 struct RowsScratch : SsdScanScratch {
-  PartedGradient dx, dB, dC, dlog_decay, dscale;
+  PartedGradient dx, dB, dC, dlog_decay, dscale;  // all parts one after the other
+
+  PartedGradient take_parts(const SsdScanParams& f, int count, int groups, int width) {
+    const int64_t floats = count > 1 ? f.batch * f.length * groups * width : 0;
+    return {take(count * floats), count, groups, width};
+  }
 };
 
 template <typename Row>
@@ -339,6 +344,14 @@ RowsScratch scratch_of(const SsdScanParams& f) {
   scratch.dlog_decay = scratch.take_parts(f, tiles, f.heads, 1);
   scratch.dscale = scratch.take_parts(f, tiles, f.scale ? f.heads : 0, 1);
   return scratch;
+}
+
+template <typename data_t>
+void sum_parts(const PartedGradient& gradient, const SsdScanBackwardParams& p, data_t* sum,
+               cudaStream_t stream) {
+  const int64_t size = p.forward.batch * p.forward.length * gradient.groups * gradient.width;
+  if (gradient.count > 1)
+    sum_partials(p.scratch + gradient.parts, size, gradient.count, size, sum, stream);
 }
 
 template <typename data_t, typename Row>
