@@ -423,6 +423,10 @@ int64_t count_paged_attention_tickets(const PagedAttentionParams& params);
 void launch_paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 // Of it, what is no decode and has 16-bit data in vectors of 16 bytes, of 64, 96 or 128.
 void launch_paged_prefill(const PagedAttentionParams& params, cudaStream_t stream);
+// Of that, on Hopper all of it; takes kPagedPrefillTickets.
+constexpr int kPagedPrefillTickets = 2;
+bool runs_paged_prefill_wgmma();
+void launch_paged_prefill_wgmma(const PagedAttentionParams& params, cudaStream_t stream);
 
 struct SampleParams {
   const void* logits;          // (batch, vocabulary), dtype: float32 or bfloat16

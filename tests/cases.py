@@ -119,7 +119,7 @@ PAGED_ATTENTION_CASES = {
         "lengths": (67,), "queries": (67,), "heads": 14, "head_dim": 19, "page_size": 5,
     },
     "prefill, large scores": {"lengths": (130,), "queries": (130,), "magnitude": 30.0},
-    # What a tensor core kernel tiles: 128 queries and heads by 64 positions.
+    # What tensor core kernels tile: 128 queries and heads by 64 or 128 positions.
     "prefill, prime lengths": {
         "lengths": (127, 61, 131), "queries": (127, 61, 131), "dtype": torch.bfloat16,
     },
@@ -149,6 +149,26 @@ PAGED_ATTENTION_CASES = {
     "prefill, group 8, D 96": {
         "lengths": (150,), "queries": (101,), "heads": 16, "head_dim": 96, "dtype": torch.bfloat16,
     },
+    "prefill, around steps": {
+        "lengths": (127, 128, 129, 255, 256, 257), "queries": (31, 32, 33, 65, 64, 63), "heads": 8,
+        "dtype": torch.bfloat16,
+    },
+    "prefill, around steps, D 128": {
+        "lengths": (256, 257, 385), "queries": (256, 129, 43), "head_dim": 128,
+        "dtype": torch.bfloat16,
+    },
+    "prefill, a short piece after many pages": {
+        "lengths": (1500, 1030), "queries": (40, 7), "dtype": torch.bfloat16,
+    },
+    "prefill, a short piece after many pages, D 128": {
+        "lengths": (1500, 1030), "queries": (40, 7), "head_dim": 128, "dtype": torch.bfloat16,
+    },
+    "prefill, group 3": {
+        "lengths": (300,), "queries": (200,), "dtype": torch.bfloat16,
+    },
+    "prefill, group 16, D 128": {
+        "lengths": (150,), "queries": (50,), "heads": 32, "head_dim": 128, "dtype": torch.bfloat16,
+    },
     "prefill, group 20": {
         "lengths": (70,), "queries": (50,), "heads": 40, "dtype": torch.bfloat16,
     },
@@ -166,6 +186,10 @@ PAGED_ATTENTION_CASES = {
     },
     "prefill, negative scale": {
         "lengths": (130,), "queries": (130,), "scale": -0.3, "dtype": torch.bfloat16,
+    },
+    "prefill, negative scale, D 128": {
+        "lengths": (130,), "queries": (130,), "scale": -0.3, "head_dim": 128,
+        "dtype": torch.bfloat16,
     },
     "prefill, scale 0": {
         "lengths": (130,), "queries": (130,), "scale": 0.0, "dtype": torch.bfloat16,

@@ -19,7 +19,8 @@ ON_CUDA = {k: v for k, v in PAGED_ATTENTION_CASES.items() if v.get("dtype") != t
     for k in (
         "base", "group 5", "D 128, Llama-3.2-3B", "D 96", "odd D", "prefill after a prefix",
         "prefill, prime lengths", "prefill, ragged and padding rows", "prefill, group 3, D 128",
-        "prefill, group 8, D 96", "prefill, large scores, bf16",
+        "prefill, group 8, D 96", "prefill, large scores, bf16", "prefill, around steps",
+        "prefill, group 16, D 128",
     )
 }  # fmt: skip
 CUDA_CASES = pytest.mark.parametrize("case", ON_CUDA.values(), ids=ON_CUDA.keys())
@@ -161,9 +162,15 @@ PREFILL_SHAPES = pytest.mark.parametrize(
         {"heads": 6, "kv_heads": 2, "head_dim": 96, "page_size": 64, "dtype": torch.float16},
         {"heads": 2, "kv_heads": 2, "head_dim": 128, "page_size": 7, "dtype": torch.float16},
         {"heads": 16, "kv_heads": 2, "page_size": 24, "dtype": torch.bfloat16},
+        {"heads": 3, "kv_heads": 3, "dtype": torch.float16},
+        {"heads": 16, "kv_heads": 1, "head_dim": 128, "dtype": torch.bfloat16},
+        {"heads": 20, "kv_heads": 1, "dtype": torch.float16},
     ],
-    ids=["32/8 D 64", "6/2 D 128", "6/2 D 96", "2/2 D 128", "16/2 D 64"],
-)
+    ids=[
+        "32/8 D 64", "6/2 D 128", "6/2 D 96", "2/2 D 128", "16/2 D 64", "3/3 D 64", "16/1 D 128",
+        "20/1 D 64",
+    ],
+)  # fmt: skip
 
 
 def piece_of(inputs, begin, end):
@@ -187,12 +194,20 @@ def piece_of(inputs, begin, end):
 
 @pytest.mark.cuda("paged_attention", "paged_attention_lse")
 @PREFILL_SHAPES
-def test_where_a_prompt_is_cut_changes_no_bit_cuda(shape):
-    length = 331
+@pytest.mark.parametrize(
+    ("length", "all_cuts"),
+    [
+        (331, ((1, 330), (64,), (63, 65, 66), (127, 128, 129), (7, 20, 21, 150), (320,))),
+        (1300, ((512, 1024), (255, 256, 257, 700))),
+    ],
+    ids=["331", "1300"],
+)
+def test_where_a_prompt_is_cut_changes_no_bit_cuda(shape, length, all_cuts):
     inputs = paged_attention_inputs(lengths=(length,), queries=(length,), **shape)
     inputs = to_device(inputs, "cuda")
     whole, lse = ops.paged_attention(**inputs, return_lse=True)
-    for cuts in ((1, 330), (64,), (63, 65, 66), (127, 128, 129), (7, 20, 21, 150), (320,)):
+    assert torch.equal(ops.paged_attention(**inputs), whole)
+    for cuts in all_cuts:
         for begin, end in pairwise((0, *cuts, length)):
             piece = piece_of(inputs, begin, end)
             y, part = ops.paged_attention(**piece, return_lse=True)

@@ -19,7 +19,7 @@
 // plain: everything else. Positions are dealt out in turn to walkers of kLanes threads, each of
 //   which holds kVec x kChunks channels; the walkers are merged at the end.
 //
-// More queries a row go to paged_prefill.cu where its kernel takes them, and otherwise to plain,
+// More queries a row go to paged_prefill.cu where its kernels take them, and otherwise to plain,
 // one at a time: right, and as slow as that sounds. Which of the two is said and not found from
 // shapes.
 //
@@ -1004,19 +1004,20 @@ void dispatch(const PagedAttentionParams& p, cudaStream_t stream) {
   dispatch_group<data_t, 32, 1, 8, false>(p, stream);
 }
 
-bool runs_tensor_kernel(const PagedAttentionParams& p) {
-  return p.tokens > 0 && p.heads > 0 && p.decode && p.dtype != DType::kFloat32 && is_vectorised(p);
+bool runs_on_tensor_cores(const PagedAttentionParams& p) {
+  return p.tokens > 0 && p.heads > 0 && p.dtype != DType::kFloat32 && is_vectorised(p);
 }
 
 }  // namespace
 
 int64_t count_paged_attention_scratch(const PagedAttentionParams& p) {
-  if (!runs_tensor_kernel(p)) return 0;
+  if (!runs_on_tensor_cores(p) || !p.decode) return 0;
   return int64_t(p.tokens) * p.heads * make_plan(p).slots * (p.head_dim + 2);
 }
 
 int64_t count_paged_attention_tickets(const PagedAttentionParams& p) {
-  if (!runs_tensor_kernel(p)) return 0;
+  if (!runs_on_tensor_cores(p)) return 0;
+  if (!p.decode) return runs_paged_prefill_wgmma() ? kPagedPrefillTickets : 0;
   const Plan plan = make_plan(p);
   return plan.deals > 1 && !plan.combines ? num_blocks<kTileHeads>(p) : 0;
 }

@@ -1,17 +1,15 @@
 // Causal attention of many tokens a row over the row's pages, on tensor cores: the prefill of
 // paged_attention, for bfloat16 and float16 with head_dim 64, 96 or 128.
 //
-// The online softmax of Dao 2023 (FlashAttention-2). A thread block takes a tile of 128 columns of
-// one row of the batch: neighbouring queries, of each all heads that share a kv head, so that all
-// of them use one read of K and V. It walks the positions from 0 on in steps of 64; K and V of the
-// next step are copied while this one is multiplied, and the pages of the step after it are looked
-// up. A warp has 32 of the columns, two products high, as every fragment of K and V that it reads
-// from shared memory then serves two: with one, reading takes longer than multiplying. Weights are
-// rounded to the data type once, and added up before.
+// The online softmax of Dao 2023 (FlashAttention-2). A thread block takes a tile of 128 columns, of
+// neighbouring queries and heads (prefill_deal.cuh). It walks the positions from 0 on in steps of
+// 64; K and V of the next step are copied while this one is multiplied, and the pages of the step
+// after it are looked up. A warp has 32 of the columns, two products high, as every fragment of K
+// and V that it reads from shared memory then serves two: with one, reading takes longer than
+// multiplying. Weights are rounded to the data type once, and added up before. Tiles are numbered
+// from the last, as a row's last tile sees most positions.
 //
-// Which tiles a row has is found on the device: row r begins at tile starts[r] / queries + r, which
-// leaves each row room for all of its tiles, and launch geometry depends on shapes alone. Tiles are
-// numbered from the last, as a row's last tile sees most positions.
+// On Hopper paged_prefill_wgmma.cu takes its place.
 //
 // The bits of a query depend on its row's K and V up to it, and on nothing else: steps begin at
 // multiples of 64 wherever its tile begins, columns do not see each other, and a step that a column
@@ -32,6 +30,7 @@
 #include "kernels.h"
 #include "launch.cuh"
 #include "matrix.cuh"
+#include "prefill_deal.cuh"
 #include "rows.cuh"
 #include "softmax.cuh"
 
@@ -44,16 +43,7 @@ constexpr int kColumns = kWarps * kWarpColumns;
 constexpr int kStep = 64;  // positions
 constexpr int kStepTiles = kStep / 8;
 constexpr int kStages = 2;
-constexpr int kMostHeads = 16;  // of a tile; larger groups are cut
-constexpr int kBlocks = 2;      // on a multiprocessor: 255 registers a thread
-
-// How queries and heads are dealt out, by shapes alone. Column i of a tile is head i % heads of
-// query i / heads.
-struct Deal {
-  int heads, slices;  // of a tile, of a group
-  int queries;        // of a tile
-  int tiles;          // at most
-};
+constexpr int kBlocks = 2;  // on a multiprocessor: 255 registers a thread
 
 template <typename data_t, int kDim>
 struct Stage {
@@ -65,37 +55,9 @@ struct Shared {
   Stage<data_t, kDim> stages[kStages];
 };
 
-// The queries of a tile: the first of them in the batch, how many, and where the first one stands.
-struct Tile {
-  int row = -1, token = 0, queries = 0, position = 0;
-};
-
-// The row is the last one that begins at tile `index` or before; 32 of them are asked at once.
-__device__ inline Tile find_tile(const PagedAttentionParams& p, const Deal& deal, int index) {
-  const int lane = threadIdx.x % 32;
-  int row = 0;
-  for (int rows = p.rows; rows > 1;) {
-    const int stride = (rows + 31) / 32, mine = row + lane * stride;
-    const bool begun =
-        lane * stride < rows && __ldcg(&p.cu_seqlens_q[mine]) / deal.queries + mine <= index;
-    const int last = __popc(__ballot_sync(kAll, begun)) - 1;
-    row += last * stride;
-    rows = min(stride, rows - last * stride);
-  }
-  const int start = __ldcg(&p.cu_seqlens_q[row]), end = __ldcg(&p.cu_seqlens_q[row + 1]);
-  const int length = __ldcg(&p.kv_lengths[row]);
-  const int first = (index - start / deal.queries - row) * deal.queries;
-  Tile tile;
-  tile.row = row;
-  tile.token = start + first;
-  tile.queries = min(deal.queries, end - start - first);
-  tile.position = length <= 0 ? -deal.queries : length - end + tile.token;
-  return tile;
-}
-
 template <typename data_t, int kDim>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    prefill_kernel(const PagedAttentionParams p, const PageSize pages, const Deal deal) {
+    prefill_kernel(const PagedAttentionParams p, const PageSize pages, const PrefillDeal deal) {
   // A line is a vector of kDim; a warp copies kLines of them at once.
   constexpr int kChunks = kDim / 8, kLines = 32 / kChunks;
   constexpr int kWarpStep = kStep / kWarps;
@@ -111,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const int slice = blockIdx.x % deal.slices, kv_head = blockIdx.x / deal.slices % p.kv_heads;
   const int index = deal.tiles - 1 - int(blockIdx.x / deal.slices / p.kv_heads);
-  const Tile tile = find_tile(p, deal, index);
+  const PrefillTile tile = find_tile(p, deal, index);
   if (tile.queries <= 0) return;
   const int group = p.heads / p.kv_heads;
   const int first_head = kv_head * group + slice * deal.heads;
@@ -345,12 +307,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <typename data_t, int kDim>
 void launch(const PagedAttentionParams& p, cudaStream_t stream) {
-  Deal deal;
-  const int group = p.heads / p.kv_heads;
-  deal.heads = group < kMostHeads ? group : kMostHeads;
-  deal.slices = (group + deal.heads - 1) / deal.heads;
-  deal.queries = kColumns / deal.heads;
-  deal.tiles = p.tokens / deal.queries + p.rows;
+  const PrefillDeal deal(p, kColumns);
   constexpr int kBytes = sizeof(Shared<data_t, kDim>);
   const auto kernel = prefill_kernel<data_t, kDim>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -368,6 +325,7 @@ void dispatch(const PagedAttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_paged_prefill(const PagedAttentionParams& p, cudaStream_t stream) {
+  if (runs_paged_prefill_wgmma()) return launch_paged_prefill_wgmma(p, stream);
   if (p.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(p, stream);
   dispatch<__half>(p, stream);
 }

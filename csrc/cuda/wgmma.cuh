@@ -115,6 +115,42 @@ __device__ void multiply_shared(float (&d)[8][4], uint64_t a, uint64_t b, bool a
 #undef MULTIPLY
 #endif
 }
+template <typename data_t>
+__device__ void multiply_shared(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
+#ifdef REASONERS_WGMMA
+#define MULTIPLY(TYPE)                                                               \
+  asm volatile(                                                                      \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                               \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" REGISTERS_64 \
+      "}, %64, %65, add, 1, 1, 0, 0;\n}"                                             \
+      : TILES_8(0), TILES_8(8)                                                       \
+      : "l"(a), "l"(b), "r"(int(add)))
+  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
+    MULTIPLY("bf16");
+  else
+    MULTIPLY("f16");
+#undef MULTIPLY
+#endif
+}
+
+// The same with A in registers.
+template <typename data_t>
+__device__ void multiply_held(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+#ifdef REASONERS_WGMMA
+#define MULTIPLY(TYPE)                                                               \
+  asm volatile(                                                                      \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                               \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" REGISTERS_64 \
+      "}, {%64,%65,%66,%67}, %68, add, 1, 1, 0;\n}"                                  \
+      : TILES_8(0), TILES_8(8)                                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
+  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
+    MULTIPLY("bf16");
+  else
+    MULTIPLY("f16");
+#undef MULTIPLY
+#endif
+}
 
 // D += A B with A in registers and the rows of B as rows in shared memory.
 template <typename data_t>
