@@ -11,7 +11,6 @@
 namespace reasoners {
 
 constexpr int kChunk = 64, kBlock = 16, kBlocks = kChunk / kBlock;
-constexpr int kSegment = 4;  // chunks: states are carried from segment to segment
 // Steps below this are as good as -inf in fp32, and sums over a chunk stay exact enough.
 constexpr float kSmallestStep = -110.f;
 

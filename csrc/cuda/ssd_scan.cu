@@ -10,12 +10,12 @@
 // are the factors of the next; the state is fp32 in registers, and a copy in the data's type in
 // shared memory is for the product with C.
 //
-// States are summed in segments of kSegment chunks: a local state that begins with zeros, and
-// carried + decay since the segment's start times it. So what a segment adds does not depend on
-// what came before, and the segments of a sequence can be dealt to several blocks without a bit of
-// difference: where sequences and heads alone do not fill the machine, a first kernel finds what
-// each segment adds (from x and B alone), a second carries states from segment to segment, and the
-// blocks of the third begin at theirs. How is decided from shapes alone.
+// States are summed in segments of four chunks or more (ssd_deal.cuh): a local state that begins
+// with zeros, and carried + decay since the segment's start times it. So what a segment adds does
+// not depend on what came before, and the segments of a sequence can be dealt to several blocks
+// without a bit of difference: where sequences and heads alone do not fill the machine, a first
+// kernel finds what each segment adds (from x and B alone), a second carries states from segment to
+// segment, and the blocks of the third begin at theirs. How is decided from shapes alone.
 //
 // Warp (r, h) has the tokens 16 r to 16 r + 15 and part h of the columns of y, and the rows 16 r
 // (and 16 r + 64) of the state and part h of its columns.

@@ -31,24 +31,37 @@
 //   walks               2         1         1          1     of a block
 //   shared, kB        190       136       221        218     one block a multiprocessor
 //
-// H200, bfloat16, us, and the share of a copy's 4.2 TB/s that the necessary bytes reach; in
+// H200, bfloat16, us, and the share of a copy's 4.25 TB/s that the necessary bytes reach; in
 // brackets ssd_walk.cuh, of the larger ones on an H100:
-//   Llamba-1B 8 x 4096    144  89 % (235)     Llamba-3B 8 x 4096 (P 96)         191  63 %  (317)
-//             64 x 512    172  75 % (196)     Llamba-8B 8 x 4096 (P 128)        267  72 %  (388)
-//             512 x 512  1391  74 % (1519)    24 heads of 128 x 128, 8 x 4096   282  68 %  (542)
-//             1 x 2048   24.0  34 % (31)      80 heads of 64 x 128, one group   441  38 % (1071)
-//             1 x 32768   262  49 % (318)     Llamba-1B 1 x 131072             1011  51 % (1227)
-// What limits, by a profile of the form before the last: at 64 x 128 with one group shared memory,
-// 74 % busy, with the memory at 46 % and 41 % of issue slots taken; at 128 x 64 the second-level
-// cache, 84 %. A long sequence reads x and B twice, and its three kernels follow each other. One
-// C B^T for both heads of a group would move as many bytes in shared memory as it spares; scores
-// ahead at N 128 spill. A long sequence in one kernel, with segments of x, B and C in shared memory
-// from what they add to y and states handed on by tickets, took 24 us for 1 x 2048, 365 for 32768
-// and 1454 for 131072: two segments a multiprocessor leave each step's latency bare. Clusters of 4
-// or 7 blocks for a head, each with a segment in shared memory, which hand states on through the
-// cluster: 26, 289 and 1096, as one round of seven segments of 32 heads takes 15 us, of which its
-// bytes need 7: a warpgroup finds what its segment adds, waits for the others, then walks it. Next:
-// a second warpgroup that finds the next segment's meanwhile; copies by tensor maps.
+//   Llamba-1B 8 x 4096    144  88 % (235)     Llamba-3B 8 x 4096 (P 96)         202  59 %  (317)
+//             64 x 512    176  73 % (196)     Llamba-8B 8 x 4096 (P 128)        276  69 %  (388)
+//             512 x 512  1418  72 % (1519)    24 heads of 128 x 128, 8 x 4096   302  63 %  (542)
+//             1 x 2048   23.5  34 % (31)      80 heads of 64 x 128, one group   475  35 % (1071)
+//             1 x 32768   245  52 % (318)     Llamba-1B 1 x 131072              949  54 % (1227)
+// One machine differs from the next by 3 %, and the forms with N 128 by 5 % from run to run.
+//
+// What limits, by profiles: with x, B and C all in the second-level cache Llamba-1B's 8 x 4096
+// still takes 126, at 48 % of issue slots, 67 % of shared memory's rate: a warpgroup needs 3,500
+// cycles a chunk, a third of them for weighing scores, a quarter for writing y, and two of them a
+// multiprocessor do not fill each other's gaps. Asking for four rows of y, or for what scores are
+// weighed with, before they are needed spared 6 % at 64 x 64. At 64 x 128 with one group the memory
+// is at 45 %, shared memory at 71 %. Where a sequence is long x and B are read twice, and three
+// kernels follow each other. One C B^T for both heads of a group would move as many bytes in shared
+// memory as it spares; scores ahead at N 128 spill.
+//
+// A long sequence in one kernel has been tried three times (1 x 2048, 32768, 131072):
+//   segments of x, B and C kept in shared memory between what they add to y and their walk, states
+//     handed on by tickets: 24, 365, 1454. Two segments a multiprocessor leave each step bare.
+//   the same in clusters of 4 or 7 blocks for a head: 26, 289, 1096. A round of seven segments of
+//     32 heads takes 15 us, of which its bytes need 7.
+//   all blocks at once, each walk finding what its next segment adds before it walks this one, so
+//     that x and B are read again out of the second-level cache, while four more warps a block
+//     carry states from segment to segment: 23, 295, 1124. Nobody waits for states, nor do bytes
+//     matter (hints to the cache change nothing): of 25,000 cycles a round a walk takes 15,900,
+//     which is what limits 8 x 4096 too, what the next adds 4,800, and passing states and pieces on
+//     4,000.
+// So what is next is a chunk in fewer instructions; then the third way, with a warpgroup of its own
+// for what segments add.
 #include <algorithm>
 #include <climits>
 #include <iterator>
@@ -98,13 +111,14 @@ __device__ inline int same_in_warp(int v) { return __shfl_sync(~0u, v, 0); }
 struct Piece {
   Sequence sequence;
   int index, first_head;  // `index` of the sequence
-  int first, last, segments;
+  int first, last;
+  Segments segments;
   int x_column[kGroups], b_column, c_column;  // where the first columns are that a head has
 
   __device__ int length() const { return static_cast<int>(sequence.end - sequence.begin); }
-  __device__ int first_chunk() const { return first * kSegment; }
+  __device__ int first_chunk() const { return segments.first_chunk(first); }
   __device__ int last_chunk() const {
-    return min(last * kSegment, (length() + kChunk - 1) / kChunk);
+    return min(segments.first_chunk(last), (length() + kChunk - 1) / kChunk);
   }
 };
 
@@ -122,7 +136,7 @@ struct Pieces {
       : walk(walk), count(0) {
     const int64_t walks = p.sequences * (p.heads / kHeads);
     if (runs > 0) {
-      most = count_segments(p.length);
+      most = Segments(deal.most_bits, p.length).count;
       begin = static_cast<int>(walks * most * walk / runs);
       end = static_cast<int>(walks * most * (walk + 1) / runs);
       count = (end + most - 1) / most - begin / most;
@@ -151,9 +165,9 @@ struct Pieces {
     piece.index = whole / units;
     piece.first_head = whole % units * kHeads;
     piece.sequence = sequence_at(p.cu_seqlens, p.length, piece.index);
-    piece.segments = count_segments(piece.length());
+    piece.segments = Segments(deal.most_bits, piece.length());
     piece.first = first;
-    piece.last = min(last, piece.segments);
+    piece.last = min(last, piece.segments.count);
     const auto column_of = [&](int head, int sharing, int row_size) {
       return head / (p.heads / sharing) * row_size;
     };
@@ -361,10 +375,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pairs[n][0], pairs[n][1],
                      pairs[n + 1][0], pairs[n + 1][1]);
   };
+  // Whether registers suffice to read shared memory, which is slow to answer, before it is needed.
+  constexpr bool kEager = kHeads == 1;
+  // The chunk's first token to `to`, of which `left` are there, a thread its column of four rows.
   // Through a panel, of which nobody else touches these rows, so that lanes write 16 bytes, and
   // eight of them a row.
-  const auto write_y = [&](const Rows& by, const float (&y)[8][4], const Piece& piece, int head,
-                           int t) {
+  const int y_stride = p.heads * p.head_dim, y_column = p_part + lane % 8 * 8, y_row = lane / 8;
+  const auto write_y = [&](const Rows& by, const float (&y)[8][4], data_t* to, int left) {
     uint32_t pairs[8][2];
 #pragma unroll
     for (int m = 0; m < 8; ++m)
@@ -373,17 +390,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         pairs[m][half] = pack<data_t>(y[m][2 * half], y[m][2 * half + 1]);
     put_rows(by, pairs);
     __syncwarp();
-    const int column = p_part + lane % 8 * 8, row = lane / 8;
-    const int left = column < p.head_dim ? piece.length() - t : 0;
-    const int64_t token = piece.sequence.batch * p.length + piece.sequence.begin + t;
-    auto* to = static_cast<data_t*>(p.y) + (token * p.heads + head) * p.head_dim + column;
+    const auto row_of_lane = [&](int u) {
+      return *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&by) +
+                                             by.offset(16 * r + u + y_row, lane % 8));
+    };
+    uint4 rows[4];
+    if (kEager)
+#pragma unroll
+      for (int u = 0; u < 16; u += 4) rows[u / 4] = row_of_lane(u);
 #pragma unroll
     for (int u = 0; u < 16; u += 4) {
-      const int i = token_of(u) + (u < 8 ? 8 * r : -8 * r) + row;
+      const int i = token_of(u) + (u < 8 ? 8 * r : -8 * r) + y_row;
       if (i < left)
-        *reinterpret_cast<uint4*>(to + int64_t(i) * p.heads * p.head_dim) =
-            *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&by) +
-                                            by.offset(16 * r + u + row, lane % 8));
+        *reinterpret_cast<uint4*>(to + int64_t(i) * y_stride) =
+            kEager ? rows[u / 4] : row_of_lane(u);
     }
   };
 
@@ -413,7 +433,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Piece& piece = shared.piece[k % (kStages + 1)];
     const int head = piece.first_head + h;
     const float skip = p.D ? p.D[head] : 0.f;
-    const Places places(p, piece.sequence, piece.index, head);
+    const Places places(p, piece.sequence, piece.index, piece.segments, head);
     const int64_t home = (int64_t(piece.index) * p.heads + head) * size;  // in a state tensor
     // Where the walk with this number leaves the state in the middle of a sequence, and says so.
     const int walk = shared.pieces.walk;
@@ -437,9 +457,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait_for_products<0>();
       settle(scores);
     }
+    data_t* y_at = nullptr;  // of the chunk
+    int left = 0;
+    if (!kAdds) {
+      const int t = first_chunk * kChunk;
+      const int64_t token = piece.sequence.batch * p.length + piece.sequence.begin + t;
+      y_at = static_cast<data_t*>(p.y) + token * y_stride + head * p.head_dim + y_column;
+      left = y_column < p.head_dim ? piece.length() - t : 0;
+    }
 #pragma unroll 1
     for (int chunk = first_chunk; chunk < last_chunk; ++chunk, ++n) {
-      const int stage = n % kStages, t = chunk * kChunk;
+      const int stage = n % kStages;
       const auto& in = shared.stages[stage];
       const Scalars& scalars = shared.scalars[stage][h];
       if (!kAhead) wait_for_chunk(n);
@@ -467,6 +495,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint64_t c = describe(in.c), s = describe(shared.states[w][n & 1]);
         if (!kAhead) begin_scores(n);
         put_rows(shared.states[w][n & 1], pairs);
+        // What the tokens that are seen are weighed with.
+        float2 c_from[8], scale_of[8];
+        const auto read_weights = [&](int tile) {
+          const int j0 = tile * 8 + 2 * q;
+          c_from[tile] = *reinterpret_cast<const float2*>(&scalars.c[j0]);
+          scale_of[tile] = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
+        };
+        if (kAhead)
+#pragma unroll
+          for (int tile = 0; tile < 8; ++tile) read_weights(tile);
+        const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of a thread
+        const float since_of[2] = {scalars.since[tokens[0]], scalars.since[tokens[1]]},
+                    c_of[2] = {scalars.c[tokens[0]], scalars.c[tokens[1]]};
         show_to_copies();
         meet();
         begin_products();
@@ -474,9 +515,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int k = 0; k < kN / 16; ++k)
           multiply_shared<data_t>(y, c + depth_step<kChunk>(k), s + depth_step<kWidth>(k), k > 0);
         commit_products();
-        const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of a thread
-        const float since_of[2] = {scalars.since[tokens[0]], scalars.since[tokens[1]]},
-                    c_of[2] = {scalars.c[tokens[0]], scalars.c[tokens[1]]};
         if (!kAhead) wait_for_products<1>();
         settle(scores);
         uint32_t a[4][4];
@@ -488,15 +526,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           // half of it where it is the last; the others all see it, or none does.
           const int half = tile / 4, last_tile = half == 0 ? r : 7 - r;
           if (half == 1 && tile > last_tile) continue;
-          const int j0 = tile * 8 + 2 * q;
-          const float2 c_from = *reinterpret_cast<const float2*>(&scalars.c[j0]),
-                       scale_of = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
+          if (!kAhead) read_weights(tile);
           const auto weigh = [&](int half, bool is_last) {
             float weights[2];
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const float passes = exp2_fast(c_of[half] - (e ? c_from.y : c_from.x));
-              weights[e] = scores[tile][2 * half + e] * (passes * (e ? scale_of.y : scale_of.x));
+              const float passes = exp2_fast(c_of[half] - (e ? c_from[tile].y : c_from[tile].x));
+              weights[e] =
+                  scores[tile][2 * half + e] * (passes * (e ? scale_of[tile].y : scale_of[tile].x));
               if (is_last)
                 weights[e] = 2 * q + e > g ? 0.f : weights[e] + (2 * q + e == g ? skip : 0.f);
             }
@@ -544,16 +581,18 @@ __global__ void __launch_bounds__(kThreads, 1)
           wait_for_products<1>();
         }
         settle(y);
-        write_y(shared.states[w][~n & 1], y, piece, head, t);
+        write_y(shared.states[w][~n & 1], y, y_at, left);
+        y_at += int64_t(kChunk) * y_stride;
+        left -= kChunk;
       }
       wait_for_products<0>();
       settle(local);
       if (kAhead) settle(scores);
       __syncwarp();
       if (lane == 0) arrive(&shared.free[stage]);
-      if (chunk + 1 == last_chunk || (chunk + 1) % kSegment == 0) {
+      if (chunk + 1 == last_chunk || piece.segments.end_with(chunk)) {
         if (kAdds) {
-          const int64_t place = places.of(chunk / kSegment);
+          const int64_t place = places.of(piece.segments.of(chunk));
           write_state(local, p.scratch + deal.states + place * size);
           if (threadIdx.x % kGroup == 0 && p_part == 0) p.scratch[deal.decays + place] = since;
         } else {
@@ -566,7 +605,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     if (!kAdds && deal.blocks == 0) {
-      const bool ends = piece.last == piece.segments;
+      const bool ends = piece.last == piece.segments.count;
       write_state(carried, ends ? p.final_state + home : passed(walk));
       if (!ends) {
         meet();
@@ -580,11 +619,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Into how many runs the segments of all sequences are cut, where these are more than what can be
 // walked at a time.
 template <typename T>
-int count_runs(const SsdScanParams& p) {
+int count_runs(const SsdScanParams& p, const Deal& deal) {
   constexpr int kMost = kProcessors * T::kWalks;
   static_assert(kMost * T::kTogether <= kSsdScanTickets);
   const int64_t walks = p.sequences * p.heads / T::kHeads;
-  const bool fits = walks * count_segments(p.length) < INT_MAX;
+  const bool fits = walks * count_segments(p, deal) < INT_MAX;
   return p.cu_seqlens == nullptr && p.length > 0 && walks > kMost && fits ? kMost : 0;
 }
 
@@ -595,7 +634,7 @@ void launch(const SsdScanParams& p, cudaStream_t stream) {
   const auto scan = ssd_scan_wgmma_kernel<T, false>;
   cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const Deal deal = make_deal(p, T::kWalks, T::kHeads);
-  const int runs = count_runs<T>(p);
+  const int runs = count_runs<T>(p, deal);
   const int64_t walks =
       runs > 0 ? runs : p.sequences * p.heads / T::kHeads * std::max(deal.blocks, 1);
   const auto blocks = static_cast<unsigned>(
@@ -635,8 +674,9 @@ bool suits_ssd_scan_wgmma(const SsdScanParams& p) {
 int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& p) {
   return with_tile<__half>(p, [&](auto tile) {
     using T = decltype(tile);
-    const int64_t passed = int64_t(count_runs<T>(p)) * T::kHeads * p.head_dim * p.state_dim;
-    return std::max(passed, make_deal(p, T::kWalks, T::kHeads).size);
+    const Deal deal = make_deal(p, T::kWalks, T::kHeads);
+    const int64_t runs = count_runs<T>(p, deal);
+    return std::max(runs * T::kHeads * p.head_dim * p.state_dim, deal.size);
   });
 }
 

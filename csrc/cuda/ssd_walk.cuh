@@ -124,9 +124,10 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
   const int batch = static_cast<int>(sequence.batch), begin = static_cast<int>(sequence.begin),
             length = static_cast<int>(sequence.end - sequence.begin);
-  const int chunks = (length + kChunk - 1) / kChunk, segments = (chunks + kSegment - 1) / kSegment;
+  const int chunks = (length + kChunk - 1) / kChunk;
+  const Segments segments(deal.most_bits, length);
   const int first = unit % blocks * deal.each,
-            last = deal.blocks > 0 ? min(first + deal.each, segments) : segments;
+            last = deal.blocks > 0 ? min(first + deal.each, segments.count) : segments.count;
   const int x_offset = head / (p.heads / p.x_heads) * p.head_dim,
             b_offset = head / (p.heads / p.b_groups) * p.state_dim,
             c_offset = head / (p.heads / p.c_groups) * p.state_dim;
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     if (first == 0 && static_cast<int>(threadIdx.x) >= T::kFirstMaker) keep_last();
     return;
   }
-  const int first_chunk = first * kSegment, last_chunk = min(last * kSegment, chunks);
+  const int first_chunk = segments.first_chunk(first),
+            last_chunk = min(segments.first_chunk(last), chunks);
   const float skip = p.D ? p.D[head] : 0.f;
 
   // By a shuffle, so that the compiler knows it to be the same for all lanes.
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
         wait_at<kProduced, T::kMakers>();
         request_raw(chunk + 1);
       }
-      if (last == segments) keep_last();
+      if (last == segments.count) keep_last();
       return;
     }
     take_registers<T::kWalkerRegisters>();
@@ -445,7 +447,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   };
 
   // ---- The walk.
-  const Places places(p, sequence, index, head);
+  const Places places(p, sequence, index, segments, head);
   const int64_t size = int64_t(p.head_dim) * p.state_dim;
   const int64_t home = (int64_t(index) * p.heads + head) * size;  // in a state tensor
   if (first_chunk < last_chunk) {
@@ -494,9 +496,9 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     if constexpr (kConvolves) request_z(chunk + 1);
     advance(in, scalars);
     free_for(chunk + 2);
-    if (chunk + 1 == last_chunk || (chunk + 1) % kSegment == 0) {
+    if (chunk + 1 == last_chunk || segments.end_with(chunk)) {
       if (kAdds) {
-        const int64_t place = places.of(chunk / kSegment);
+        const int64_t place = places.of(segments.of(chunk));
         write_state(local, p.scratch + deal.states + place * size);
         if (threadIdx.x == 0) p.scratch[deal.decays + place] = since;
       }
@@ -511,7 +513,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     put_state(shared.states[(chunk + 1 - first_chunk) % T::kStates]);
   }
   if (!kAdds && deal.blocks == 0) write_state(carried, p.final_state + home);
-  if (!kProduces && last == segments) keep_last();
+  if (!kProduces && last == segments.count) keep_last();
 }
 
 template <typename Source, int kP, int kN>
@@ -528,7 +530,7 @@ void launch_walk(const typename Source::Params& params, cudaStream_t stream) {
     cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     Deal single = deal;  // segments
     single.each = 1;
-    single.blocks = count_segments(p.length);
+    single.blocks = static_cast<int>(count_segments(p, deal));
     launch_overlapping(add, walks * single.blocks, T::kThreads, kBytes, stream, params, single);
     launch_carry(p, deal, stream);
   }
