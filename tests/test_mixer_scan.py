@@ -182,10 +182,13 @@ def test_packed_is_separate(name):
 
 
 @ON_CUDA
-@pytest.mark.parametrize("repeats", [1, 30], ids=["dealt", "walked"])
-def test_packed_is_separate_cuda(name, repeats):
-    lengths = [33, 0, 1, 2, 64, 300, 600] * repeats
-    check_packed(name, "cuda", lengths, H=8, dtype=torch.bfloat16, P=64, N=64)
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [([33, 0, 1, 2, 64, 300, 600], 8), ([33, 0, 1, 2, 64, 300, 600] * 30, 8), ([5000, 700], 72)],
+    ids=["dealt", "walked", "long ones, dealt alone"],
+)
+def test_packed_is_separate_cuda(name, lengths, heads):
+    check_packed(name, "cuda", lengths, H=heads, dtype=torch.bfloat16, P=64, N=64)
 
 
 @MIXERS

@@ -442,13 +442,22 @@ def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(batch, length, P,
         (torch.bfloat16, {"H": 16, "Hx": 4, "Gb": 4, "Gc": 16}),
         (torch.bfloat16, {"H": 8, "Hx": 8, "Gb": 1, "Gc": 1, "scale": False, "D": False}),
         (torch.float16, {"H": 16, "Hx": 16, "Gb": 16, "Gc": 16, "P": 56, "N": 40}),
+        (torch.bfloat16, {"H": 24, "Hx": 24, "Gb": 24, "Gc": 24, "P": 96}),
+        (torch.bfloat16, {"H": 32, "Hx": 8, "Gb": 8, "Gc": 32, "P": 128}),
+        (torch.bfloat16, {"H": 48, "Hx": 48, "Gb": 48, "Gc": 48}),
+        (torch.bfloat16, {"H": 8, "Hx": 8, "Gb": 1, "Gc": 1, "N": 128}),
+        (torch.bfloat16, {"H": 1, "Hx": 1, "Gb": 1, "Gc": 1}),
+        # Segments of 512 tokens where a sequence is long, and of 256 in the others.
+        (torch.bfloat16, {"H": 80, "Hx": 80, "Gb": 80, "Gc": 80, "lengths": [5000, 700]}),
+        (torch.bfloat16, {"H": 80, "Hx": 80, "Gb": 1, "Gc": 1, "N": 128, "lengths": [700, 5000]}),
     ],
 )
 def test_long_sequences_are_the_same_bits_alone_packed_and_among_many_cuda(dtype, sizes):
     """Alone and packed the longer ones are dealt to several blocks; among many one walks each."""
     lengths = [2049, 0, 1, 5000, 256, 257, 255][: 128 // sizes["H"]]
-    sizes = {"P": 64, "N": 64, "decay": 0.01} | sizes
-    packed = ssd_scan_inputs(lengths=lengths, dtype=dtype, **sizes)
+    sizes = {"P": 64, "N": 64, "decay": 0.01, "lengths": lengths} | sizes
+    lengths = sizes["lengths"]
+    packed = ssd_scan_inputs(dtype=dtype, **sizes)
     packed = {k: v if v is None else v.cuda() for k, v in packed.items()}
     y, final = ops.ssd_scan(**packed)
     assert_equal(ops.ssd_scan(**packed), (y, final))
