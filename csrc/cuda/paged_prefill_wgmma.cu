@@ -100,9 +100,6 @@ struct Shape {
   };
 };
 
-// The same number, which the compiler now knows to be the same for all lanes.
-__device__ inline int same_in_warp(int v) { return __shfl_sync(kAll, v, 0); }
-
 // The tile with this number, counted from the last one; by a warp.
 __device__ inline Task find_task(const PagedAttentionParams& p, const PrefillDeal& deal,
                                  int number) {

@@ -4,6 +4,9 @@
 
 namespace reasoners {
 
+// The same number, which the compiler now knows to be the same for all lanes.
+__device__ inline int same_in_warp(int v) { return __shfl_sync(~0u, v, 0); }
+
 // Barrier kId, 1 to 15, of kThreads threads: those that wait at it and those that only arrive.
 // What all of them wrote before is there after the wait.
 template <int kId, int kThreads>

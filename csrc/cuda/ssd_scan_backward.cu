@@ -75,6 +75,7 @@
 #include "exponential.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "roles.cuh"
 #include "scan.cuh"
 #include "scan_backward.cuh"
 #include "signal.cuh"
@@ -406,8 +407,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
             c_offset = head / (f.heads / f.c_groups) * f.state_dim;
   const float skip = f.D ? f.D[head] : 0.f;
 
-  // By a shuffle, so that the compiler knows it to be the same for all lanes.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int r = warp % kBlocks, h = warp / kBlocks;
   const int first_token = r * kBlock, n_half = h * (kN / kHalves), p_half = h * (kP / kHalves);
@@ -1051,7 +1051,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Nothing is carried past the ends of a sequence.
   if (run.runs == 1 || count <= 0 || (back ? run.first : run.last_chunk == run.chunks)) return;
   const int64_t border = run.border - (back ? f.heads : 0);
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int r = warp % kBlocks, n_half = warp / kBlocks * (kN / kHalves);
 

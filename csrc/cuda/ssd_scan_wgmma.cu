@@ -104,9 +104,6 @@ __device__ inline void take_ticket(uint32_t* ticket) {
   *ticket = 0;
 }
 
-// The same number, which the compiler now knows to be the same for all lanes.
-__device__ inline int same_in_warp(int v) { return __shfl_sync(~0u, v, 0); }
-
 // What is walked without a break: some segments of a sequence, for the walk's heads.
 struct Piece {
   Sequence sequence;

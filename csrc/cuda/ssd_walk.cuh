@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
             last_chunk = min(segments.first_chunk(last), chunks);
   const float skip = p.D ? p.D[head] : 0.f;
 
-  // By a shuffle, so that the compiler knows it to be the same for all lanes.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int r = warp % kBlocks, h = warp / kBlocks;
   const int first_token = r * kBlock, n_part = h * (kN / T::kParts), p_part = h * (kP / T::kParts);
