@@ -36,10 +36,10 @@
 //
 // H200, bfloat16, pages of 16, us, beside paged_prefill.cu and SDPA's flash kernel without pages:
 //                            32 q, 8 kv heads of 64      24 q, 8 kv heads of 128
-//   8 x 4096                   1267   1893   1894          1658   2762   2578
-//   1 x 8192                    599    906   1003           785   1338   1341
-//   8 x 512 after 3,584         319    455    446           418    786    603
-// 435 and 500 TFLOP/s, 56 and 65 % of a matrix product's rate. Tried: warpgroups that take turns at
+//   8 x 4096                   1282   1893   1894          1647   2762   2578
+//   1 x 8192                    598    906   1003           786   1338   1341
+//   8 x 512 after 3,584         313    455    446           415    786    603
+// 430 and 500 TFLOP/s, 55 and 64 % of a matrix product's rate. Tried: warpgroups that take turns at
 // beginning products, so that one's are under way while others find weights, 2 % slower: they fall
 // into step by themselves; two warpgroups for 64 channels 16 %, two stages for 128 11 % slower.
 // Few new tokens over many cached ones leave the last tiles alone with long walks; a split over
