@@ -71,13 +71,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   let_next_start();
   wait_for_inputs();
 
-  const int slice = blockIdx.x % deal.slices, kv_head = blockIdx.x / deal.slices % p.kv_heads;
-  const int index = deal.tiles - 1 - int(blockIdx.x / deal.slices / p.kv_heads);
-  const PrefillTile tile = find_tile(p, deal, index);
+  const PrefillTask task = find_task(p, deal, static_cast<int>(blockIdx.x));
+  const PrefillTile& tile = task.tile;
+  const int kv_head = task.kv_head, first_head = task.first_head, heads = task.heads;
   if (tile.queries <= 0) return;
-  const int group = p.heads / p.kv_heads;
-  const int first_head = kv_head * group + slice * deal.heads;
-  const int heads = min(deal.heads, group - slice * deal.heads);
 
   // Lane i knows column i of its warp.
   const int column = warp * kWarpColumns + lane;

@@ -66,15 +66,6 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kStep = 128;   // positions; each warp that copies has 32 of them
 constexpr int kCopiersBarrier = 1, kGroupBarrier = 2;  // the latter of each multiplying warpgroup
 
-// A tile for a thread block.
-struct Task {
-  PrefillTile tile;                // of no row: there are no more
-  int kv_head, first_head, heads;  // of the query heads
-
-  __device__ int end() const { return tile.position + tile.queries; }  // of what is seen
-  __device__ int steps() const { return (max(end(), 0) + kStep - 1) / kStep; }
-};
-
 template <typename data, int dim, int groups, int places, bool held>
 struct Shape {
   using data_t = data;
@@ -94,23 +85,15 @@ struct Shape {
   struct Shared {
     Panels<data_t, kColumns, kWidth> columns[kTiles];  // queries
     Stage stages[kStages];
-    Task tasks[kTiles + 1];  // read after the queries have been left
+    PrefillTask tasks[kTiles + 1];  // read after the queries have been left
     uint64_t columns_full[kTiles], columns_free[kTiles];
     uint64_t k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   };
 };
 
-// The tile with this number, counted from the last one; by a warp.
-__device__ inline Task find_task(const PagedAttentionParams& p, const PrefillDeal& deal,
-                                 int number) {
-  const int group = p.heads / p.kv_heads;
-  const int slice = number % deal.slices;
-  Task task;
-  task.kv_head = number / deal.slices % p.kv_heads;
-  task.first_head = task.kv_head * group + slice * deal.heads;
-  task.heads = min(deal.heads, group - slice * deal.heads);
-  task.tile = find_tile(p, deal, deal.tiles - 1 - number / deal.slices / p.kv_heads);
-  return task;
+// As far as the last query of the task sees.
+__device__ inline int steps_of(const PrefillTask& task) {
+  return (max(task.end(), 0) + kStep - 1) / kStep;
 }
 
 // p.tickets: how many tiles have been drawn beside the first of each thread block, and how many
@@ -174,7 +157,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       const int b = turn % kTiles;
       if (turn >= kTiles) wait_for(&shared.columns_free[b], (turn / kTiles - 1) & 1);
       if (warp == 0) {
-        Task task;
+        PrefillTask task;
         do {
           const int number = same_in_warp(next);
           task.tile.row = -1;
@@ -185,7 +168,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         if (lane == 0) shared.tasks[turn % (kTiles + 1)] = task;
       }
       wait_at<kCopiersBarrier, kGroup>();
-      const Task& task = shared.tasks[turn % (kTiles + 1)];
+      const PrefillTask& task = shared.tasks[turn % (kTiles + 1)];
       const int row = task.tile.row;
       if (row >= 0) {
 #pragma unroll 1
@@ -206,7 +189,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
       // Places are counted in vectors. Positions past the end are zeros: weights of 0 would make
       // NaN of NaN.
-      const int end = task.end(), steps = task.steps(), kv_head = task.kv_head;
+      const int end = task.end(), steps = steps_of(task), kv_head = task.kv_head;
       const int32_t* table = p.page_table + row * p.table_stride;
       const auto look_up = [&](int step) {
         const int position = min(step * kStep + warp * 32 + mine, end - 1);
@@ -310,11 +293,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   for (int turn = 0;; ++turn) {
     const int b = turn % kTiles;
     wait_for(&shared.columns_full[b], turn / kTiles & 1);
-    const Task& task = shared.tasks[turn % (kTiles + 1)];
+    const PrefillTask& task = shared.tasks[turn % (kTiles + 1)];
     if (same_in_warp(task.tile.row) < 0) break;
     const int queries = same_in_warp(task.tile.queries);
     const int position = same_in_warp(task.tile.position);
-    const int steps = same_in_warp(task.steps());
+    const int steps = same_in_warp(steps_of(task));
     auto& columns = shared.columns[b];
 
     // What the warpgroup's columns see: its first column less than all others.
@@ -532,12 +515,7 @@ void dispatch(const PagedAttentionParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-// Not where this is compiled for other machines: the kernel is empty then, and has few registers.
-bool runs_paged_prefill_wgmma() {
-  cudaFuncAttributes attributes{};
-  cudaFuncGetAttributes(&attributes, prefill_wgmma_kernel<Small<__half>>);
-  return attributes.numRegs > 64;
-}
+bool runs_paged_prefill_wgmma() { return runs_here(prefill_wgmma_kernel<Small<__half>>); }
 
 void launch_paged_prefill_wgmma(const PagedAttentionParams& p, cudaStream_t stream) {
   if (p.dtype == DType::kBFloat16) return dispatch<__nv_bfloat16>(p, stream);

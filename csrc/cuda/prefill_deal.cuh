@@ -57,4 +57,25 @@ __device__ inline PrefillTile find_tile(const PagedAttentionParams& p, const Pre
   return tile;
 }
 
+// What a thread block does at a time: a tile and heads.
+struct PrefillTask {
+  PrefillTile tile;                // of no row: there are no more
+  int kv_head, first_head, heads;  // of the query heads
+
+  __device__ int end() const { return tile.position + tile.queries; }  // of what is seen
+};
+
+// The task with this number, counted from the last one; by a warp.
+__device__ inline PrefillTask find_task(const PagedAttentionParams& p, const PrefillDeal& deal,
+                                        int number) {
+  const int group = p.heads / p.kv_heads;
+  const int slice = number % deal.slices;
+  PrefillTask task;
+  task.kv_head = number / deal.slices % p.kv_heads;
+  task.first_head = task.kv_head * group + slice * deal.heads;
+  task.heads = min(deal.heads, group - slice * deal.heads);
+  task.tile = find_tile(p, deal, deal.tiles - 1 - number / deal.slices / p.kv_heads);
+  return task;
+}
+
 }  // namespace reasoners

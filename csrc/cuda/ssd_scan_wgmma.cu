@@ -656,19 +656,13 @@ auto with_tile(const SsdScanParams& p, const Use& use) {
   return p.state_dim <= 64 ? use(Tile<data_t, 64, 1, 1>()) : use(Tile<data_t, 128, 1, 1>());
 }
 
-// Not where this is compiled for other machines: the kernel is empty then, and has few registers.
-bool runs_here() {
-  cudaFuncAttributes attributes{};
-  cudaFuncGetAttributes(&attributes, ssd_scan_wgmma_kernel<Tile<__half, 64, 1, 1>, false>);
-  return attributes.numRegs > 64;
-}
-
 }  // namespace
 
 bool suits_ssd_scan_wgmma(const SsdScanParams& p) {
   if (!on_tensor_cores(p)) return false;
   const bool pairs = p.heads / p.b_groups % 2 == 0 && p.heads / p.c_groups % 2 == 0;
-  return (p.head_dim > 64 || p.state_dim <= 64 || pairs) && runs_here();
+  return (p.head_dim > 64 || p.state_dim <= 64 || pairs) &&
+         runs_here(ssd_scan_wgmma_kernel<Tile<__half, 64, 1, 1>, false>);
 }
 
 int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& p) {

@@ -20,6 +20,15 @@ namespace reasoners {
 #define REASONERS_WGMMA 1
 #endif
 
+// Whether a kernel of these products has been compiled for the device at hand: for others it is
+// empty, and has few registers.
+template <typename... Parameters>
+bool runs_here(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  cudaFuncGetAttributes(&attributes, kernel);
+  return attributes.numRegs > 64;
+}
+
 // A matrix in shared memory, in panels of 64 columns: a row of a panel is 128 bytes, whose eight
 // runs of 16 bytes are permuted by the row, so that the same run of eight rows lies in different
 // banks. Begins on 1024 bytes.
@@ -97,6 +106,12 @@ __device__ void settle(uint32_t (&a)[kSteps][4]) {
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
   "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
+#define MULTIPLY_DATA(multiply)                        \
+  if constexpr (std::is_same_v<data_t, __nv_bfloat16>) \
+    multiply("bf16");                                  \
+  else                                                 \
+    multiply("f16")
+
 // D = A B, or D += A B, with the rows of A and the columns of B as rows in shared memory.
 template <typename data_t>
 __device__ void multiply_shared(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
@@ -108,10 +123,7 @@ __device__ void multiply_shared(float (&d)[8][4], uint64_t a, uint64_t b, bool a
       "}, %32, %33, add, 1, 1, 0, 0;\n}"                                            \
       : TILES_8(0)                                                                  \
       : "l"(a), "l"(b), "r"(int(add)))
-  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
-    MULTIPLY("bf16");
-  else
-    MULTIPLY("f16");
+  MULTIPLY_DATA(MULTIPLY);
 #undef MULTIPLY
 #endif
 }
@@ -125,10 +137,7 @@ __device__ void multiply_shared(float (&d)[16][4], uint64_t a, uint64_t b, bool 
       "}, %64, %65, add, 1, 1, 0, 0;\n}"                                             \
       : TILES_8(0), TILES_8(8)                                                       \
       : "l"(a), "l"(b), "r"(int(add)))
-  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
-    MULTIPLY("bf16");
-  else
-    MULTIPLY("f16");
+  MULTIPLY_DATA(MULTIPLY);
 #undef MULTIPLY
 #endif
 }
@@ -144,10 +153,7 @@ __device__ void multiply_held(float (&d)[16][4], const uint32_t (&a)[4], uint64_
       "}, {%64,%65,%66,%67}, %68, add, 1, 1, 0;\n}"                                  \
       : TILES_8(0), TILES_8(8)                                                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
-  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
-    MULTIPLY("bf16");
-  else
-    MULTIPLY("f16");
+  MULTIPLY_DATA(MULTIPLY);
 #undef MULTIPLY
 #endif
 }
@@ -163,10 +169,7 @@ __device__ void multiply_tall(float (&d)[8][4], const uint32_t (&a)[4], uint64_t
       "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n}"                                 \
       : TILES_8(0)                                                                  \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
-    MULTIPLY("bf16");
-  else
-    MULTIPLY("f16");
+  MULTIPLY_DATA(MULTIPLY);
 #undef MULTIPLY
 #endif
 }
@@ -180,10 +183,7 @@ __device__ void multiply_tall(float (&d)[16][4], const uint32_t (&a)[4], uint64_
       "}, {%64,%65,%66,%67}, %68, add, 1, 1, 1;\n}"                                  \
       : TILES_8(0), TILES_8(8)                                                       \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)
-    MULTIPLY("bf16");
-  else
-    MULTIPLY("f16");
+  MULTIPLY_DATA(MULTIPLY);
 #undef MULTIPLY
 #endif
 }
@@ -191,6 +191,7 @@ __device__ void multiply_tall(float (&d)[16][4], const uint32_t (&a)[4], uint64_
 #undef TILES_8
 #undef REGISTERS_32
 #undef REGISTERS_64
+#undef MULTIPLY_DATA
 
 // Four (8, 8) tiles to shared memory, the reverse of load_matrices of mma.cuh; `row` is a shared
 // address.
