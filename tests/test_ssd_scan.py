@@ -421,7 +421,7 @@ def test_bad_values_stay_in_their_sequence_cuda(dtype, sizes, bad):
     ("P", "N", "Gb"),
     [(64, 64, 4), (96, 64, 4), (128, 64, 4), (64, 128, 4), (64, 128, 2), (128, 128, 4)],
 )
-@pytest.mark.parametrize(("batch", "length"), [(42, 257), (72, 257), (72, 700)])
+@pytest.mark.parametrize(("batch", "length"), [(42, 257), (72, 257), (72, 700), (132, 257)])
 def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(batch, length, P, N, Gb):
     """Alone it is dealt to several blocks; among many one walks it, or two, each a part."""
     sizes = {"H": 4, "Hx": 2, "Gb": Gb, "Gc": 1, "P": P, "N": N, "dtype": torch.bfloat16}
@@ -447,7 +447,7 @@ def test_a_sequence_is_the_same_bits_alone_and_among_many_cuda(batch, length, P,
         (torch.bfloat16, {"H": 48, "Hx": 48, "Gb": 48, "Gc": 48}),
         (torch.bfloat16, {"H": 8, "Hx": 8, "Gb": 1, "Gc": 1, "N": 128}),
         (torch.bfloat16, {"H": 1, "Hx": 1, "Gb": 1, "Gc": 1}),
-        # Segments of 512 tokens where a sequence is long, and of 256 in the others.
+        # Segments of more chunks where a sequence is long, and of four in the others.
         (torch.bfloat16, {"H": 80, "Hx": 80, "Gb": 80, "Gc": 80, "lengths": [5000, 700]}),
         (torch.bfloat16, {"H": 80, "Hx": 80, "Gb": 1, "Gc": 1, "N": 128, "lengths": [700, 5000]}),
     ],

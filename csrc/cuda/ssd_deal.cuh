@@ -3,6 +3,7 @@
 // the state before each block's first segment, and the blocks begin there.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
@@ -13,30 +14,30 @@
 namespace reasoners {
 namespace {
 
-// A segment has 2^bits chunks, and these bits at least.
-constexpr int kSegmentBits = 2, kSegmentTokens = kChunk << kSegmentBits;
+// A segment has so many chunks at least.
+constexpr int kSegmentChunks = 4, kSegmentTokens = kSegmentChunks * kChunk;
 
-// How a sequence is cut into segments: into 2^most_bits at most, as each leaves a state where they
-// are dealt to several blocks. With one for every 256 tokens of any sequence 32,768 tokens of
-// Llamba-1B moved 134 MB more, and took 262 us instead of 245, 131,072 tokens 1,011 instead of 949.
+// How a sequence is cut into segments: into `most` at most, as each leaves a state where they are
+// dealt to several blocks. H200, 1 x 32768 of Llamba-1B: 243, 231 and 222 us with 64, 32 and 16 of
+// them, later 212 and 206 with 16 and 8.
 struct Segments {
-  int bits, count;
+  int chunks, count;  // of a segment, of a sequence
 
   Segments() = default;
-  __device__ __host__ Segments(int most_bits, int64_t length) : bits(kSegmentBits) {
-    const int chunks = static_cast<int>((length + kChunk - 1) / kChunk);
-    while ((chunks - 1) >> (most_bits + bits) > 0) ++bits;
-    count = (chunks + (1 << bits) - 1) >> bits;
+  __device__ __host__ Segments(int most, int64_t length) {
+    const int all = static_cast<int>((length + kChunk - 1) / kChunk);
+    chunks = (all + most - 1) / most;
+    if (chunks < kSegmentChunks) chunks = kSegmentChunks;
+    count = (all + chunks - 1) / chunks;
   }
-  __device__ int first_chunk(int segment) const { return segment << bits; }
-  __device__ int of(int chunk) const { return chunk >> bits; }
-  __device__ bool end_with(int chunk) const { return first_chunk(of(chunk + 1)) == chunk + 1; }
+  __device__ int first_chunk(int segment) const { return segment * chunks; }
+  __device__ int of(int chunk) const { return chunk / chunks; }
 };
 
 // How the segments of a sequence are dealt to blocks; `blocks` 0: one block has them all.
 struct Deal {
   int each, blocks;
-  int most_bits;  // of Segments, by the number of heads alone, as results' bits depend on it
+  int most;  // of Segments, by a model's shape alone, as results' bits depend on it
   // In scratch memory, for each place of a segment and head: a state, and a decay.
   int64_t states, decays, size;
 };
@@ -63,14 +64,14 @@ constexpr int kCarryThreads = 128;
 
 __global__ void __launch_bounds__(kCarryThreads)
     carry_kernel(const SsdScanParams p, const Deal deal) {
-  let_next_start();
   wait_for_inputs();
+  let_next_start();
   const int64_t size = int64_t(p.head_dim) * p.state_dim;
   const int64_t element = int64_t(blockIdx.y) * kCarryThreads + threadIdx.x;  // two neighbours
   const int head = blockIdx.x % p.heads, index = blockIdx.x / p.heads;
   if (2 * element >= size) return;
   const Sequence sequence = sequence_at(p.cu_seqlens, p.length, index);
-  const Segments segments(deal.most_bits, sequence.end - sequence.begin);
+  const Segments segments(deal.most, sequence.end - sequence.begin);
   const Places places(p, sequence, index, segments, head);
   const auto vector = [&](float* data, int64_t place) {
     return reinterpret_cast<float2*>(data + place * size) + element;
@@ -104,9 +105,8 @@ constexpr int kProcessors = 132;
 
 // The most that any sequence has.
 inline int64_t count_segments(const SsdScanParams& p, const Deal& deal) {
-  const Segments segments(deal.most_bits, p.length);
-  if (p.cu_seqlens == nullptr || segments.bits == kSegmentBits) return segments.count;
-  return int64_t(1) << deal.most_bits;
+  const Segments segments(deal.most, p.length);
+  return p.cu_seqlens == nullptr || segments.chunks == kSegmentChunks ? segments.count : deal.most;
 }
 
 // As many blocks for each sequence as the machine holds at once: `per_processor` blocks of
@@ -116,9 +116,10 @@ inline int64_t count_segments(const SsdScanParams& p, const Deal& deal) {
 // 2048, which would be convolved twice, 112 beside 173).
 inline Deal make_deal(const SsdScanParams& p, int per_processor, int together = 1) {
   Deal deal{};
-  constexpr int kMostStates = 2048;  // of a sequence's heads: eight for each of 264 walks
-  deal.most_bits = 4;
-  while (p.heads << (deal.most_bits + 1) <= kMostStates) ++deal.most_bits;
+  // A multiple of the blocks that a lone sequence would have.
+  constexpr int kFewest = 8;
+  const int alone = std::max(kProcessors * per_processor / (p.heads / together), 1);
+  deal.most = (kFewest + alone - 1) / alone * alone;
   const int64_t walks = p.sequences * p.heads / together, most = count_segments(p, deal);
   if (walks == 0 || walks * 3 > kProcessors * 2 || most < 2) return deal;
   const int64_t blocks = kProcessors * per_processor / (p.batch * p.heads / together);

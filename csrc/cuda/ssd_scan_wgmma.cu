@@ -14,15 +14,18 @@
 //   S += (gain x)^T B            y out, by the free one of the state's copies
 // D x is added to y as D on the diagonal of the scores. The warpgroups read nothing of each other,
 // do not meet, and fill each other's gaps. Of up to 64 columns of B and C, whose state leaves
-// registers for it, a chunk's scores are found while the y before is on its way out. Copies wait
-// for nothing but a free place among three: they tell by themselves that a chunk is here (`full`).
+// registers for it, a chunk's scores are found while the y before is on its way out, with C, the
+// factor of both of its products, in registers. Copies wait for nothing but a free place among
+// three: they tell by themselves that a chunk is here (`full`).
 //
 // Token i sees the tokens up to i alone. So that all warps have as much to weigh, warp r has the
 // rows of the r-th eight tokens and of the r-th last: C lies in that order, and so does y at first.
 //
-// Where sequences and heads are more than what is walked at a time, equal runs of all their
-// segments are walked, so that nobody waits for a last, half empty wave; see Pieces. Where they are
-// few, segments are dealt as in ssd_scan.cu. Neither changes a bit.
+// A head's row of x is 128 bytes, and so are those of B and C: memory is fast where what is read
+// at a time lies side by side, which is what neighbouring heads of the same tokens read. So walks
+// that run at a time have neighbouring heads, begin and end together, and are kept together. Where
+// sequences and heads are more than what is walked at a time, Runs says how. Where they are few,
+// segments are dealt as in ssd_scan.cu. Neither changes a bit.
 //
 // Of a thread's 232 registers, N 128: 128 for the state, carried and local, 32 for y, 32 for scores
 // or the state's copy on its way.
@@ -31,25 +34,33 @@
 //   walks               2         1         1          1     of a block
 //   shared, kB        190       136       221        218     one block a multiprocessor
 //
-// H200, bfloat16, us, and the share of a copy's 4.25 TB/s that the necessary bytes reach; in
-// brackets ssd_walk.cuh, of the larger ones on an H100:
-//   Llamba-1B 8 x 4096    144  88 % (235)     Llamba-3B 8 x 4096 (P 96)         202  59 %  (317)
-//             64 x 512    176  73 % (196)     Llamba-8B 8 x 4096 (P 128)        276  69 %  (388)
-//             512 x 512  1418  72 % (1519)    24 heads of 128 x 128, 8 x 4096   302  63 %  (542)
-//             1 x 2048   23.5  34 % (31)      80 heads of 64 x 128, one group   475  35 % (1071)
-//             1 x 32768   245  52 % (318)     Llamba-1B 1 x 131072              949  54 % (1227)
-// One machine differs from the next by 3 %, and the forms with N 128 by 5 % from run to run.
+// H200, bfloat16, us, and the share of a copy's 4.23 TB/s that the necessary bytes reach; in
+// brackets as it was when walks had their heads one after the other, in runs of their own:
+//   Llamba-1B 8 x 4096    134  95 %  (149)    Llamba-3B 8 x 4096 (P 96)         190  63 %  (203)
+//             64 x 512    149  86 %  (176)              1 x 4096                 48  31 %   (61)
+//             512 x 512  1128  91 % (1419)    Llamba-8B 8 x 4096 (P 128)        263  73 %  (280)
+//             1 x 2048   22.7  35 % (23.5)    24 heads of 128 x 128, 8 x 4096   277  69 %  (291)
+//             1 x 32768   204  63 %  (246)      x and B of 8 heads              262  49 %  (274)
+//             1 x 131072  788  65 %  (947)    80 heads of 64 x 128, one group   423  39 %  (467)
+// A device that has been busy for long takes up to 10 % more: at 700 W its clocks fall.
 //
-// What limits, by profiles: with x, B and C all in the second-level cache Llamba-1B's 8 x 4096
-// still takes 126, at 48 % of issue slots, 67 % of shared memory's rate. A warpgroup needs 3,500
-// cycles a chunk, a third of them for weighing scores, a quarter for writing y, and two of them a
-// multiprocessor do not fill each other's gaps. Of the 1,090 turns that shared memory has of a
-// chunk products take 384, copies 192, what scores are weighed with 185, y 142, x^T 64, the
-// state 64. Asking for four rows of y, or for what scores are weighed with, before they are needed
-// spared 6 % at 64 x 64. At 64 x 128 with one group the memory is at 45 %, shared memory at 71 %.
-// Where a sequence is long x and B are read twice, and three kernels follow each other. One C B^T
-// for both heads of a group would move as many bytes in shared memory as it spares; scores ahead at
-// N 128 spill.
+// What limits, by leaving parts out before most of what follows was done: nothing but copies,
+// copies and y, all but copies, all. 64 x 64, 8 x 4096: 96, 133, 110, 134, so it is memory; 64 x
+// 512, heads one after the other: 121, 169, 121, 171, so it was the order in which memory is read.
+// 96 x 64: 114, 161, 169, 198. One group: 243, 330, 380, 436: B and C for 40 pairs of heads are 1
+// GB out of the second-level cache. In these it is the chunk loop, 3,000 cycles and more a chunk at
+// 42 % of issue slots and 62 to 71 % of shared memory's rate, behind which copies do not quite
+// hide. Where a sequence is long x and B are read twice, which cannot take less than 192 of 1 x
+// 32768's 204.
+//
+// What helped, in this order: neighbouring heads at a time (64 x 512 13 %, one group 5 to 9 %); the
+// chunks' scalars by the copying warps in turn, of which one used to wait for decays a third of its
+// time (96 x 64 6 %); few segments where they are dealt (1 x 32768 15 %); C out of registers, no
+// scale read where there is none (2 to 4 %). What did not: y's way out, and the state's, under the
+// next chunk's products (96 x 64 14 % slower, one group 6 %); scores weighed without branches;
+// three places more for what segments add (memory is read further apart: 3 % slower); lines of 256
+// bytes asked for; y past the cache. One C B^T for both heads of a group would move as many bytes
+// in shared memory as it spares; scores ahead at N 128 spill.
 //
 // A long sequence in one kernel has been tried three times (1 x 2048, 32768, 131072):
 //   segments of x, B and C kept in shared memory between what they add to y and their walk, states
@@ -58,16 +69,16 @@
 //     32 heads takes 15 us, of which its bytes need 7.
 //   all blocks at once, each walk finding what its next segment adds before it walks this one, so
 //     that x and B are read again out of the second-level cache, while four more warps a block
-//     carry states from segment to segment: 23, 295, 1124. Nobody waits for states, nor do bytes
-//     matter (hints to the cache change nothing): of 25,000 cycles a round a walk takes 15,900,
-//     which is what limits 8 x 4096 too, what the next adds 4,800, and passing states and pieces on
-//     4,000.
-// So what is next is a chunk that takes less: C as a factor out of registers for both of its
-// products, nothing read or multiplied for a scale that is not there; then the third way, with a
-// warpgroup of its own for what segments add.
+//     carry states from segment to segment: 23, 295, 1124.
+//
+// Next: runs that end between any two chunks instead of segments, for which a walk would leave what
+// is local, too: with segments twice as short 96 x 64 takes 183, 128 x 128 269 and one group 418,
+// but 1 x 4096 of Llamba-3B 56 instead of 48.
 #include <algorithm>
 #include <climits>
 #include <iterator>
+#include <numeric>
+#include <type_traits>
 
 #include "async_copy.cuh"
 #include "convert.cuh"
@@ -100,6 +111,10 @@ __device__ constexpr int token_of(int m) {
   return m % 16 < 8 ? m / 16 * 8 + m % 8 : 56 - m / 16 * 8 + m % 8;
 }
 
+// Segments of a sequence. What so many add a walk reads sooner than carry_kernel starts, and makes
+// of it the state before its first one by itself.
+constexpr int kMostFolded = 8;
+
 // A ticket is left as it was found.
 __device__ inline void put_ticket(uint32_t* ticket) { tell(ticket, 1); }
 __device__ inline void take_ticket(uint32_t* ticket) {
@@ -122,50 +137,69 @@ struct Piece {
   }
 };
 
-// The pieces of a walk. Without `runs` there is one at most, as `deal` says. With it all sequences
-// have the same length, and their segments, head after head of sequence after sequence, lie in a
-// row that is cut into as many equal runs, none shorter than a sequence. Of a run the last piece,
-// whose end another walk has, comes first, and the first one, which begins with what another walk
-// left, last: so that was left long ago.
+// How sequences of one length are dealt where those of all heads are more than what is walked at a
+// time: to `count` runs, each of `whole` and `more` / `count` of them, so that nobody waits for a
+// last, half empty wave. Of a run comes
+//   first the beginning of a sequence of which the next run has the rest,
+//   then whole ones, which are dealt in the order in which runs come to them,
+//   last the rest of a sequence, whose beginning the run before left long ago.
+// So all runs begin and end together, and those that are at the same tokens have neighbouring
+// heads. Every `period` runs one ends with a sequence.
+struct Runs {
+  int count, whole, more, period;
+};
+
+// The pieces of a walk. Without runs there is one at most, as `deal` says.
 template <int kHeads>
 struct Pieces {
   int walk, count;
-  int begin, end, most;  // of the run, and segments of a sequence
+  // With runs: segments of a sequence, those of the one that is begun first, and of the last one
+  // that the run before begins.
+  int most, begun, left;
 
-  __device__ Pieces(const SsdScanParams& p, const Deal& deal, int runs, int walk)
+  __device__ Pieces(const SsdScanParams& p, const Deal& deal, const Runs& runs, int walk)
       : walk(walk), count(0) {
-    const int64_t walks = p.sequences * (p.heads / kHeads);
-    if (runs > 0) {
-      most = Segments(deal.most_bits, p.length).count;
-      begin = static_cast<int>(walks * most * walk / runs);
-      end = static_cast<int>(walks * most * (walk + 1) / runs);
-      count = (end + most - 1) / most - begin / most;
-    } else if (walk < walks * max(deal.blocks, 1)) {
+    if (runs.count > 0) {
+      most = Segments(deal.most, p.length).count;
+      begun = most * after(runs, walk) / runs.count;
+      left = most * after(runs, walk - 1) / runs.count;
+      count =
+          (begun > 0) + runs.whole - (after(runs, walk) > runs.more) + (after(runs, walk - 1) > 0);
+    } else if (walk < p.sequences * (p.heads / kHeads) * max(deal.blocks, 1)) {
       const Piece piece = at(0, p, deal, runs);
-      count = deal.blocks == 0 || piece.first < piece.last;
+      count = deal.blocks == 0 || piece.first == 0 || piece.first < piece.last;
     }
   }
-  __device__ Piece at(int k, const SsdScanParams& p, const Deal& deal, int runs) const {
+  // What a run has after the last sequence that it ends, in parts of which a sequence has `count`.
+  __device__ static int after(const Runs& runs, int walk) {
+    return (walk + 1) * runs.more % runs.count;
+  }
+  __device__ Piece at(int k, const SsdScanParams& p, const Deal& deal, const Runs& runs) const {
     const int units = p.heads / kHeads;
-    int whole, first = 0, last;  // `whole`: the heads of a sequence
-    if (runs > 0) {
-      const int unfinished = end % most > 0;
-      whole = k < unfinished                       ? end / most
-              : begin % most > 0 && k == count - 1 ? begin / most
-                                                   : (begin + most - 1) / most + k - unfinished;
-      first = max(begin - whole * most, 0);
-      last = end - whole * most;
+    int whole, first = 0, last = INT_MAX;  // `whole`: the heads of a sequence
+    if (runs.count > 0) {
+      const int periods = walk / runs.period, shared = walk - periods;
+      if (k == 0 && begun > 0) {
+        whole = shared;
+        last = begun;
+      } else if (k == count - 1 && after(runs, walk - 1) > 0) {
+        whole = shared - 1;
+        first = left;
+      } else {
+        whole = runs.count - runs.count / runs.period + (k - (begun > 0)) * runs.count +
+                after(runs, walk) + periods;
+      }
     } else {
       const int blocks = max(deal.blocks, 1), place = walk / units;
       whole = place / blocks * units + walk % units;
       first = place % blocks * deal.each;
-      last = deal.blocks > 0 ? first + deal.each : INT_MAX;
+      if (deal.blocks > 0) last = first + deal.each;
     }
     Piece piece;
     piece.index = whole / units;
     piece.first_head = whole % units * kHeads;
     piece.sequence = sequence_at(p.cu_seqlens, p.length, piece.index);
-    piece.segments = Segments(deal.most_bits, piece.length());
+    piece.segments = Segments(deal.most, piece.length());
     piece.first = first;
     piece.last = min(last, piece.segments.count);
     const auto column_of = [&](int head, int sharing, int row_size) {
@@ -204,17 +238,21 @@ struct Tile {
   };
 };
 
-// kAdds: leaves what each segment adds, and no y.
-template <typename T, bool kAdds>
+// kAdds: leaves what each segment adds, and no y. kScales: there is a scale. `folds`: no
+// carry_kernel came between.
+template <typename T, bool kAdds, bool kScales>
 __global__ void __launch_bounds__(kThreads, 1)
-    ssd_scan_wgmma_kernel(const SsdScanParams p, const Deal deal, const int runs) {
+    ssd_scan_wgmma_kernel(const SsdScanParams p, const Deal deal, const Runs runs,
+                          const bool folds) {
 #ifdef REASONERS_WGMMA
   using data_t = typename T::data_t;
   constexpr int kN = T::kN, kWalks = T::kWalks, kHeads = T::kHeads, kTogether = T::kTogether,
                 kCopiers = T::kCopiers;
   extern __shared__ __align__(1024) char shared_memory[];
-  let_next_start();
-  wait_for_inputs();
+  // Where the kernel before is of this scan, the inputs were there before it let this one start.
+  if (!kAdds) let_next_start();
+  if (kAdds || deal.blocks == 0) wait_for_inputs();
+  if (kAdds) let_next_start();
 
   const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32;
@@ -229,16 +267,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     // A block has neighbours, which are mostly as long, unless that left multiprocessors without a
     // walk. A run waits for the one before it, which is no later block's.
-    const int walk = gridDim.x > kProcessors || runs > 0
-                         ? static_cast<int>(blockIdx.x) * kWalks + at
-                         : static_cast<int>(blockIdx.x + at * gridDim.x);
+    const int64_t walks = p.sequences * (p.heads / kHeads) * max(deal.blocks, 1);
+    const int walk = walks > gridDim.x ? static_cast<int>(blockIdx.x) * kWalks + at
+                                       : static_cast<int>(blockIdx.x + at * gridDim.x);
     shared.pieces = Pieces<kHeads>(p, deal, runs, walk);
     if (shared.pieces.count > 0) shared.piece[0] = shared.pieces.at(0, p, deal, runs);
   }
   __syncthreads();
   if (copies) {
     keep_registers<kCopierRegisters>();
-    const int thread = threadIdx.x % kCopiers, scalars_of = thread / 32;  // a head
+    const int thread = threadIdx.x % kCopiers;
+    // The warps have the scalars of a head and a chunk in turn, and ask for its decays `kEarly`
+    // chunks before: long before, but where memory limits walks. Those of neighbouring heads lie in
+    // a line: who is ahead waits for memory, who follows finds it in the cache, so that they stay
+    // together, and what they read does, too.
+    constexpr int kTurns = kCopiers / 32 / kHeads, kEarly = kWalks == 2 && !kAdds ? 1 : kTurns;
+    const int scalars_of = thread / 32 % kHeads, turn = thread / 32 / kHeads;
     float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1
     int n = 0;                           // chunks so far
     const auto wait_for_place = [&](int n) {
@@ -275,7 +319,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       const auto in_order = [](int i) { return i; };
       const auto read_scalars = [&](int t) {
-        if (scalars_of >= kHeads) return;
         const int head = piece.first_head + scalars_of, left = piece.length() - t - 2 * lane;
         const auto read = [&](float (&to)[2], const float* data, TokenStrides strides,
                               float without) {
@@ -288,7 +331,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (p.scale) read(next_scale, p.scale, p.scale_strides, 1.f);
       };
       int t = same_in_warp(piece.first_chunk()) * kChunk;
-      read_scalars(t);
+      const int first_turn = (turn - n % kTurns + kTurns) % kTurns;
+      if (first_turn < kEarly) read_scalars(t + first_turn * kChunk);
 #pragma unroll 1
       for (; t < piece.last_chunk() * kChunk; ++n) {
         const int stage = n % kStages;
@@ -302,17 +346,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (!kAdds) copy_rows(to.c, p.C, p.c_strides, piece.c_column, p.state_dim, t, row_of);
         arrive_after_copies(&shared.full[stage]);
         t += kChunk;
-        if (scalars_of >= kHeads) continue;
-        put_scalars(shared.scalars[stage][scalars_of], next_decay, next_scale);
-        __syncwarp();
-        if (lane == 0) arrive(&shared.full[stage]);
-        read_scalars(t);  // of the next chunk, or of none
+        if (n % kTurns == turn) {
+          put_scalars(shared.scalars[stage][scalars_of], next_decay, next_scale);
+          __syncwarp();
+          if (lane == 0) arrive(&shared.full[stage]);
+        }
+        if ((n + kEarly) % kTurns == turn) read_scalars(t + (kEarly - 1) * kChunk);
       }
     }
     wait_copies();
     return;
   }
   take_registers<kWalkerRegisters>();
+  if (!kAdds && deal.blocks > 0) wait_for_inputs();
   const int w = warp / 4 - 1 - at * kTogether;  // the warpgroup in its walk
   const int r = warp % 4, g = lane / 4, q = lane % 4;
   const int h = kHeads == 1 ? 0 : w, p_part = w * kPart;  // its head, first column of x
@@ -418,13 +464,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Where registers suffice the scores of a chunk are found by the end of the one before.
   constexpr bool kAhead = kN <= 64 && !kAdds;
   float scores[8][4];
+  // The chunk's C, as the factor of both of its products, or where registers are too few in shared
+  // memory.
+  uint32_t held[kAhead ? kN / 16 : 1][4];
   const auto begin_scores = [&](int n) {
     const auto& in = shared.stages[n % kStages];
     const uint64_t c = describe(in.c), b = describe(in.b);
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int k = 0; k < kN / 16; ++k)
+        load_matrices(held[k], reinterpret_cast<const char*>(&in.c) +
+                                   in.c.offset(16 * r + lane % 16, 2 * k + lane / 16));
+      settle(held);
+    }
     begin_products();
 #pragma unroll
     for (int k = 0; k < kN / 16; ++k)
-      multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k), k > 0);
+      if constexpr (kAhead)
+        multiply_held<data_t>(scores, held[k], b + depth_step<kChunk>(k), k > 0);
+      else
+        multiply_shared<data_t>(scores, c + depth_step<kChunk>(k), b + depth_step<kChunk>(k),
+                                k > 0);
     commit_products();
   };
 #pragma unroll 1
@@ -439,18 +499,32 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int walk = shared.pieces.walk;
     const auto passed = [&](int walk) { return p.scratch + (int64_t(walk) * kHeads + h) * size; };
     const auto ticket = [&](int walk) { return p.tickets + walk * kTogether + w; };
-    const float* from = deal.blocks > 0   ? p.scratch + deal.states + places.of(piece.first) * size
-                        : piece.first > 0 ? passed(walk - 1)
-                        : p.initial_state ? p.initial_state + home
-                                          : nullptr;
+    const auto added = [&](int segment) {
+      return p.scratch + deal.states + places.of(segment) * size;
+    };
+    const float* from = deal.blocks > 0 && !folds             ? added(piece.first)
+                        : deal.blocks == 0 && piece.first > 0 ? passed(walk - 1)
+                        : p.initial_state                     ? p.initial_state + home
+                                                              : nullptr;
     if (deal.blocks == 0 && piece.first > 0) {
       if (threadIdx.x % kGroup == 0) take_ticket(ticket(walk - 1));
       meet();
     }
     read_state(kAdds ? nullptr : from, carried);
+    if (!kAdds && folds)
+#pragma unroll 2
+      for (int s = 0; s < piece.first; ++s) {
+        read_state(added(s), local);
+        const float decay = __ldcg(&p.scratch[deal.decays + places.of(s)]);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+          for (int v = 0; v < 4; ++v) carried[m][v] = fmaf(decay, carried[m][v], local[m][v]);
+      }
     begin_segment();
     const int first_chunk = same_in_warp(piece.first_chunk()),
               last_chunk = same_in_warp(piece.last_chunk());
+    int segment_end = first_chunk + same_in_warp(piece.segments.chunks);
     if (kAhead && first_chunk < last_chunk) {
       wait_for_chunk(n);
       begin_scores(n);
@@ -500,7 +574,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto read_weights = [&](int tile) {
           const int j0 = tile * 8 + 2 * q;
           c_from[tile] = *reinterpret_cast<const float2*>(&scalars.c[j0]);
-          scale_of[tile] = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
+          if (kScales) scale_of[tile] = *reinterpret_cast<const float2*>(&scalars.scale[j0]);
         };
         if (kAhead)
 #pragma unroll
@@ -513,7 +587,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         begin_products();
 #pragma unroll
         for (int k = 0; k < kN / 16; ++k)
-          multiply_shared<data_t>(y, c + depth_step<kChunk>(k), s + depth_step<kWidth>(k), k > 0);
+          if constexpr (kAhead)
+            multiply_held<data_t>(y, held[k], s + depth_step<kWidth>(k), k > 0);
+          else
+            multiply_shared<data_t>(y, c + depth_step<kChunk>(k), s + depth_step<kWidth>(k), k > 0);
         commit_products();
         if (!kAhead) wait_for_products<1>();
         settle(scores);
@@ -532,8 +609,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float passes = exp2_fast(c_of[half] - (e ? c_from[tile].y : c_from[tile].x));
-              weights[e] =
-                  scores[tile][2 * half + e] * (passes * (e ? scale_of[tile].y : scale_of[tile].x));
+              const float weight =
+                  kScales ? passes * (e ? scale_of[tile].y : scale_of[tile].x) : passes;
+              weights[e] = scores[tile][2 * half + e] * weight;
               if (is_last)
                 weights[e] = 2 * q + e > g ? 0.f : weights[e] + (2 * q + e == g ? skip : 0.f);
             }
@@ -590,7 +668,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (kAhead) settle(scores);
       __syncwarp();
       if (lane == 0) arrive(&shared.free[stage]);
-      if (chunk + 1 == last_chunk || piece.segments.end_with(chunk)) {
+      if (chunk + 1 == last_chunk || chunk + 1 == segment_end) {
+        segment_end += same_in_warp(piece.segments.chunks);
         if (kAdds) {
           const int64_t place = places.of(piece.segments.of(chunk));
           write_state(local, p.scratch + deal.states + place * size);
@@ -604,48 +683,52 @@ __global__ void __launch_bounds__(kThreads, 1)
         begin_segment();
       }
     }
-    if (!kAdds && deal.blocks == 0) {
-      const bool ends = piece.last == piece.segments.count;
-      write_state(carried, ends ? p.final_state + home : passed(walk));
-      if (!ends) {
-        meet();
-        if (threadIdx.x % kGroup == 0) put_ticket(ticket(walk));
-      }
+    if (kAdds) continue;
+    const bool ends = piece.last == piece.segments.count;
+    if (ends && (deal.blocks == 0 || folds)) write_state(carried, p.final_state + home);
+    if (!ends && deal.blocks == 0) {
+      write_state(carried, passed(walk));
+      meet();
+      if (threadIdx.x % kGroup == 0) put_ticket(ticket(walk));
     }
   }
 #endif
 }
 
-// Into how many runs the segments of all sequences are cut, where these are more than what can be
-// walked at a time.
 template <typename T>
-int count_runs(const SsdScanParams& p, const Deal& deal) {
+Runs make_runs(const SsdScanParams& p, const Deal& deal) {
   constexpr int kMost = kProcessors * T::kWalks;
   static_assert(kMost * T::kTogether <= kSsdScanTickets);
   const int64_t walks = p.sequences * p.heads / T::kHeads;
   const bool fits = walks * count_segments(p, deal) < INT_MAX;
-  return p.cu_seqlens == nullptr && p.length > 0 && walks > kMost && fits ? kMost : 0;
+  if (p.cu_seqlens != nullptr || p.length == 0 || walks <= kMost || !fits) return {};
+  const int whole = static_cast<int>(walks / kMost), more = static_cast<int>(walks % kMost);
+  return {kMost, whole, more, kMost / std::gcd(kMost, more)};
 }
 
 template <typename T>
 void launch(const SsdScanParams& p, cudaStream_t stream) {
-  constexpr int kBytes = T::kWalks * sizeof(typename T::Walk);
-  static_assert(kBytes <= 232448);
-  const auto scan = ssd_scan_wgmma_kernel<T, false>;
-  cudaFuncSetAttribute(scan, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const Deal deal = make_deal(p, T::kWalks, T::kHeads);
-  const int runs = count_runs<T>(p, deal);
+  const Runs runs = make_runs<T>(p, deal);
+  const bool folds = deal.blocks > 0 && count_segments(p, deal) <= kMostFolded;
   const int64_t walks =
-      runs > 0 ? runs : p.sequences * p.heads / T::kHeads * std::max(deal.blocks, 1);
-  const auto blocks = static_cast<unsigned>(
-      std::max((walks + T::kWalks - 1) / T::kWalks, std::min<int64_t>(walks, kProcessors)));
+      runs.count > 0 ? runs.count : p.sequences * p.heads / T::kHeads * std::max(deal.blocks, 1);
+  const auto blocks =
+      static_cast<unsigned>(walks > kProcessors ? (walks + T::kWalks - 1) / T::kWalks : walks);
+  const auto run = [&](auto adds) {
+    constexpr bool kAdds = decltype(adds)::value;
+    constexpr int kBytes = T::kWalks * sizeof(typename T::Walk);
+    static_assert(kBytes <= 232448);
+    const auto kernel = p.scale && !kAdds ? ssd_scan_wgmma_kernel<T, kAdds, !kAdds>
+                                          : ssd_scan_wgmma_kernel<T, kAdds, false>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, deal, runs, folds);
+  };
   if (deal.blocks > 0) {
-    const auto add = ssd_scan_wgmma_kernel<T, true>;
-    cudaFuncSetAttribute(add, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    launch_overlapping(add, blocks, kThreads, kBytes, stream, p, deal, runs);
-    launch_carry(p, deal, stream);
+    run(std::true_type());
+    if (!folds) launch_carry(p, deal, stream);
   }
-  launch_overlapping(scan, blocks, kThreads, kBytes, stream, p, deal, runs);
+  run(std::false_type());
 }
 
 // use(a Tile).
@@ -662,14 +745,14 @@ bool suits_ssd_scan_wgmma(const SsdScanParams& p) {
   if (!on_tensor_cores(p)) return false;
   const bool pairs = p.heads / p.b_groups % 2 == 0 && p.heads / p.c_groups % 2 == 0;
   return (p.head_dim > 64 || p.state_dim <= 64 || pairs) &&
-         runs_here(ssd_scan_wgmma_kernel<Tile<__half, 64, 1, 1>, false>);
+         runs_here(ssd_scan_wgmma_kernel<Tile<__half, 64, 1, 1>, false, false>);
 }
 
 int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& p) {
   return with_tile<__half>(p, [&](auto tile) {
     using T = decltype(tile);
     const Deal deal = make_deal(p, T::kWalks, T::kHeads);
-    const int64_t runs = count_runs<T>(p, deal);
+    const int64_t runs = make_runs<T>(p, deal).count;
     return std::max(runs * T::kHeads * p.head_dim * p.state_dim, deal.size);
   });
 }

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
   const int batch = static_cast<int>(sequence.batch), begin = static_cast<int>(sequence.begin),
             length = static_cast<int>(sequence.end - sequence.begin);
   const int chunks = (length + kChunk - 1) / kChunk;
-  const Segments segments(deal.most_bits, length);
+  const Segments segments(deal.most, length);
   const int first = unit % blocks * deal.each,
             last = deal.blocks > 0 ? min(first + deal.each, segments.count) : segments.count;
   const int x_offset = head / (p.heads / p.x_heads) * p.head_dim,
@@ -468,6 +468,7 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     projected.put_constants(source);
   else if (!kAdds)
     put_state(shared.states[0]);
+  int left = segments.chunks;  // of the segment
 #pragma unroll 1
   for (int chunk = first_chunk; chunk < last_chunk; ++chunk) {
     Scalars& scalars = shared.scalars[chunk & (T::kBuffers - 1)];
@@ -495,7 +496,8 @@ __global__ void __launch_bounds__(Tile<Source, kP, kN>::kThreads, Tile<Source, k
     if constexpr (kConvolves) request_z(chunk + 1);
     advance(in, scalars);
     free_for(chunk + 2);
-    if (chunk + 1 == last_chunk || segments.end_with(chunk)) {
+    if (chunk + 1 == last_chunk || --left == 0) {
+      left = segments.chunks;
       if (kAdds) {
         const int64_t place = places.of(segments.of(chunk));
         write_state(local, p.scratch + deal.states + place * size);

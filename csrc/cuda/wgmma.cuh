@@ -144,6 +144,20 @@ __device__ void multiply_shared(float (&d)[16][4], uint64_t a, uint64_t b, bool 
 
 // The same with A in registers.
 template <typename data_t>
+__device__ void multiply_held(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+#ifdef REASONERS_WGMMA
+#define MULTIPLY(TYPE)                                                              \
+  asm volatile(                                                                     \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                              \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 \
+      "}, {%32,%33,%34,%35}, %36, add, 1, 1, 0;\n}"                                 \
+      : TILES_8(0)                                                                  \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
+  MULTIPLY_DATA(MULTIPLY);
+#undef MULTIPLY
+#endif
+}
+template <typename data_t>
 __device__ void multiply_held(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
 #ifdef REASONERS_WGMMA
 #define MULTIPLY(TYPE)                                                               \
