@@ -28,10 +28,11 @@
 // instructions a chunk and head instead of 9,300: 283, 343 and 42 (MambaInLlama-1B's mixer 401, 455
 // and 53, here 362, 376 and 49), where fewer instructions were to give 205. Not profiled.
 // A profile of what is here: 57 % of issue slots, 70 % of shared memory's rate. Producers wait a
-// seventh of their time for copies and a quarter for a free buffer, the others a fifth for them. A
-// seventh of what shared memory does is that copies take it ten times instead of four for 512
-// bytes: each second row of in_proj's 8,224 columns begins in the middle of a line. Next: rows of
-// whole lines; the second-level cache asked for the chunk after the next.
+// seventh of their time for copies and a quarter for a free buffer, the others a fifth for them.
+// With all inputs in the second-level cache 8 x 4096 takes 275 us of 279. Each second row of
+// in_proj's 8,224 columns begins in the middle of a line, for which copies take shared memory ten
+// times instead of four; rows of whole lines changed nothing, nor did it help to ask the cache for
+// the chunk after the next (2 to 6 % slower).
 
 #include "activation.cuh"
 #include "ssd_walk.cuh"
