@@ -249,9 +249,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kN = T::kN, kWalks = T::kWalks, kHeads = T::kHeads, kTogether = T::kTogether,
                 kCopiers = T::kCopiers;
   extern __shared__ __align__(1024) char shared_memory[];
-  // Where the kernel before is of this scan, the inputs were there before it let this one start.
+  // Where the kernel before is of this scan, the inputs were there before it let this one start:
+  // copies begin at once, past the first-level cache, which may have what was there before.
   if (!kAdds) let_next_start();
-  if (kAdds || deal.blocks == 0) wait_for_inputs();
+  if (kAdds || deal.blocks == 0 || p.cu_seqlens != nullptr) wait_for_inputs();
   if (kAdds) let_next_start();
 
   const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
@@ -323,8 +324,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto read = [&](float (&to)[2], const float* data, TokenStrides strides,
                               float without) {
           const float* from = first_of(data, strides, t + 2 * lane, head);
-          to[0] = left > 0 ? from[0] : without;
-          to[1] = left > 1 ? from[strides.token] : without;
+          to[0] = left > 0 ? __ldcg(from) : without;
+          to[1] = left > 1 ? __ldcg(from + strides.token) : without;
         };
         read(next_decay, p.log_decay, p.log_decay_strides, 0.f);
         next_scale[0] = next_scale[1] = 1.f;
