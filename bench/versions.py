@@ -25,10 +25,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "versions"
-ROUNDS, CALLS = 11, 8
+ROUNDS = 11
 
 
-def build(name, tree=".", edits=()):
+def build(name, tree, edits):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("versions.py: no nvcc to compile with")
@@ -93,10 +93,10 @@ def prepare(library, inputs, case):
 def time(names, words):
     import bench_ssd_scan
     import torch
+    from conftest import device_timer
 
     libraries = {name: load(name) for name in names}
     print(f"{torch.cuda.get_device_name()}, us: {', '.join(names)}")
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for title, case in bench_ssd_scan.CASES.items():
         if words not in title:
             continue
@@ -105,18 +105,12 @@ def time(names, words):
         calls = {name: prepare(library, inputs, case) for name, library in libraries.items()}
         first = calls[names[0]]()
         bits = {name: "=" if torch.equal(call(), first) else "!=" for name, call in calls.items()}
+        timers = {name: device_timer([call], graph=True) for name, call in calls.items()}
         times = {name: [] for name in names}
         for turn in range(ROUNDS):
-            for i in range(len(names)):
-                name = names[(i + turn) % len(names)]
-                for _ in range(2):
-                    calls[name]()
-                start.record()
-                for _ in range(CALLS):
-                    calls[name]()
-                end.record()
-                end.synchronize()
-                times[name].append(start.elapsed_time(end) / CALLS * 1e3)
+            begin = turn % len(names)
+            for name in [*names[begin:], *names[:begin]]:
+                times[name].append(timers[name]() * 1e6)
         cells = (f"{statistics.median(times[name]):8.1f} {bits[name]:2}" for name in names)
         print(f"{title:28}{''.join(cells)}", flush=True)
 

@@ -149,23 +149,27 @@ struct Runs {
   int count, whole, more, period;
 };
 
+// How many walks there are without runs.
+template <int kHeads>
+__device__ __host__ int64_t count_walks(const SsdScanParams& p, const Deal& deal) {
+  return p.sequences * (p.heads / kHeads) * (deal.blocks > 0 ? deal.blocks : 1);
+}
+
 // The pieces of a walk. Without runs there is one at most, as `deal` says.
 template <int kHeads>
 struct Pieces {
   int walk, count;
-  // With runs: segments of a sequence, those of the one that is begun first, and of the last one
-  // that the run before begins.
-  int most, begun, left;
+  int begun, left;  // with runs: segments of the sequence begun first, and of that begun before
 
   __device__ Pieces(const SsdScanParams& p, const Deal& deal, const Runs& runs, int walk)
       : walk(walk), count(0) {
     if (runs.count > 0) {
-      most = Segments(deal.most, p.length).count;
+      const int most = Segments(deal.most, p.length).count;
       begun = most * after(runs, walk) / runs.count;
       left = most * after(runs, walk - 1) / runs.count;
       count =
           (begun > 0) + runs.whole - (after(runs, walk) > runs.more) + (after(runs, walk - 1) > 0);
-    } else if (walk < p.sequences * (p.heads / kHeads) * max(deal.blocks, 1)) {
+    } else if (walk < count_walks<kHeads>(p, deal)) {
       const Piece piece = at(0, p, deal, runs);
       count = deal.blocks == 0 || piece.first == 0 || piece.first < piece.last;
     }
@@ -268,9 +272,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     // A block has neighbours, which are mostly as long, unless that left multiprocessors without a
     // walk. A run waits for the one before it, which is no later block's.
-    const int64_t walks = p.sequences * (p.heads / kHeads) * max(deal.blocks, 1);
-    const int walk = walks > gridDim.x ? static_cast<int>(blockIdx.x) * kWalks + at
-                                       : static_cast<int>(blockIdx.x + at * gridDim.x);
+    const int walk = count_walks<kHeads>(p, deal) > gridDim.x
+                         ? static_cast<int>(blockIdx.x) * kWalks + at
+                         : static_cast<int>(blockIdx.x + at * gridDim.x);
     shared.pieces = Pieces<kHeads>(p, deal, runs, walk);
     if (shared.pieces.count > 0) shared.piece[0] = shared.pieces.at(0, p, deal, runs);
   }
@@ -700,7 +704,7 @@ template <typename T>
 Runs make_runs(const SsdScanParams& p, const Deal& deal) {
   constexpr int kMost = kProcessors * T::kWalks;
   static_assert(kMost * T::kTogether <= kSsdScanTickets);
-  const int64_t walks = p.sequences * p.heads / T::kHeads;
+  const int64_t walks = count_walks<T::kHeads>(p, deal);
   const bool fits = walks * count_segments(p, deal) < INT_MAX;
   if (p.cu_seqlens != nullptr || p.length == 0 || walks <= kMost || !fits) return {};
   const int whole = static_cast<int>(walks / kMost), more = static_cast<int>(walks % kMost);
@@ -712,8 +716,7 @@ void launch(const SsdScanParams& p, cudaStream_t stream) {
   const Deal deal = make_deal(p, T::kWalks, T::kHeads);
   const Runs runs = make_runs<T>(p, deal);
   const bool folds = deal.blocks > 0 && count_segments(p, deal) <= kMostFolded;
-  const int64_t walks =
-      runs.count > 0 ? runs.count : p.sequences * p.heads / T::kHeads * std::max(deal.blocks, 1);
+  const int64_t walks = runs.count > 0 ? runs.count : count_walks<T::kHeads>(p, deal);
   const auto blocks =
       static_cast<unsigned>(walks > kProcessors ? (walks + T::kWalks - 1) / T::kWalks : walks);
   const auto run = [&](auto adds) {
