@@ -14,11 +14,14 @@ namespace reasoners {
 
 // Four (8, 8) tiles in shared memory; lane l names row l % 8 of tile l / 8, 16 bytes. Lane 4 g + t
 // gets the neighbours 2 t of row g of each tile, or of the transposed tile.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  load_matrices(r, shared_address(row));
 }
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

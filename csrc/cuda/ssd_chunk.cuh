@@ -14,6 +14,16 @@ constexpr int kChunk = 64, kBlock = 16, kBlocks = kChunk / kBlock;
 // Steps below this are as good as -inf in fp32, and sums over a chunk stay exact enough.
 constexpr float kSmallestStep = -110.f;
 
+// Where rows of 16 are dealt to four warps, warp r has the r-th eight tokens and the r-th last, so
+// that all have as many tokens to see. So token `i` has the row row_of(i), and row m is that of
+// token_of(m); either has i % 8 == m % 8.
+__device__ constexpr int row_of(int i) {
+  return i < 32 ? i / 8 * 16 + i % 8 : 120 - i / 8 * 16 + i % 8;
+}
+__device__ constexpr int token_of(int m) {
+  return m % 16 < 8 ? m / 16 * 8 + m % 8 : 56 - m / 16 * 8 + m % 8;
+}
+
 // What every token of a chunk is weighed with.
 struct alignas(16) Scalars {
   float c[kChunk];      // log_decay summed from the start of the chunk, for powers of 2

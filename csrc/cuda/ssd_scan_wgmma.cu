@@ -102,15 +102,6 @@ constexpr int kStages = 3;
 // Registers of the threads that copy and of those that multiply, of 168 at the start.
 constexpr int kCopierRegisters = 40, kWalkerRegisters = 232;
 
-// Where token `i` of a chunk has its row of C, and what row m's token is. Either has i % 8 == m
-// % 8.
-__device__ constexpr int row_of(int i) {
-  return i < 32 ? i / 8 * 16 + i % 8 : 120 - i / 8 * 16 + i % 8;
-}
-__device__ constexpr int token_of(int m) {
-  return m % 16 < 8 ? m / 16 * 8 + m % 8 : 56 - m / 16 * 8 + m % 8;
-}
-
 // Segments of a sequence. What so many add a walk reads sooner than carry_kernel starts, and makes
 // of it the state before its first one by itself.
 constexpr int kMostFolded = 8;

@@ -96,15 +96,12 @@ __device__ void settle(uint32_t (&a)[kSteps][4]) {
 }
 
 #define TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define TILES_8(n) \
-  TILE(n), TILE(n + 1), TILE(n + 2), TILE(n + 3), TILE(n + 4), TILE(n + 5), TILE(n + 6), TILE(n + 7)
+#define TILES_4(n) TILE(n), TILE(n + 1), TILE(n + 2), TILE(n + 3)
 #define REGISTERS_32                                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
   "%26,%27,%28,%29,%30,%31"
-#define REGISTERS_64                                                                  \
-  REGISTERS_32                                                                        \
-  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
-  "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define REGISTERS_64 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 #define MULTIPLY_DATA(multiply)                        \
   if constexpr (std::is_same_v<data_t, __nv_bfloat16>) \
@@ -112,98 +109,85 @@ __device__ void settle(uint32_t (&a)[kSteps][4]) {
   else                                                 \
     multiply("f16")
 
-// D = A B, or D += A B, with the rows of A and the columns of B as rows in shared memory.
-template <typename data_t>
-__device__ void multiply_shared(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
+// D = A B, or D += A B, of D's N columns. With the rows of A and the columns of B as rows in shared
+// memory; of a tall one the other way round.
+#define SHARED(N, REGISTERS, A, B, ADD, TALL_A, TALL_B, TYPE, ...)                           \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                   \
+               ", 0;\n"                                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS \
+               "}, " A ", " B ", add, 1, 1, " TALL_A ", " TALL_B ";\n}"                      \
+               : __VA_ARGS__                                                                 \
+               : "l"(a), "l"(b), "r"(int(add)), "n"(int(kTallA)), "n"(int(kTallB)))
+template <typename data_t, bool kTallA = false, bool kTallB = false, int kTiles>
+__device__ void multiply_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {
+  static_assert(kTiles == 8 || kTiles == 12 || kTiles == 16);
 #ifdef REASONERS_WGMMA
-#define MULTIPLY(TYPE)                                                              \
-  asm volatile(                                                                     \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                              \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 \
-      "}, %32, %33, add, 1, 1, 0, 0;\n}"                                            \
-      : TILES_8(0)                                                                  \
-      : "l"(a), "l"(b), "r"(int(add)))
-  MULTIPLY_DATA(MULTIPLY);
-#undef MULTIPLY
+#define MULTIPLY_64(TYPE) \
+  SHARED("64", REGISTERS_32, "%32", "%33", "%34", "%35", "%36", TYPE, TILES_4(0), TILES_4(4))
+#define MULTIPLY_96(TYPE)                                                                     \
+  SHARED("96", REGISTERS_48, "%48", "%49", "%50", "%51", "%52", TYPE, TILES_4(0), TILES_4(4), \
+         TILES_4(8))
+#define MULTIPLY_128(TYPE)                                                                     \
+  SHARED("128", REGISTERS_64, "%64", "%65", "%66", "%67", "%68", TYPE, TILES_4(0), TILES_4(4), \
+         TILES_4(8), TILES_4(12))
+  if constexpr (kTiles == 8) {
+    MULTIPLY_DATA(MULTIPLY_64);
+  } else if constexpr (kTiles == 12) {
+    MULTIPLY_DATA(MULTIPLY_96);
+  } else {
+    MULTIPLY_DATA(MULTIPLY_128);
+  }
+#undef MULTIPLY_64
+#undef MULTIPLY_96
+#undef MULTIPLY_128
 #endif
 }
-template <typename data_t>
-__device__ void multiply_shared(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
-#ifdef REASONERS_WGMMA
-#define MULTIPLY(TYPE)                                                               \
-  asm volatile(                                                                      \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                               \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" REGISTERS_64 \
-      "}, %64, %65, add, 1, 1, 0, 0;\n}"                                             \
-      : TILES_8(0), TILES_8(8)                                                       \
-      : "l"(a), "l"(b), "r"(int(add)))
-  MULTIPLY_DATA(MULTIPLY);
-#undef MULTIPLY
-#endif
-}
+#undef SHARED
 
 // The same with A in registers.
-template <typename data_t>
-__device__ void multiply_held(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+#define HELD(N, REGISTERS, A0, A1, A2, A3, B, ADD, TALL_B, TYPE, ...)                        \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                   \
+               ", 0;\n"                                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS \
+               "}, {" A0 "," A1 "," A2 "," A3 "}, " B ", add, 1, 1, " TALL_B ";\n}"          \
+               : __VA_ARGS__                                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)),          \
+                 "n"(int(kTallB)))
+template <typename data_t, bool kTallB = false, int kTiles>
+__device__ void multiply_held(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(kTiles == 8 || kTiles == 12 || kTiles == 16);
 #ifdef REASONERS_WGMMA
-#define MULTIPLY(TYPE)                                                              \
-  asm volatile(                                                                     \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                              \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 \
-      "}, {%32,%33,%34,%35}, %36, add, 1, 1, 0;\n}"                                 \
-      : TILES_8(0)                                                                  \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
-  MULTIPLY_DATA(MULTIPLY);
-#undef MULTIPLY
+#define MULTIPLY_64(TYPE)                                                                     \
+  HELD("64", REGISTERS_32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", TYPE, TILES_4(0), \
+       TILES_4(4))
+#define MULTIPLY_96(TYPE)                                                                     \
+  HELD("96", REGISTERS_48, "%48", "%49", "%50", "%51", "%52", "%53", "%54", TYPE, TILES_4(0), \
+       TILES_4(4), TILES_4(8))
+#define MULTIPLY_128(TYPE)                                                                     \
+  HELD("128", REGISTERS_64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", TYPE, TILES_4(0), \
+       TILES_4(4), TILES_4(8), TILES_4(12))
+  if constexpr (kTiles == 8) {
+    MULTIPLY_DATA(MULTIPLY_64);
+  } else if constexpr (kTiles == 12) {
+    MULTIPLY_DATA(MULTIPLY_96);
+  } else {
+    MULTIPLY_DATA(MULTIPLY_128);
+  }
+#undef MULTIPLY_64
+#undef MULTIPLY_96
+#undef MULTIPLY_128
 #endif
 }
-template <typename data_t>
-__device__ void multiply_held(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-#ifdef REASONERS_WGMMA
-#define MULTIPLY(TYPE)                                                               \
-  asm volatile(                                                                      \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                               \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" REGISTERS_64 \
-      "}, {%64,%65,%66,%67}, %68, add, 1, 1, 0;\n}"                                  \
-      : TILES_8(0), TILES_8(8)                                                       \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)))
-  MULTIPLY_DATA(MULTIPLY);
-#undef MULTIPLY
-#endif
-}
-
+#undef HELD
 // D += A B with A in registers and the rows of B as rows in shared memory.
-template <typename data_t>
-__device__ void multiply_tall(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
-#ifdef REASONERS_WGMMA
-#define MULTIPLY(TYPE)                                                              \
-  asm volatile(                                                                     \
-      "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 \
-      "}, {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n}"                                 \
-      : TILES_8(0)                                                                  \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  MULTIPLY_DATA(MULTIPLY);
-#undef MULTIPLY
-#endif
-}
-template <typename data_t>
-__device__ void multiply_tall(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-#ifdef REASONERS_WGMMA
-#define MULTIPLY(TYPE)                                                               \
-  asm volatile(                                                                      \
-      "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                 \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" REGISTERS_64 \
-      "}, {%64,%65,%66,%67}, %68, add, 1, 1, 1;\n}"                                  \
-      : TILES_8(0), TILES_8(8)                                                       \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  MULTIPLY_DATA(MULTIPLY);
-#undef MULTIPLY
-#endif
+template <typename data_t, int kTiles>
+__device__ void multiply_tall(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+  multiply_held<data_t, true>(d, a, b, true);
 }
 #undef TILE
-#undef TILES_8
+#undef TILES_4
 #undef REGISTERS_32
+#undef REGISTERS_48
 #undef REGISTERS_64
 #undef MULTIPLY_DATA
 
