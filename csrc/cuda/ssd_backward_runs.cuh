@@ -1,0 +1,235 @@
+// What the two tensor-core kernels of ssd_scan's derivative share, ssd_scan_backward.cu's and
+// ssd_scan_backward_wgmma.cu's: how sequences are dealt in runs, where states are kept, how
+// gradients that heads share pass from block to block, how a gradient's rows are written.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "convert.cuh"
+#include "kernels.h"
+#include "matrix.cuh"
+#include "scan.cuh"
+#include "ssd_chunk.cuh"
+#include "ssd_scan_backward.cuh"
+
+namespace reasoners {
+
+constexpr int kHalves = 2;  // of the columns of a state, where two warps have its rows
+
+// A block's part in passing on the sums of a gradient.
+struct Passing {
+  int member;  // of its group
+  int place;   // the group's first
+  int before;  // the last block of the group that had its places before, or -1
+};
+
+// The longest run: 4,352 tokens, so that 32,768 tokens of 32 heads are 256 blocks, in one sequence
+// or in eight, and a few tokens more make no more of them. With shorter ones more would be read
+// twice. But a state and its gradient, kept in fp32 between runs, shall take a twelfth at most of
+// the bytes of a run's inputs: where heads share these, runs are up to 6,144 tokens, which is
+// enough where any input is each head's own. An even number of chunks, for KeptStates.
+inline int longest_run(const SsdScanParams& f) {
+  constexpr int64_t kLeast = 68, kMost = 96, kTimes = 12;
+  const int64_t border = int64_t(f.heads) * f.head_dim * f.state_dim * 2 * sizeof(float);
+  const int64_t data = f.x_heads * f.head_dim + (f.b_groups + f.c_groups) * f.state_dim;
+  const int64_t token = 2 * data + f.heads * (f.scale ? 2 : 1) * sizeof(float);
+  const int64_t pairs = (kTimes * border + 2 * kChunk * token - 1) / (2 * kChunk * token);
+  return static_cast<int>(std::clamp(2 * pairs, kLeast, kMost));
+}
+
+// Rows of 64 tokens that are a head's own, and not yet written: of a gradient, or scratch memory.
+struct OwnRows {
+  enum Where { kdX, kdB, kdC, kScratch } where;
+  void* data;
+  int width;  // values of a row; a token has one for each head
+};
+
+// Where the state before a chunk is kept on the way forwards, as the way back wants it: its rows 0
+// to 63 and 64 to 127 in rows of the chunk before it, or of the two before it, or the halves of its
+// columns in those.
+struct KeptStates {
+  OwnRows rows[2];
+  int every;  // chunks from one kept state to the next
+  bool halves;
+
+  // With `columns` the tile's. Rows of dB or dC are as long as a state's; those of dx may do.
+  static KeptStates of(const SsdScanParams& f, int columns) {
+    const bool tall = f.head_dim > 64;
+    const auto same = [&](OwnRows::Where where, int width) {
+      const OwnRows rows{where, nullptr, width};
+      return KeptStates{{rows, rows}, tall ? 2 : 1, false};
+    };
+    if (f.b_groups == f.heads && f.c_groups == f.heads) {
+      const OwnRows b{OwnRows::kdB, nullptr, f.state_dim}, c{OwnRows::kdC, nullptr, f.state_dim};
+      return {{b, c}, 1, false};
+    }
+    if (f.c_groups == f.heads) return same(OwnRows::kdC, f.state_dim);
+    if (f.b_groups == f.heads) return same(OwnRows::kdB, f.state_dim);
+    if (f.x_heads == f.heads) {
+      if (f.state_dim <= f.head_dim) return same(OwnRows::kdX, f.head_dim);
+      if (!tall && columns / kHalves <= f.head_dim) {
+        KeptStates kept = same(OwnRows::kdX, f.head_dim);
+        kept.every = 2;
+        kept.halves = true;
+        return kept;
+      }
+    }
+    return same(OwnRows::kScratch, f.state_dim);
+  }
+};
+
+// A gradient whose sums pass from block to block: how many groups have places for them at a time,
+// and each for how many chunks, a power of two or all chunks of a run.
+struct PassedGradient : PartedGradient {
+  int slots, places;
+
+  __device__ Passing passing_of(int block, int heads) const {
+    const int run = block / heads, head = block % heads;
+    const int group = run * groups + head / count, before = group - slots;
+    return {head % count, group % slots * places,
+            before < 0 ? -1 : before / groups * heads + (before % groups + 1) * count - 1};
+  }
+};
+
+struct TileScratch : SsdScanScratch {
+  KeptStates kept;
+  int run_chunks;  // of the longest run
+  PassedGradient dx, dB, dC;
+  // For every border between runs of dealt sequences: the state, its gradient; and before they are
+  // carried what the run before or after it adds to them, and that run's decay.
+  int64_t border_states, border_dstates, border_decays, border_ddecays;
+  // Where heads share: how many blocks have begun, then how far every warp of every block is. All
+  // counts, of 32 bits, and zero at the start.
+  int64_t progress, counts;
+  int cluster;  // blocks
+};
+
+// Of a sequence. The runs have as many chunks each, but for the last, which may have fewer.
+__device__ __host__ inline int64_t runs_of(int64_t tokens, int64_t longest) {
+  return tokens > longest ? (tokens + longest - 1) / longest : 1;
+}
+// Runs have places by the lengths of sequences where all have the same, and else as checkpoints
+// have, so that few blocks have none.
+inline int64_t count_runs(const SsdScanParams& f, int64_t longest) {
+  if (f.cu_seqlens == nullptr) return f.sequences * runs_of(f.length, longest);
+  return count_checkpoints(f.batch * f.length, f.sequences, longest);
+}
+// Borders between runs. Those of a packed sequence of n tokens, (n - 1) / longest, fit in before
+// those of the next one where every sequence has its places from its first token / longest on.
+inline int64_t count_borders(const SsdScanParams& f, int64_t longest) {
+  return f.batch * (runs_of(f.length, longest) - 1);
+}
+
+// A head's run of a sequence.
+struct Run {
+  Sequence sequence;
+  int head, index, batch, begin, length;
+  int chunks, runs;             // of the sequence
+  int first_chunk, last_chunk;  // of the run, and one past it
+  bool first;                   // of the sequence
+  int border;                   // the place of the one after the run
+
+  __device__ Run(const SsdScanParams& f, const TileScratch& scratch, int block)
+      : head(block % f.heads) {
+    const int64_t at = block / f.heads, longest = scratch.run_chunks * kChunk;
+    if (f.cu_seqlens == nullptr) {
+      const int64_t each = runs_of(f.length, longest);
+      set(f, scratch, at / each, static_cast<int>(at % each));
+      return;
+    }
+    const auto first_of = [&](int64_t index) {
+      return first_checkpoint(sequence_at(f.cu_seqlens, f.length, index), f.length, index, longest);
+    };
+    // By shuffles, so that the compiler knows them to be the same for all lanes.
+    const int of =
+        __shfl_sync(~0u, static_cast<int>(sequence_at_place(f.sequences, at, first_of)), 0);
+    set(f, scratch, of, __shfl_sync(~0u, static_cast<int>(at - first_of(of)), 0));
+  }
+  __device__ Run(const SsdScanParams& f, const TileScratch& scratch, int64_t index, int head,
+                 int run)
+      : head(head) {
+    set(f, scratch, index, run);
+  }
+
+  __device__ void set(const SsdScanParams& f, const TileScratch& scratch, int64_t of, int run) {
+    index = static_cast<int>(of);
+    sequence = sequence_at(f.cu_seqlens, f.length, of);
+    batch = static_cast<int>(sequence.batch);
+    begin = static_cast<int>(sequence.begin);
+    length = static_cast<int>(sequence.end - sequence.begin);
+    const int longest = scratch.run_chunks * kChunk, every = scratch.kept.every;
+    chunks = (length + kChunk - 1) / kChunk;
+    runs = static_cast<int>(runs_of(length, longest));
+    const int each = (chunks + runs * every - 1) / (runs * every) * every;
+    first_chunk = min(run * each, chunks);
+    last_chunk = min(first_chunk + each, chunks);
+    first = run == 0;
+    const int before = batch * (runs - 1) + begin / longest;
+    border = (before + run) * f.heads + head;
+  }
+};
+
+// Sum over the four lanes that hold a row of D.
+__device__ inline float sum_row(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+__device__ inline float sum_warp(float v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+  return v;
+}
+
+// Of neighbours in two tiles of D, left and right, the lanes of a row trade some: those that are
+// even get four neighbours of the left tile and the odd ones of the right tile, to move 8 bytes
+// each and a whole sector together. Twice is as before.
+__device__ inline uint2 trade(uint2 mine) {
+  const bool odd = threadIdx.x & 1;
+  const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine.x : mine.y, 1);
+  return odd ? uint2{theirs, mine.y} : uint2{mine.x, theirs};
+}
+// The first column of what a lane has then.
+__device__ inline int traded_column() {
+  const int q = threadIdx.x % 4;
+  return q % 2 * 8 + q / 2 * 4;
+}
+
+// Where the rows of a chunk's gradient go.
+template <typename data_t>
+struct GradientRows {
+  data_t* data;
+  int token;  // values of one, all groups
+
+  // `offset`: of the head's group within a token; `first`: the chunk's first token.
+  __device__ GradientRows(const PartedGradient& gradient, void* all, int offset, int64_t first)
+      : token(gradient.groups * gradient.width) {
+    data = static_cast<data_t*>(all) + first * token + offset;
+  }
+  // Two tiles of D with the rows row + g and row + g + apart and the columns from `column` on.
+  __device__ void store(int count, int row, int column, int width, const float (&left)[4],
+                        const float (&right)[4], int apart = 8) const {
+    const int g = threadIdx.x % 32 / 4, at = column + traded_column();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float *l = left + half * 2, *r = right + half * 2;
+      const uint2 traded = trade({pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])});
+      const int i = row + g + half * apart;
+      if (i < count && at < width)
+        *reinterpret_cast<uint2*>(data + int64_t(i) * token + at) = traded;
+    }
+  }
+};
+
+// How gradients that heads share are added up: there is none; from block to block; or the blocks of
+// a group are a cluster, which dB and dx have in common, and no other is shared.
+enum class Sums { kNone, kPassed, kInCluster };
+// What a block tells of its progress when it is through.
+constexpr uint32_t kDone = UINT32_MAX;
+
+// The walks of all runs; see ssd_scan_backward_wgmma.cu.
+bool suits_ssd_scan_backward_wgmma(const SsdScanParams& forward, const KeptStates& kept);
+void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& params, const TileScratch& scratch,
+                                    int walks, cudaStream_t stream);
+
+}  // namespace reasoners

@@ -1,0 +1,823 @@
+// ssd_scan_backward.cu's derivative on Hopper, of 64 columns of B and C: the same chunks, runs and
+// equations, by warpgroups whose tensor cores read shared memory by themselves (wgmma.cuh).
+//
+// A block walks one head's run of a sequence. Four of its warps multiply, and meet twice a chunk; a
+// fifth copies, makes the scalars, and adds up d log_decay of the chunk that they have left. States
+// are transposed, (state_dim, head_dim): their 64 rows are the four warps', and head_dim may be
+// what it is.
+#include <type_traits>
+
+#include "async_copy.cuh"
+#include "exponential.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "mma.cuh"
+#include "roles.cuh"
+#include "scan.cuh"
+#include "scan_backward.cuh"
+#include "signal.cuh"
+#include "ssd_backward_runs.cuh"
+#include "ssd_chunk.cuh"
+#include "ssd_scan_backward.cuh"
+#include "wgmma.cuh"
+
+namespace reasoners {
+namespace {
+
+constexpr int kState = 64;               // state_dim
+constexpr int kGroup = 128, kWalks = 2;  // threads of a warpgroup; walks of a block
+constexpr int kThreads = kGroup * (1 + kWalks), kWarps = kGroup / 32;
+constexpr int kCopiers = kGroup / kWalks;  // threads
+// Registers of the threads that copy and of those that multiply, of 168 at the start.
+constexpr int kCopierRegisters = 56, kWalkerRegisters = 224;
+constexpr int kEights = kChunk / 8;
+
+// What passes between the tokens of a chunk, for d log_decay.
+struct alignas(16) Passed {
+  // Sums over the rows of the r-th eight tokens, left of those; and what passes from before token i
+  // to those of its eight from i on.
+  float columns[kEights][kChunk], diagonal[kChunk];
+  // What the state before gives to a token, a token to the state after; dscale.
+  float received[kChunk], given[kChunk], dscale[kChunk];
+  float inner[kWarps];  // products of state and dstate
+};
+
+template <typename data, int columns>
+struct Tile {
+  using data_t = data;
+  static constexpr int kP = columns, kTiles = kP / 8, kWidth = (kP + 63) / 64 * 64;
+  static constexpr int kStages = kWidth == 64 ? 2 : 1;  // chunks on the way back
+  using Rows = Panels<data_t, kChunk, kWidth>;
+  using States = Panels<data_t, kState, kWidth>;
+  struct Inputs {
+    Rows x, dy;
+    Panels<data_t, kChunk, kState> b, c;
+    States state;  // before the chunk
+  };
+  struct Shared {
+    Inputs inputs[kStages];
+    States dstate;
+    Panels<data_t, kChunk, kChunk> scores, dscores;  // C B^T * L, dY U^T * L
+    Scalars scalars[2];
+    Passed passed[2];
+    Run run;
+    Passing passing[3];  // of dC, dB and dx
+    float sums[kWarps];
+    int drawn;
+    // Of the way forwards and the way back.
+    uint64_t full[2][2], free[2][2];
+  };
+  static constexpr int kBytes = kWalks * sizeof(Shared);
+  static_assert(kBytes <= 232448);
+};
+
+template <typename T, Sums kSums>
+__global__ void __launch_bounds__(kThreads, 1)
+    ssd_scan_backward_wgmma_kernel(const SsdScanBackwardParams p, const TileScratch scratch,
+                                   const int walks) {
+#ifdef REASONERS_WGMMA
+  using data_t = typename T::data_t;
+  constexpr int kP = T::kP, kTiles = T::kTiles, kStages = T::kStages;
+  extern __shared__ __align__(1024) char shared_memory[];
+  let_next_start();
+  wait_for_inputs();
+  const SsdScanParams& f = p.forward;
+  const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
+  const int lane = threadIdx.x % 32;
+  const bool copies = warp < kWarps;
+  const int at = copies ? warp / (kCopiers / 32) : warp / kWarps - 1;  // of the block's walks
+  auto& shared = reinterpret_cast<typename T::Shared*>(shared_memory)[at];
+  // Walks wait for walks before them alone, which have begun: so blocks take their places in the
+  // order in which they begin.
+  int walk = static_cast<int>(blockIdx.x) * kWalks + at;
+  if (kSums == Sums::kPassed) {
+    auto* counts = reinterpret_cast<uint32_t*>(p.scratch + scratch.progress);
+    if (threadIdx.x == 0) shared.drawn = static_cast<int>(atomicAdd(counts, 1u));
+    __syncthreads();
+    walk = reinterpret_cast<typename T::Shared*>(shared_memory)->drawn * kWalks + at;
+    walk = same_in_warp(walk);
+  }
+  const auto progress_of = [&](int64_t walk, int warp) {
+    return reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 + walk * kWarps + warp;
+  };
+  if (copies && walk < walks) {
+    const Run run(f, scratch, walk);
+    if (threadIdx.x % kCopiers == 0) shared.run = run;
+  }
+  if (copies && threadIdx.x % kCopiers == 0) {
+    for (int way = 0; way < 2; ++way)
+      for (int slot = 0; slot < 2; ++slot) {
+        init_barrier(&shared.full[way][slot], kCopiers + kCopiers / 32);
+        init_barrier(&shared.free[way][slot], kWarps);
+      }
+    if (kSums == Sums::kPassed && walk < walks) {
+      if (scratch.dC.count > 1) shared.passing[0] = scratch.dC.passing_of(walk, f.heads);
+      if (scratch.dB.count > 1) shared.passing[1] = scratch.dB.passing_of(walk, f.heads);
+      if (scratch.dx.count > 1) shared.passing[2] = scratch.dx.passing_of(walk, f.heads);
+    }
+  }
+  __syncthreads();
+  const Run& run = shared.run;
+  const int head = run.head, batch = run.batch, begin = run.begin, length = run.length;
+  const int first_chunk = run.first_chunk, chunks = run.last_chunk - first_chunk;
+  const int r = warp % kWarps;
+  const bool is_empty = walk >= walks || (!run.first && chunks == 0);  // there is no such run
+  const int x_offset = head / (f.heads / f.x_heads) * f.head_dim,
+            b_offset = head / (f.heads / f.b_groups) * f.state_dim,
+            c_offset = head / (f.heads / f.c_groups) * f.state_dim;
+  // On the way forwards two chunks of x and B have places, where there is one of the way back those
+  // of dy and C, too.
+  const auto place_of_x = [&](int n) -> typename T::Rows& {
+    return kStages == 2 ? shared.inputs[n & 1].x : n & 1 ? shared.inputs[0].dy : shared.inputs[0].x;
+  };
+  const auto place_of_b = [&](int n) -> auto& {
+    return kStages == 2 ? shared.inputs[n & 1].b : n & 1 ? shared.inputs[0].c : shared.inputs[0].b;
+  };
+
+  if (copies) {
+    keep_registers<kCopierRegisters>();
+    if (is_empty) return;
+    // ---- The warps that copy: the first makes the scalars, the second adds up d log_decay.
+    const int thread = threadIdx.x % kCopiers;
+    const bool is_second = thread >= 32;
+    // Of the tokens from `t` on, of which `left` are there, the columns up to `width`. `place` says
+    // in which row a token's lie.
+    const auto copy_rows = [&](auto& to, int columns, const data_t* from, int64_t stride, int width,
+                               int left, auto&& place) {
+      constexpr int kRuns = 8, kStep = kCopiers / kRuns;
+      const int row = thread / kRuns, run = thread % kRuns;
+      const uint32_t target = shared_address(&to) + to.offset(row, run);
+      from += row * stride + run * 8;
+#pragma unroll
+      for (int panel = 0; panel < int(sizeof(to.at)) / to.kPanel; ++panel) {
+        const int column = panel * 64 + run * 8;
+        if (column >= columns) continue;
+        const int there = column < width ? left - row : 0;
+        const data_t* at = from + panel * 64;
+#pragma unroll
+        for (int u = 0; u < kChunk / kStep; ++u, at += kStep * stride)
+          copy_async_once(target + panel * to.kPanel + place(u * kStep) * 128, at,
+                          there > u * kStep ? 16 : 0);
+      }
+    };
+    const auto in_order = [](int i) { return i; };
+    const auto copy = [&](auto& to, int columns, const void* data, TokenStrides strides, int offset,
+                          int width, int t, auto&& place) {
+      copy_rows(to, columns,
+                static_cast<const data_t*>(data) + int64_t(batch) * strides.batch +
+                    int64_t(begin + t) * strides.token + offset,
+                strides.token, width, length - t, place);
+    };
+    float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1
+    const auto read_scalars = [&](int chunk) {
+      const int t = chunk * kChunk + 2 * lane;
+      const auto read = [&](float (&to)[2], const float* data, TokenStrides strides,
+                            float without) {
+        const float* from =
+            data + int64_t(batch) * strides.batch + int64_t(begin + t) * strides.token + head;
+        to[0] = t < length ? from[0] : without;
+        to[1] = t + 1 < length ? from[strides.token] : without;
+      };
+      read(next_decay, f.log_decay, f.log_decay_strides, 0.f);
+      next_scale[0] = next_scale[1] = 1.f;
+      if (f.scale) read(next_scale, f.scale, f.scale_strides, 1.f);
+    };
+    // Forwards, up to the last chunk.
+    const int steps = chunks > 0 ? chunks - 1 : 0;
+    if (!is_second && chunks > 0) read_scalars(first_chunk);
+#pragma unroll 1
+    for (int n = 0; n < steps; ++n) {
+      const int t = (first_chunk + n) * kChunk;
+      if (n >= 2) wait_for(&shared.free[0][n & 1], (n / 2 - 1) & 1);
+      copy(place_of_x(n), kP, f.x, f.x_strides, x_offset, f.head_dim, t, in_order);
+      copy(place_of_b(n), kState, f.B, f.b_strides, b_offset, f.state_dim, t, in_order);
+      arrive_after_copies(&shared.full[0][n & 1]);
+      if (!is_second) put_scalars(shared.scalars[n & 1], next_decay, next_scale);
+      __syncwarp();
+      if (lane == 0) arrive(&shared.full[0][n & 1]);
+      if (!is_second) read_scalars(first_chunk + n + 1);
+    }
+    for (int n = max(steps - 2, 0); n < steps; ++n) wait_for(&shared.free[0][n & 1], n / 2 & 1);
+
+    // d log_decay of a chunk, and dscale, a lane those of two tokens.
+    const auto finish = [&](int n) {
+      wait_for(&shared.free[1][n % kStages], n / kStages & 1);
+      const Passed& passed = shared.passed[n & 1];
+      const auto two_of = [&](const float* values) {
+        return *reinterpret_cast<const float2*>(values + 2 * lane);
+      };
+      const auto sum_before = [&](float v) {  // of the lanes
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+          const float before = __shfl_up_sync(~0u, v, offset);
+          if (lane >= offset) v += before;
+        }
+        v = __shfl_up_sync(~0u, v, 1);
+        return lane > 0 ? v : 0.f;
+      };
+      const int eight = lane / 4;
+      float2 sum = two_of(passed.diagonal);
+#pragma unroll
+      for (int later = 1; later < kEights; ++later) {
+        float2 from = two_of(passed.columns[later]);
+        if (eight >= later) from = {0.f, 0.f};
+        const float before = sum_before(from.x + from.y);
+        if (eight < later) {
+          sum.x += before;
+          sum.y += before + from.x;
+        }
+      }
+      const float2 given = two_of(passed.given), received = two_of(passed.received);
+      const float before = sum_before(given.x + given.y);
+      sum.x += before;
+      sum.y += before + given.x;
+      float after = received.x + received.y;
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const float later = __shfl_down_sync(~0u, after, offset);
+        if (lane + offset < 32) after += later;
+      }
+      after = __shfl_down_sync(~0u, after, 1);
+      if (lane == 31) after = 0.f;
+      const float inner = passed.inner[0] + passed.inner[1] + passed.inner[2] + passed.inner[3];
+      sum.x += after + received.y + received.x + inner;
+      sum.y += after + received.y + inner;
+      const float2 dscale = two_of(passed.dscale);
+      const int t = (run.last_chunk - 1 - n) * kChunk + 2 * lane;
+      const int64_t at = (int64_t(batch) * f.length + begin + t) * f.heads + head;
+      if (t < length) {
+        p.dlog_decay[at] = sum.x;
+        if (p.dscale) p.dscale[at] = dscale.x;
+      }
+      if (t + 1 < length) {
+        p.dlog_decay[at + f.heads] = sum.y;
+        if (p.dscale) p.dscale[at + f.heads] = dscale.y;
+      }
+      __syncwarp();
+    };
+
+    // Backwards.
+#pragma unroll 1
+    for (int n = 0; n < chunks; ++n) {
+      const int stage = n % kStages, chunk = run.last_chunk - 1 - n, t = chunk * kChunk;
+      if (n >= kStages) wait_for(&shared.free[1][stage], (n / kStages - 1) & 1);
+      auto& to = shared.inputs[stage];
+      copy(to.c, kState, f.C, f.c_strides, c_offset, f.state_dim, t, row_of);
+      copy(to.b, kState, f.B, f.b_strides, b_offset, f.state_dim, t, in_order);
+      copy(to.dy, kP, p.dy, p.dy_strides, head * f.head_dim, f.head_dim, t, row_of);
+      copy(to.x, kP, f.x, f.x_strides, x_offset, f.head_dim, t, in_order);
+      if (chunk > first_chunk) {
+        const int64_t token = int64_t(batch) * f.length + begin + t - kChunk;
+#pragma unroll
+        for (int panel = 0; panel < T::kWidth / 64; ++panel) {
+          const OwnRows& rows = scratch.kept.rows[panel];
+          auto& half = *reinterpret_cast<Panels<data_t, kState, 64>*>(
+              reinterpret_cast<char*>(&to.state) + panel * to.state.kPanel);
+          copy_rows(half, kP - panel * 64,
+                    static_cast<const data_t*>(rows.data) + (token * f.heads + head) * kState,
+                    int64_t(f.heads) * kState, f.head_dim - panel * 64, kChunk, in_order);
+        }
+      }
+      arrive_after_copies(&shared.full[1][stage]);
+      if (!is_second)
+        put_scalars(shared.scalars[n & 1], next_decay, next_scale);
+      else if (kStages == 2 && n >= 2)
+        finish(n - 2);
+      __syncwarp();
+      if (lane == 0) arrive(&shared.full[1][stage]);
+      if (!is_second && n + 1 < chunks) read_scalars(chunk - 1);
+      if (kStages == 1 && is_second && n >= 1) finish(n - 1);
+    }
+    if (is_second)
+#pragma unroll 1
+      for (int n = max(chunks - kStages, 0); n < chunks; ++n) finish(n);
+    wait_copies();
+    return;
+  }
+
+  // ---- The warps that multiply.
+  take_registers<kWalkerRegisters>();
+  if (is_empty) {
+    if (walk >= walks) return;
+    if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk, r), kDone);
+    if (p.dD && threadIdx.x % kGroup == 0) p.scratch[scratch.dD + walk] = 0.f;
+    return;
+  }
+  const int g = lane / 4, q = lane % 4;
+  const float skip = f.D ? f.D[head] : 0.f;
+  const auto meet = [&] { wait_at<kGroup>(1 + at); };
+  using State = float[kTiles][4];
+  // visit(value, offset) of what a thread has of a state tensor, (head_dim, state_dim).
+  const auto each_value = [&](State& state, auto&& visit) {
+    const int row = 16 * r + g;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int column = 8 * m + 2 * q + v % 2;
+        visit(state[m][v], column < f.head_dim ? column * kState + row + v / 2 * 8 : -1);
+      }
+  };
+  const auto read_state = [&](const float* data, State& to) {
+    each_value(to, [&](float& value, int offset) {
+      value = data != nullptr && offset >= 0 ? data[offset] : 0.f;
+    });
+  };
+  const auto at_border = [&](int64_t states, int border) {
+    return p.scratch + states + int64_t(border) * f.head_dim * kState;
+  };
+  const int64_t home = (int64_t(run.index) * f.heads + head) * f.head_dim * kState;
+  const auto begin_of_run = [&]() -> const float* {
+    if (!run.first) return at_border(scratch.border_states, run.border - f.heads);
+    return f.initial_state ? f.initial_state + home : nullptr;
+  };
+  // The warp's 16 rows of a matrix, as the products' accumulators have them.
+  const auto put_rows = [&](const auto& to, const auto& d) {
+    const uint32_t row = shared_address(&to) + to.offset(16 * r + lane % 16, lane / 16);
+    constexpr int kCount = sizeof(d) / sizeof(d[0]);
+#pragma unroll
+    for (int n = 0; n < kCount; n += 2)
+      store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pack<data_t>(d[n][0], d[n][1]),
+                     pack<data_t>(d[n][2], d[n][3]), pack<data_t>(d[n + 1][0], d[n + 1][1]),
+                     pack<data_t>(d[n + 1][2], d[n + 1][3]));
+  };
+  // visit(tile, half, pair) of a matrix's rows first + lane % 16, in that order.
+  const auto each_pair = [&](const auto& from, int row_of_lane, auto tiles, auto&& visit) {
+    const uint32_t row = shared_address(&from) + from.offset(row_of_lane, lane / 16);
+#pragma unroll
+    for (int n = 0; n < tiles; n += 2) {
+      uint32_t pairs[4];
+      load_matrices(pairs, (row ^ n % 8 * 16) + n / 8 * from.kPanel);
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          visit(n + e, half, unpack<data_t>(pairs[2 * e + half]));
+    }
+  };
+  constexpr std::integral_constant<int, kState / 8> kStateTiles{};
+  constexpr std::integral_constant<int, kTiles> kRowTiles{};
+  const int own_row = 16 * r + lane % 16;
+  // The factors of what a chunk's tokens add to a state: the warp's columns of B or C, transposed
+  // and weighed. `high` is where the weights of the second eight rows of 16 are.
+  const auto put_weighed = [&](uint32_t (&a)[kBlocks][4], const auto& rows, auto&& weights) {
+    const uint32_t row =
+        shared_address(&rows) + rows.offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) {
+      load_matrices_transposed(a[k], row + k * 16 * 128);
+      float2 low, high;
+      weights(k, low, high);
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float2 pair = unpack<data_t>(a[k][v]), weight = v < 2 ? low : high;
+        a[k][v] = pack<data_t>(pair.x * weight.x, pair.y * weight.y);
+      }
+    }
+  };
+  const auto two_of = [&](const float* values) {
+    return *reinterpret_cast<const float2*>(values + 2 * q);
+  };
+
+  // Forwards over all chunks but the last, leaving the states between them.
+  {
+    State state;
+    read_state(begin_of_run(), state);
+#pragma unroll 1
+    for (int n = 0; n + 1 < chunks; ++n) {
+      const Scalars& scalars = shared.scalars[n & 1];
+      wait_for(&shared.full[0][n & 1], n / 2 & 1);
+      show_to_copies();
+      uint32_t gained[kBlocks][4];
+      put_weighed(gained, place_of_b(n), [&](int k, float2& low, float2& high) {
+        low = two_of(&scalars.gain[16 * k]);
+        high = two_of(&scalars.gain[16 * k + 8]);
+      });
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) state[m][v] *= scalars.whole;
+      const uint64_t x = describe_tall(place_of_x(n));
+      settle(state);
+      settle(gained);
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(state, gained[k], x + tall_step(k));
+      commit_products();
+      wait_for_products<0>();
+      settle(state);
+      const int64_t token = int64_t(batch) * f.length + begin + (first_chunk + n) * kChunk;
+#pragma unroll
+      for (int m = 0; m < kTiles; m += 2) {
+        const OwnRows& rows = scratch.kept.rows[m / 8];
+        const int column = m % 8 * 8 + traded_column();
+        data_t* to = static_cast<data_t*>(rows.data) +
+                     ((token + 16 * r + g) * f.heads + head) * kState + column;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float *left = state[m] + 2 * half, *right = state[m + 1] + 2 * half;
+          const uint2 traded =
+              trade({pack<data_t>(left[0], left[1]), pack<data_t>(right[0], right[1])});
+          if (m / 8 * 64 + column < f.head_dim)
+            *reinterpret_cast<uint2*>(to + int64_t(half) * 8 * f.heads * kState) = traded;
+        }
+      }
+      __syncwarp();
+      if (lane == 0) arrive(&shared.free[0][n & 1]);
+    }
+  }
+
+  // ---- The way back.
+  State dstate;
+  read_state(run.last_chunk < run.chunks ? at_border(scratch.border_dstates, run.border)
+                                         : p.dfinal_state + home,
+             dstate);
+  float dD = 0.f;
+  constexpr bool kEarly = kP == 64;  // whether there are registers for the state's part of dC
+  const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of C and dy
+#pragma unroll 1
+  for (int n = 0; n < chunks; ++n) {
+    const int stage = n % kStages, chunk = run.last_chunk - 1 - n, t = chunk * kChunk;
+    auto& in = shared.inputs[stage];
+    const Scalars& scalars = shared.scalars[n & 1];
+    Passed& passed = shared.passed[n & 1];
+    const int count = min(kChunk, length - t);
+    const auto rows_of = [&](const PartedGradient& gradient, void* sum, int offset) {
+      return GradientRows<data_t>(gradient, sum, offset, int64_t(batch) * f.length + begin + t);
+    };
+    // Adds up a gradient that heads share: the sums of the heads so far pass from block to block,
+    // warp to warp and thread to thread. False for all but the last head, who writes them.
+    const auto add_up = [&](const PassedGradient& gradient, auto& d, int which) {
+      if (kSums != Sums::kPassed || gradient.count == 1) return true;
+      constexpr int kCount = sizeof(d) / sizeof(d[0]);
+      const Passing& passing = shared.passing[which];
+      const int member = passing.member;
+      const uint32_t step = 3 * n + which + 1;
+      uint32_t* progress = progress_of(walk, r);
+      const int place = passing.place + (n < gradient.places ? n : n & (gradient.places - 1));
+      auto* sums = reinterpret_cast<float4*>(p.scratch + gradient.parts) +
+                   int64_t(place) * (kCount * kGroup) + threadIdx.x % kGroup;
+      if (member > 0) {
+        wait_until(progress - kWarps, step);
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) {
+          const float4 before = __ldcg(sums + m * kGroup);
+          d[m][0] += before.x;
+          d[m][1] += before.y;
+          d[m][2] += before.z;
+          d[m][3] += before.w;
+        }
+      } else if (n >= gradient.places) {
+        wait_until(progress + (gradient.count - 1) * kWarps, step - 3 * gradient.places);
+      } else if (passing.before >= 0) {
+        wait_until(progress_of(passing.before, r), kDone);
+      }
+      const bool last = member + 1 == gradient.count;
+      if (!last)
+#pragma unroll
+        for (int m = 0; m < kCount; ++m)
+          __stcg(sums + m * kGroup, float4{d[m][0], d[m][1], d[m][2], d[m][3]});
+      __syncwarp();
+      if (lane == 0) tell(progress, step);
+      return last;
+    };
+
+    // The gradient of the state after the chunk, for the products with it.
+    put_rows(shared.dstate, dstate);
+    wait_for(&shared.full[1][stage], n / kStages & 1);
+    if (chunk == first_chunk) {
+      State state;
+      read_state(begin_of_run(), state);
+      put_rows(in.state, state);
+      __syncwarp();
+    }
+    show_to_copies();
+    meet();
+
+    float scores[8][4], dscores[8][4], dc[8][4];
+    const auto begin_dc = [&] {
+#pragma unroll
+      for (int k = 0; k < kP / 16; ++k)
+        multiply_shared<data_t>(dc, describe(in.dy) + depth_step<kChunk>(k),
+                                describe(in.state) + depth_step<kState>(k), k > 0);
+      commit_products();
+    };
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kState / 16; ++k)
+      multiply_shared<data_t>(scores, describe(in.c) + depth_step<kChunk>(k),
+                              describe(in.b) + depth_step<kChunk>(k), k > 0);
+#pragma unroll
+    for (int k = 0; k < kP / 16; ++k)
+      multiply_shared<data_t>(dscores, describe(in.dy) + depth_step<kChunk>(k),
+                              describe(in.x) + depth_step<kChunk>(k), k > 0);
+    commit_products();
+    if (kEarly) begin_dc();
+    {
+      float inner = 0.f;
+      each_pair(in.state, own_row, kRowTiles, [&](int m, int half, float2 state) {
+        inner = fmaf(state.x, dstate[m][2 * half], inner);
+        inner = fmaf(state.y, dstate[m][2 * half + 1], inner);
+      });
+      inner = sum_warp(inner);
+      if (lane == 0) passed.inner[r] = inner * scalars.whole;
+    }
+    wait_for_products<kEarly ? 1 : 0>();
+    settle(scores);
+    settle(dscores);
+
+    uint32_t seen[kBlocks][4];  // (dY U^T * L) as the factor of a product
+    // (C B^T * L) and (dY U^T * L), and what passes between tokens. Of the rows of one half all see
+    // a tile where the half's last tile is a later one; half of it where it is the last.
+    {
+      const float c_of[2] = {scalars.c[tokens[0]], scalars.c[tokens[1]]};
+      float left[2] = {};  // what passes to a row from the eights before its own
+      float columns[16] =
+          {};  // of seven tiles: of the second half the first four, then either
+               // of the first half the next one or of the second half one of the last
+      float diagonal[2][2];
+      const uint32_t scores_row =
+                         shared_address(&shared.scores) + shared.scores.offset(own_row, lane / 16),
+                     dscores_row =
+                         shared_address(&shared.dscores) + shared.scores.offset(own_row, lane / 16);
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k) {
+        uint32_t of_scores[4];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int tile = 2 * k + e;
+          const float2 c_from = two_of(&scalars.c[8 * tile]),
+                       scale_of = two_of(&scalars.scale[8 * tile]);
+          const auto put = [&](int half, float2 score, float2 dscore) {
+            of_scores[2 * e + half] = pack<data_t>(score.x, score.y);
+            seen[k][2 * e + half] = pack<data_t>(dscore.x, dscore.y);
+          };
+          const auto weigh = [&](int half, bool is_last) {
+            float2 decay{exp2_fast(c_of[half] - c_from.x), exp2_fast(c_of[half] - c_from.y)};
+            float2 score{scores[tile][2 * half], scores[tile][2 * half + 1]},
+                dscore{dscores[tile][2 * half], dscores[tile][2 * half + 1]};
+            if (is_last) {
+              if (2 * q == g) dD += dscore.x;
+              if (2 * q + 1 == g) dD += dscore.y;
+              if (2 * q > g) decay.x = 0.f;
+              if (2 * q + 1 > g) decay.y = 0.f;
+            }
+            dscore.x *= scale_of.x;
+            dscore.y *= scale_of.y;
+            score.x *= decay.x;
+            score.y *= decay.y;
+            const float2 of{score.x * dscore.x, score.y * dscore.y};
+            put(half, score, {dscore.x * decay.x, dscore.y * decay.y});
+            if (is_last) {
+              diagonal[half][0] = 2 * q < g ? of.x : 0.f;
+              diagonal[half][1] = 2 * q + 1 < g ? of.y : 0.f;
+              return;
+            }
+            left[half] += of.x + of.y;
+            const int slot = half == 0 ? 4 + tile : tile < 4 ? tile : 10 - tile;
+            columns[2 * slot] = of.x;
+            columns[2 * slot + 1] = of.y;
+          };
+          if (tile < 4) {
+            weigh(1, false);
+            if (tile < r)
+              weigh(0, false);
+            else if (tile == r)
+              weigh(0, true);
+            else
+              put(0, {}, {});
+          } else {
+            put(0, {}, {});
+            if (tile < 7 - r)
+              weigh(1, false);
+            else if (tile == 7 - r)
+              weigh(1, true);
+            else
+              put(1, {}, {});
+          }
+        }
+        store_matrices(scores_row ^ 32 * k, of_scores[0], of_scores[1], of_scores[2], of_scores[3]);
+        store_matrices(dscores_row ^ 32 * k, seen[k][0], seen[k][1], seen[k][2], seen[k][3]);
+      }
+
+      // The sums over eight rows of the tiles left of theirs: a lane gets two of a tile.
+      using Sum = RowSums<StateRow<4 * 4, 4>, 16>;
+      Sum::reduce(columns, lane);
+      const int slot = Sum::first(lane) / 2;
+      if (slot < 7) {
+        const bool first_half = slot >= 4 && slot - 4 < r;
+        const int tile = slot < 4 ? slot : first_half ? slot - 4 : 10 - slot;
+        *reinterpret_cast<float2*>(&passed.columns[first_half ? r : 7 - r][8 * tile + 2 * q]) = {
+            columns[0], columns[1]};
+      }
+      // Within eight tokens: what is left of column k, in the rows from k on.
+      float sums[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float pair = diagonal[half][0] + diagonal[half][1];
+        float before = __shfl_up_sync(~0u, pair, 1);
+        float sum = q >= 1 ? pair + before : pair;
+        before = __shfl_up_sync(~0u, sum, 2);
+        if (q >= 2) sum += before;
+        sum = __shfl_up_sync(~0u, sum, 1);
+        sum = sum_row(left[half]) + (q >= 1 ? sum : 0.f);
+        sums[half][0] = g >= 2 * q ? sum : 0.f;
+        sums[half][1] = g >= 2 * q + 1 ? sum + diagonal[half][0] : 0.f;
+      }
+      const bool upper = lane & 16, odd = lane & 8;
+      float two[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        two[e] = (upper ? sums[1][e] : sums[0][e]) +
+                 __shfl_xor_sync(~0u, upper ? sums[0][e] : sums[1][e], 16);
+      float one = (odd ? two[1] : two[0]) + __shfl_xor_sync(~0u, odd ? two[0] : two[1], 8);
+      one += __shfl_xor_sync(~0u, one, 4);
+      if (!(lane & 4)) passed.diagonal[8 * (upper ? 7 - r : r) + 2 * q + odd] = one;
+    }
+
+    // dC and dB: the part of the state's, weighed and summed with the other factor, then the part
+    // of the chunk's tokens. `of` are the rows' tokens.
+    const auto weigh = [&](auto& d, const float* weight, const int (&of)[2], const auto& factor,
+                           float* sums) {
+      const float weights[2] = {weight[of[0]], weight[of[1]]};
+      float dots[2] = {};
+      each_pair(factor, own_row, kStateTiles, [&](int m, int half, float2 pair) {
+        d[m][2 * half] *= weights[half];
+        d[m][2 * half + 1] *= weights[half];
+        dots[half] = fmaf(d[m][2 * half], pair.x, dots[half]);
+        dots[half] = fmaf(d[m][2 * half + 1], pair.y, dots[half]);
+      });
+      dots[0] = sum_row(dots[0]);
+      dots[1] = sum_row(dots[1]);
+      if (q < 2) sums[q == 0 ? of[0] : of[1]] = q == 0 ? dots[0] : dots[1];
+    };
+    const int rows[2] = {16 * r + g, 16 * r + g + 8};
+    float db[8][4];
+    begin_products();
+    if (!kEarly) begin_dc();
+#pragma unroll
+    for (int k = 0; k < kP / 16; ++k)
+      multiply_shared<data_t>(db, describe(in.x) + depth_step<kChunk>(k),
+                              describe(shared.dstate) + depth_step<kState>(k), k > 0);
+    commit_products();
+    wait_for_products<1>();
+    settle(dc);
+    weigh(dc, scalars.since, tokens, in.c, passed.received);
+    settle(dc);
+    settle(seen);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k)
+      multiply_tall<data_t>(dc, seen[k], describe_tall(in.b) + tall_step(k));
+    commit_products();
+    wait_for_products<1>();
+    settle(db);
+    weigh(db, scalars.gain, rows, in.b, passed.given);
+    wait_for_products<0>();
+    settle(dc);
+
+    State du;
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kState / 16; ++k)
+      multiply_shared<data_t, false, true>(du, describe(in.b) + depth_step<kChunk>(k),
+                                           describe_tall(shared.dstate) + tall_step(k), k > 0);
+    commit_products();
+    if (add_up(scratch.dC, dc, 0)) {
+      const auto dC = rows_of(scratch.dC, p.dC, c_offset);
+#pragma unroll
+      for (int m = 0; m < 8; m += 2)
+        dC.store(count, 8 * r, m * 8, f.state_dim, dc[m], dc[m + 1], 56 - 16 * r);
+    }
+    uint32_t weighed[kBlocks][4];
+    put_weighed(weighed, in.c, [&](int k, float2& low, float2& high) {
+      low = two_of(&scalars.since[8 * k]);
+      high = two_of(&scalars.since[56 - 8 * k]);
+    });
+    wait_for_products<0>();
+    settle(du);
+    {
+      const float until[2] = {scalars.until[rows[0]], scalars.until[rows[1]]};
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) {
+          du[m][v] *= until[v / 2];
+          dstate[m][v] *= scalars.whole;
+        }
+    }
+    // Now all scores are there, and nobody reads dstate any more.
+    show_to_copies();
+    meet();
+    settle(db);
+    settle(du);
+    settle(dstate);
+    settle(weighed);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k)
+      multiply_shared<data_t, true, true>(db, describe_tall(shared.dscores) + tall_step(k),
+                                          describe_tall(in.c) + tall_step(k), true);
+    commit_products();
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k)
+      multiply_shared<data_t, true, true>(du, describe_tall(shared.scores) + tall_step(k),
+                                          describe_tall(in.dy) + tall_step(k), true);
+    commit_products();
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k)
+      multiply_tall<data_t>(dstate, weighed[k], describe_tall(in.dy) + tall_step(k));
+    commit_products();
+
+    wait_for_products<2>();
+    settle(db);
+    if (add_up(scratch.dB, db, 1)) {
+      const auto dB = rows_of(scratch.dB, p.dB, b_offset);
+#pragma unroll
+      for (int m = 0; m < 8; m += 2) dB.store(count, 16 * r, m * 8, f.state_dim, db[m], db[m + 1]);
+    }
+    wait_for_products<1>();
+    settle(du);
+    {
+      // dX from dU, and dscale.
+      float dscale[2] = {};
+      each_pair(in.x, own_row, kRowTiles, [&](int m, int half, float2 x) {
+        dscale[half] = fmaf(du[m][2 * half], x.x, fmaf(du[m][2 * half + 1], x.y, dscale[half]));
+      });
+      dscale[0] = sum_row(dscale[0]);
+      dscale[1] = sum_row(dscale[1]);
+      if (q < 2) passed.dscale[rows[0] + 8 * q] = q == 0 ? dscale[0] : dscale[1];
+      const float scale_of[2] = {scalars.scale[rows[0]], scalars.scale[rows[1]]};
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) du[m][v] *= scale_of[v / 2];
+      if (f.D != nullptr) {
+        const int row = row_of(own_row);
+        each_pair(in.dy, row, kRowTiles, [&](int m, int half, float2 dy) {
+          du[m][2 * half] = fmaf(skip, dy.x, du[m][2 * half]);
+          du[m][2 * half + 1] = fmaf(skip, dy.y, du[m][2 * half + 1]);
+        });
+      }
+    }
+    if (add_up(scratch.dx, du, 2)) {
+      const auto dx = rows_of(scratch.dx, p.dx, x_offset);
+#pragma unroll
+      for (int m = 0; m < kTiles; m += 2)
+        dx.store(count, 16 * r, m * 8, f.head_dim, du[m], du[m + 1]);
+    }
+    wait_for_products<0>();
+    settle(dstate);
+    __syncwarp();
+    if (lane == 0) arrive(&shared.free[1][stage]);
+  }
+
+  if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk, r), kDone);
+  if (p.dinitial_state && run.first)
+    each_value(dstate, [&](float& value, int offset) {
+      if (offset >= 0) p.dinitial_state[home + offset] = value;
+    });
+  if (p.dD) {
+    dD = sum_warp(dD);
+    if (lane == 0) shared.sums[r] = dD;
+    meet();
+    if (threadIdx.x % kGroup == 0)
+      p.scratch[scratch.dD + walk] =
+          shared.sums[0] + shared.sums[1] + shared.sums[2] + shared.sums[3];
+  }
+#endif
+}
+
+template <typename Use>
+void with_tile(const SsdScanParams& f, const Use& use) {
+  const auto of = [&](auto zero) {
+    using data_t = decltype(zero);
+    if (f.head_dim <= 64) return use(Tile<data_t, 64>());
+    if (f.head_dim <= 96) return use(Tile<data_t, 96>());
+    use(Tile<data_t, 128>());
+  };
+  f.dtype == DType::kBFloat16 ? of(__nv_bfloat16()) : of(__half());
+}
+
+}  // namespace
+
+bool suits_ssd_scan_backward_wgmma(const SsdScanParams& f, const KeptStates& kept) {
+  const bool whole_rows =
+      kept.every == 1 && kept.rows[0].width == kState && kept.rows[1].width == kState;
+  return f.state_dim == kState && whole_rows &&
+         runs_here(ssd_scan_backward_wgmma_kernel<Tile<__half, 64>, Sums::kNone>);
+}
+
+void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& p, const TileScratch& scratch,
+                                    int walks, cudaStream_t stream) {
+  with_tile(p.forward, [&](auto tile) {
+    using T = decltype(tile);
+    const auto kernel = scratch.counts > 0 ? ssd_scan_backward_wgmma_kernel<T, Sums::kPassed>
+                                           : ssd_scan_backward_wgmma_kernel<T, Sums::kNone>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
+    launch_overlapping(kernel, (walks + kWalks - 1) / kWalks, kThreads, T::kBytes, stream, p,
+                       scratch, walks);
+  });
+}
+
+}  // namespace reasoners
