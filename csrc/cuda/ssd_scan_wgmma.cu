@@ -91,6 +91,7 @@
 #include "signal.cuh"
 #include "ssd_chunk.cuh"
 #include "ssd_deal.cuh"
+#include "tensor_copy.cuh"
 #include "wgmma.cuh"
 
 namespace reasoners {
@@ -113,19 +114,16 @@ __device__ inline void take_ticket(uint32_t* ticket) {
   *ticket = 0;
 }
 
-// What is walked without a break: some segments of a sequence, for the walk's heads.
+// What is walked without a break: some chunks of a sequence, for the walk's heads.
 struct Piece {
   Sequence sequence;
   int index, first_head;  // `index` of the sequence
-  int first, last;
+  int first_chunk, last_chunk;
   Segments segments;
   int x_column[kGroups], b_column, c_column;  // where the first columns are that a head has
 
   __device__ int length() const { return static_cast<int>(sequence.end - sequence.begin); }
-  __device__ int first_chunk() const { return segments.first_chunk(first); }
-  __device__ int last_chunk() const {
-    return min(segments.first_chunk(last), (length() + kChunk - 1) / kChunk);
-  }
+  __device__ int chunks() const { return (length() + kChunk - 1) / kChunk; }
 };
 
 // How sequences of one length are dealt where those of all heads are more than what is walked at a
@@ -150,19 +148,19 @@ __device__ __host__ int64_t count_walks(const SsdScanParams& p, const Deal& deal
 template <int kHeads>
 struct Pieces {
   int walk, count;
-  int begun, left;  // with runs: segments of the sequence begun first, and of that begun before
+  int begun, left;  // with runs: chunks of the sequence begun first, and of that begun before
 
   __device__ Pieces(const SsdScanParams& p, const Deal& deal, const Runs& runs, int walk)
       : walk(walk), count(0) {
     if (runs.count > 0) {
-      const int most = Segments(deal.most, p.length).count;
-      begun = most * after(runs, walk) / runs.count;
-      left = most * after(runs, walk - 1) / runs.count;
+      const int64_t chunks = (p.length + kChunk - 1) / kChunk;
+      begun = static_cast<int>(chunks * after(runs, walk) / runs.count);
+      left = static_cast<int>(chunks * after(runs, walk - 1) / runs.count);
       count =
           (begun > 0) + runs.whole - (after(runs, walk) > runs.more) + (after(runs, walk - 1) > 0);
     } else if (walk < count_walks<kHeads>(p, deal)) {
       const Piece piece = at(0, p, deal, runs);
-      count = deal.blocks == 0 || piece.first == 0 || piece.first < piece.last;
+      count = deal.blocks == 0 || piece.first_chunk == 0 || piece.first_chunk < piece.last_chunk;
     }
   }
   // What a run has after the last sequence that it ends, in parts of which a sequence has `count`.
@@ -187,16 +185,19 @@ struct Pieces {
     } else {
       const int blocks = max(deal.blocks, 1), place = walk / units;
       whole = place / blocks * units + walk % units;
-      first = place % blocks * deal.each;
-      if (deal.blocks > 0) last = first + deal.each;
     }
     Piece piece;
     piece.index = whole / units;
     piece.first_head = whole % units * kHeads;
     piece.sequence = sequence_at(p.cu_seqlens, p.length, piece.index);
     piece.segments = Segments(deal.most, piece.length());
-    piece.first = first;
-    piece.last = min(last, piece.segments.count);
+    if (deal.blocks > 0) {
+      const int segment = walk / units % deal.blocks * deal.each;
+      first = piece.segments.first_chunk(segment);
+      last = piece.segments.first_chunk(segment + deal.each);
+    }
+    piece.first_chunk = first;
+    piece.last_chunk = min(last, piece.chunks());
     const auto column_of = [&](int head, int sharing, int row_size) {
       return head / (p.heads / sharing) * row_size;
     };
@@ -217,6 +218,7 @@ struct Tile {
   static constexpr int kTogether = kGroups / kWalks;  // warpgroups of a walk
   static constexpr int kCopiers = kGroup / kWalks;    // threads
   static_assert(kHeads == 1 || kHeads == kTogether);
+  static constexpr bool kEngine = kN == kTileColumns;  // whether the copy engine is faster
 
   struct Stage {
     Panels<data_t, kChunk, kWidth> x[kTogether];
@@ -233,12 +235,20 @@ struct Tile {
   };
 };
 
+// Where the copy engine brings tiles, if Tile::kEngine: `there` unless sequences are packed, whose
+// neighbours it would bring, or B and C have less than a tile's columns. Columns of x past a head's
+// are of no consequence.
+struct Maps {
+  TensorMap x, b, c;
+  bool there;
+};
+
 // kAdds: leaves what each segment adds, and no y. kScales: there is a scale. `folds`: no
 // carry_kernel came between.
 template <typename T, bool kAdds, bool kScales>
 __global__ void __launch_bounds__(kThreads, 1)
-    ssd_scan_wgmma_kernel(const SsdScanParams p, const Deal deal, const Runs runs,
-                          const bool folds) {
+    ssd_scan_wgmma_kernel(const SsdScanParams p, const Deal deal, const Runs runs, const bool folds,
+                          const __grid_constant__ Maps maps) {
 #ifdef REASONERS_WGMMA
   using data_t = typename T::data_t;
   constexpr int kN = T::kN, kWalks = T::kWalks, kHeads = T::kHeads, kTogether = T::kTogether,
@@ -258,9 +268,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = reinterpret_cast<typename T::Walk*>(shared_memory)[at];
   if (copies && threadIdx.x % kCopiers == 0) {
     for (int s = 0; s < kStages; ++s) {
-      init_barrier(&shared.full[s], kCopiers + kHeads);
+      init_barrier(&shared.full[s], (T::kEngine && maps.there ? 1 : kCopiers) + kHeads);
       init_barrier(&shared.free[s], kTogether * kGroup / 32);
     }
+    show_barriers();
     // A block has neighbours, which are mostly as long, unless that left multiprocessors without a
     // walk. A run waits for the one before it, which is no later block's.
     const int walk = count_walks<kHeads>(p, deal) > gridDim.x
@@ -326,21 +337,39 @@ __global__ void __launch_bounds__(kThreads, 1)
         next_scale[0] = next_scale[1] = 1.f;
         if (p.scale) read(next_scale, p.scale, p.scale_strides, 1.f);
       };
-      int t = same_in_warp(piece.first_chunk()) * kChunk;
+      int t = same_in_warp(piece.first_chunk) * kChunk;
       const int first_turn = (turn - n % kTurns + kTurns) % kTurns;
       if (first_turn < kEarly) read_scalars(t + first_turn * kChunk);
 #pragma unroll 1
-      for (; t < piece.last_chunk() * kChunk; ++n) {
+      for (; t < piece.last_chunk * kChunk; ++n) {
         const int stage = n % kStages;
         wait_for_place(n);
         auto& to = shared.stages[stage];
+        if (T::kEngine && maps.there) {
+          if (thread == 0) {
+            const auto copy = [&](void* to, const TensorMap& map, int column, int token) {
+              copy_tile(to, map, column, token, static_cast<int>(piece.sequence.batch),
+                        &shared.full[stage]);
+            };
+            arrive_expecting(&shared.full[stage], kAdds ? sizeof(to.x) + sizeof(to.b) : sizeof(to));
 #pragma unroll
-        for (int w = 0; w < kTogether; ++w)
-          copy_rows(to.x[w], p.x, p.x_strides, piece.x_column[kHeads == 1 ? 0 : w] + w * kPart,
-                    p.head_dim - w * kPart, t, in_order);
-        copy_rows(to.b, p.B, p.b_strides, piece.b_column, p.state_dim, t, in_order);
-        if (!kAdds) copy_rows(to.c, p.C, p.c_strides, piece.c_column, p.state_dim, t, row_of);
-        arrive_after_copies(&shared.full[stage]);
+            for (int w = 0; w < kTogether; ++w)
+              copy(&to.x[w], maps.x, piece.x_column[kHeads == 1 ? 0 : w] + w * kPart, t);
+            copy(&to.b, maps.b, piece.b_column, t);
+            if (!kAdds)
+#pragma unroll
+              for (int i = 0; i < kChunk; i += 8)
+                copy(to.c.at + row_of(i) * kTileColumns, maps.c, piece.c_column, t + i);
+          }
+        } else {
+#pragma unroll
+          for (int w = 0; w < kTogether; ++w)
+            copy_rows(to.x[w], p.x, p.x_strides, piece.x_column[kHeads == 1 ? 0 : w] + w * kPart,
+                      p.head_dim - w * kPart, t, in_order);
+          copy_rows(to.b, p.B, p.b_strides, piece.b_column, p.state_dim, t, in_order);
+          if (!kAdds) copy_rows(to.c, p.C, p.c_strides, piece.c_column, p.state_dim, t, row_of);
+          arrive_after_copies(&shared.full[stage]);
+        }
         t += kChunk;
         if (n % kTurns == turn) {
           put_scalars(shared.scalars[stage][scalars_of], next_decay, next_scale);
@@ -493,23 +522,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t home = (int64_t(piece.index) * p.heads + head) * size;  // in a state tensor
     // Where the walk with this number leaves the state in the middle of a sequence, and says so.
     const int walk = shared.pieces.walk;
-    const auto passed = [&](int walk) { return p.scratch + (int64_t(walk) * kHeads + h) * size; };
+    const auto passed = [&](int walk) {
+      return p.scratch + (int64_t(walk) * kHeads + h) * (2 * size + kGroups);
+    };
     const auto ticket = [&](int walk) { return p.tickets + walk * kTogether + w; };
     const auto added = [&](int segment) {
       return p.scratch + deal.states + places.of(segment) * size;
     };
-    const float* from = deal.blocks > 0 && !folds             ? added(piece.first)
-                        : deal.blocks == 0 && piece.first > 0 ? passed(walk - 1)
-                        : p.initial_state                     ? p.initial_state + home
-                                                              : nullptr;
-    if (deal.blocks == 0 && piece.first > 0) {
+    const int first_chunk = same_in_warp(piece.first_chunk),
+              last_chunk = same_in_warp(piece.last_chunk), chunks = same_in_warp(piece.chunks()),
+              segment_chunks = same_in_warp(piece.segments.chunks);
+    const int first = first_chunk / segment_chunks;  // segment
+    const bool resumes = deal.blocks == 0 && first_chunk > 0;
+    const float* from = deal.blocks > 0 && !folds ? added(first)
+                        : resumes                 ? passed(walk - 1)
+                        : p.initial_state         ? p.initial_state + home
+                                                  : nullptr;
+    if (resumes) {
       if (threadIdx.x % kGroup == 0) take_ticket(ticket(walk - 1));
       meet();
     }
     read_state(kAdds ? nullptr : from, carried);
     if (!kAdds && folds)
 #pragma unroll 2
-      for (int s = 0; s < piece.first; ++s) {
+      for (int s = 0; s < first; ++s) {
         read_state(added(s), local);
         const float decay = __ldcg(&p.scratch[deal.decays + places.of(s)]);
 #pragma unroll
@@ -518,9 +554,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int v = 0; v < 4; ++v) carried[m][v] = fmaf(decay, carried[m][v], local[m][v]);
       }
     begin_segment();
-    const int first_chunk = same_in_warp(piece.first_chunk()),
-              last_chunk = same_in_warp(piece.last_chunk());
-    int segment_end = first_chunk + same_in_warp(piece.segments.chunks);
+    if (!kAdds && resumes) {
+      read_state(from + size, local);
+      since = __ldcg(from + 2 * size + w);
+    }
+    int segment_end = (first + 1) * segment_chunks;
     if (kAhead && first_chunk < last_chunk) {
       wait_for_chunk(n);
       begin_scores(n);
@@ -664,8 +702,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (kAhead) settle(scores);
       __syncwarp();
       if (lane == 0) arrive(&shared.free[stage]);
-      if (chunk + 1 == last_chunk || chunk + 1 == segment_end) {
-        segment_end += same_in_warp(piece.segments.chunks);
+      if (chunk + 1 == chunks || chunk + 1 == segment_end) {
+        segment_end += segment_chunks;
         if (kAdds) {
           const int64_t place = places.of(piece.segments.of(chunk));
           write_state(local, p.scratch + deal.states + place * size);
@@ -680,10 +718,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     if (kAdds) continue;
-    const bool ends = piece.last == piece.segments.count;
+    const bool ends = last_chunk == chunks;
     if (ends && (deal.blocks == 0 || folds)) write_state(carried, p.final_state + home);
     if (!ends && deal.blocks == 0) {
       write_state(carried, passed(walk));
+      write_state(local, passed(walk) + size);
+      if (threadIdx.x % kGroup == 0) passed(walk)[2 * size + w] = since;
       meet();
       if (threadIdx.x % kGroup == 0) put_ticket(ticket(walk));
     }
@@ -692,12 +732,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename T>
-Runs make_runs(const SsdScanParams& p, const Deal& deal) {
+Runs make_runs(const SsdScanParams& p) {
   constexpr int kMost = kProcessors * T::kWalks;
   static_assert(kMost * T::kTogether <= kSsdScanTickets);
-  const int64_t walks = count_walks<T::kHeads>(p, deal);
-  const bool fits = walks * count_segments(p, deal) < INT_MAX;
-  if (p.cu_seqlens != nullptr || p.length == 0 || walks <= kMost || !fits) return {};
+  const int64_t walks = p.sequences * (p.heads / T::kHeads);
+  if (p.cu_seqlens != nullptr || p.length == 0 || walks <= kMost || walks > INT_MAX) return {};
   const int whole = static_cast<int>(walks / kMost), more = static_cast<int>(walks % kMost);
   return {kMost, whole, more, kMost / std::gcd(kMost, more)};
 }
@@ -705,11 +744,21 @@ Runs make_runs(const SsdScanParams& p, const Deal& deal) {
 template <typename T>
 void launch(const SsdScanParams& p, cudaStream_t stream) {
   const Deal deal = make_deal(p, T::kWalks, T::kHeads);
-  const Runs runs = make_runs<T>(p, deal);
+  const Runs runs = make_runs<T>(p);
   const bool folds = deal.blocks > 0 && count_segments(p, deal) <= kMostFolded;
   const int64_t walks = runs.count > 0 ? runs.count : count_walks<T::kHeads>(p, deal);
   const auto blocks =
       static_cast<unsigned>(walks > kProcessors ? (walks + T::kWalks - 1) / T::kWalks : walks);
+  Maps maps{};
+  const auto describe = [&](TensorMap& map, const void* data, int columns, TokenStrides strides,
+                            int tokens) {
+    return describe_tensor(map, data, p.dtype, p.batch, p.length, columns, strides, tokens);
+  };
+  maps.there = T::kEngine && p.cu_seqlens == nullptr && p.length > 0 && p.batch > 0 &&
+               p.state_dim == kTileColumns &&
+               describe(maps.x, p.x, p.x_heads * p.head_dim, p.x_strides, kChunk) &&
+               describe(maps.b, p.B, p.b_groups * p.state_dim, p.b_strides, kChunk) &&
+               describe(maps.c, p.C, p.c_groups * p.state_dim, p.c_strides, 8);
   const auto run = [&](auto adds) {
     constexpr bool kAdds = decltype(adds)::value;
     constexpr int kBytes = T::kWalks * sizeof(typename T::Walk);
@@ -717,7 +766,7 @@ void launch(const SsdScanParams& p, cudaStream_t stream) {
     const auto kernel = p.scale && !kAdds ? ssd_scan_wgmma_kernel<T, kAdds, !kAdds>
                                           : ssd_scan_wgmma_kernel<T, kAdds, false>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, deal, runs, folds);
+    launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, deal, runs, folds, maps);
   };
   if (deal.blocks > 0) {
     run(std::true_type());
@@ -747,8 +796,9 @@ int64_t count_ssd_scan_wgmma_scratch(const SsdScanParams& p) {
   return with_tile<__half>(p, [&](auto tile) {
     using T = decltype(tile);
     const Deal deal = make_deal(p, T::kWalks, T::kHeads);
-    const int64_t runs = make_runs<T>(p, deal).count;
-    return std::max(runs * T::kHeads * p.head_dim * p.state_dim, deal.size);
+    const int64_t runs = make_runs<T>(p).count;
+    const int64_t passed = 2 * p.head_dim * p.state_dim + kGroups;  // by a run, of a head
+    return std::max(runs * T::kHeads * passed, deal.size);
   });
 }
 
