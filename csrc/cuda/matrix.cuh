@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "convert.cuh"
 #include "mma.cuh"
@@ -15,6 +16,8 @@ __device__ uint32_t pack(float low, float high) {
 }
 template <typename data_t>
 __device__ float2 unpack(uint32_t bits) {
+  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)  // in two instructions
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
   const auto pair = *reinterpret_cast<const Vec<data_t, 2>*>(&bits);
   return {to_float(pair.at[0]), to_float(pair.at[1])};
 }

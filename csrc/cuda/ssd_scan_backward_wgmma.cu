@@ -31,6 +31,9 @@ constexpr int kCopiers = kGroup / kWalks;  // threads
 // Registers of the threads that copy and of those that multiply, of 168 at the start.
 constexpr int kCopierRegisters = 56, kWalkerRegisters = 224;
 constexpr int kEights = kChunk / 8;
+// Where a chunk has one place its inputs come in two parts: x, B and the state before it, and C and
+// dy, which are needed longer.
+constexpr int kEarly = 0, kLate = 1;
 
 // What passes between the tokens of a chunk, for d log_decay.
 struct alignas(16) Passed {
@@ -71,7 +74,8 @@ struct Tile {
   static_assert(kBytes <= 232448);
 };
 
-template <typename T, Sums kSums>
+// kScales: there is a scale.
+template <typename T, Sums kSums, bool kScales>
 __global__ void __launch_bounds__(kThreads, 1)
     ssd_scan_backward_wgmma_kernel(const SsdScanBackwardParams p, const TileScratch scratch,
                                    const int walks) {
@@ -89,13 +93,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = reinterpret_cast<typename T::Shared*>(shared_memory)[at];
   // Walks wait for walks before them alone, which have begun: so blocks take their places in the
   // order in which they begin.
-  int walk = static_cast<int>(blockIdx.x) * kWalks + at;
+  // Few are alone in theirs.
+  const auto walk_of = [&](int block) {
+    return walks > static_cast<int>(gridDim.x) ? block * kWalks + at
+                                               : block + at * static_cast<int>(gridDim.x);
+  };
+  int walk = walk_of(blockIdx.x);
   if (kSums == Sums::kPassed) {
     auto* counts = reinterpret_cast<uint32_t*>(p.scratch + scratch.progress);
     if (threadIdx.x == 0) shared.drawn = static_cast<int>(atomicAdd(counts, 1u));
     __syncthreads();
-    walk = reinterpret_cast<typename T::Shared*>(shared_memory)->drawn * kWalks + at;
-    walk = same_in_warp(walk);
+    walk = walk_of(same_in_warp(reinterpret_cast<typename T::Shared*>(shared_memory)->drawn));
   }
   const auto progress_of = [&](int64_t walk, int warp) {
     return reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 + walk * kWarps + warp;
@@ -180,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       read(next_decay, f.log_decay, f.log_decay_strides, 0.f);
       next_scale[0] = next_scale[1] = 1.f;
-      if (f.scale) read(next_scale, f.scale, f.scale_strides, 1.f);
+      if (kScales) read(next_scale, f.scale, f.scale_strides, 1.f);
     };
     // Forwards, up to the last chunk.
     const int steps = chunks > 0 ? chunks - 1 : 0;
@@ -201,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // d log_decay of a chunk, and dscale, a lane those of two tokens.
     const auto finish = [&](int n) {
-      wait_for(&shared.free[1][n % kStages], n / kStages & 1);
+      wait_for(&shared.free[1][kStages == 1 ? kLate : n % 2], n / kStages & 1);
       const Passed& passed = shared.passed[n & 1];
       const auto two_of = [&](const float* values) {
         return *reinterpret_cast<const float2*>(values + 2 * lane);
@@ -242,16 +250,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float inner = passed.inner[0] + passed.inner[1] + passed.inner[2] + passed.inner[3];
       sum.x += after + received.y + received.x + inner;
       sum.y += after + received.y + inner;
-      const float2 dscale = two_of(passed.dscale);
+      const float2 dscale = kScales ? two_of(passed.dscale) : float2{};
       const int t = (run.last_chunk - 1 - n) * kChunk + 2 * lane;
       const int64_t at = (int64_t(batch) * f.length + begin + t) * f.heads + head;
       if (t < length) {
         p.dlog_decay[at] = sum.x;
-        if (p.dscale) p.dscale[at] = dscale.x;
+        if (kScales) p.dscale[at] = dscale.x;
       }
       if (t + 1 < length) {
         p.dlog_decay[at + f.heads] = sum.y;
-        if (p.dscale) p.dscale[at + f.heads] = dscale.y;
+        if (kScales) p.dscale[at + f.heads] = dscale.y;
       }
       __syncwarp();
     };
@@ -260,11 +268,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
     for (int n = 0; n < chunks; ++n) {
       const int stage = n % kStages, chunk = run.last_chunk - 1 - n, t = chunk * kChunk;
-      if (n >= kStages) wait_for(&shared.free[1][stage], (n / kStages - 1) & 1);
+      const int early = kStages == 1 ? kEarly : stage, late = kStages == 1 ? kLate : stage;
       auto& to = shared.inputs[stage];
-      copy(to.c, kState, f.C, f.c_strides, c_offset, f.state_dim, t, row_of);
+      if (n >= kStages) wait_for(&shared.free[1][early], (n / kStages - 1) & 1);
       copy(to.b, kState, f.B, f.b_strides, b_offset, f.state_dim, t, in_order);
-      copy(to.dy, kP, p.dy, p.dy_strides, head * f.head_dim, f.head_dim, t, row_of);
       copy(to.x, kP, f.x, f.x_strides, x_offset, f.head_dim, t, in_order);
       if (chunk > first_chunk) {
         const int64_t token = int64_t(batch) * f.length + begin + t - kChunk;
@@ -278,13 +285,22 @@ __global__ void __launch_bounds__(kThreads, 1)
                     int64_t(f.heads) * kState, f.head_dim - panel * 64, kChunk, in_order);
         }
       }
-      arrive_after_copies(&shared.full[1][stage]);
+      if (kStages == 1) {
+        arrive_after_copies(&shared.full[1][early]);
+        if (n >= 1) wait_for(&shared.free[1][late], (n - 1) & 1);
+      }
+      copy(to.c, kState, f.C, f.c_strides, c_offset, f.state_dim, t, row_of);
+      copy(to.dy, kP, p.dy, p.dy_strides, head * f.head_dim, f.head_dim, t, row_of);
+      arrive_after_copies(&shared.full[1][late]);
       if (!is_second)
         put_scalars(shared.scalars[n & 1], next_decay, next_scale);
       else if (kStages == 2 && n >= 2)
         finish(n - 2);
       __syncwarp();
-      if (lane == 0) arrive(&shared.full[1][stage]);
+      if (lane == 0) {
+        arrive(&shared.full[1][early]);
+        if (kStages == 1) arrive(&shared.full[1][late]);
+      }
       if (!is_second && n + 1 < chunks) read_scalars(chunk - 1);
       if (kStages == 1 && is_second && n >= 1) finish(n - 1);
     }
@@ -340,6 +356,30 @@ __global__ void __launch_bounds__(kThreads, 1)
       store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pack<data_t>(d[n][0], d[n][1]),
                      pack<data_t>(d[n][2], d[n][3]), pack<data_t>(d[n + 1][0], d[n + 1][1]),
                      pack<data_t>(d[n + 1][2], d[n + 1][3]));
+  };
+  // The same to global memory, by rows of shared memory that nobody else reads then, so that lanes
+  // write 16 bytes, and eight of them a row. Of the rows the first eight go to those from `first`
+  // on of `to(panel)`, the others to those from `second` on, as far as there are `count`.
+  const auto write_rows = [&](const auto& by, const auto& d, auto&& to, int64_t stride, int width,
+                              int first, int second, int count) {
+    __syncwarp();
+    put_rows(by, d);
+    __syncwarp();
+    const int row = lane / 8, run = lane % 8;
+    constexpr int kCount = sizeof(d) / sizeof(d[0]);
+#pragma unroll
+    for (int panel = 0; panel < (kCount + 7) / 8; ++panel) {
+      if (panel * 64 + run * 8 >= width) continue;
+      data_t* target = to(panel) + run * 8;
+#pragma unroll
+      for (int u = 0; u < 16; u += 4) {
+        const int i = (u < 8 ? first + u : second + u - 8) + row;
+        if (i < count)
+          *reinterpret_cast<uint4*>(target + i * stride) =
+              *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&by) +
+                                              by.offset(16 * r + u + row, run) + panel * by.kPanel);
+      }
+    }
   };
   // visit(tile, half, pair) of a matrix's rows first + lane % 16, in that order.
   const auto each_pair = [&](const auto& from, int row_of_lane, auto tiles, auto&& visit) {
@@ -407,21 +447,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait_for_products<0>();
       settle(state);
       const int64_t token = int64_t(batch) * f.length + begin + (first_chunk + n) * kChunk;
-#pragma unroll
-      for (int m = 0; m < kTiles; m += 2) {
-        const OwnRows& rows = scratch.kept.rows[m / 8];
-        const int column = m % 8 * 8 + traded_column();
-        data_t* to = static_cast<data_t*>(rows.data) +
-                     ((token + 16 * r + g) * f.heads + head) * kState + column;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float *left = state[m] + 2 * half, *right = state[m + 1] + 2 * half;
-          const uint2 traded =
-              trade({pack<data_t>(left[0], left[1]), pack<data_t>(right[0], right[1])});
-          if (m / 8 * 64 + column < f.head_dim)
-            *reinterpret_cast<uint2*>(to + int64_t(half) * 8 * f.heads * kState) = traded;
-        }
-      }
+      write_rows(
+          shared.dstate, state,
+          [&](int panel) {
+            return static_cast<data_t*>(scratch.kept.rows[panel].data) +
+                   (token * f.heads + head) * kState;
+          },
+          int64_t(f.heads) * kState, f.head_dim, 16 * r, 16 * r + 8, kChunk);
       __syncwarp();
       if (lane == 0) arrive(&shared.free[0][n & 1]);
     }
@@ -433,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                          : p.dfinal_state + home,
              dstate);
   float dD = 0.f;
-  constexpr bool kEarly = kP == 64;  // whether there are registers for the state's part of dC
+  constexpr bool kAhead = kP == 64;  // whether there are registers for the state's part of dC
   const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of C and dy
 #pragma unroll 1
   for (int n = 0; n < chunks; ++n) {
@@ -442,8 +474,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Scalars& scalars = shared.scalars[n & 1];
     Passed& passed = shared.passed[n & 1];
     const int count = min(kChunk, length - t);
-    const auto rows_of = [&](const PartedGradient& gradient, void* sum, int offset) {
-      return GradientRows<data_t>(gradient, sum, offset, int64_t(batch) * f.length + begin + t);
+    const auto write_gradient = [&](const auto& d, const PartedGradient& gradient, void* sum,
+                                    int offset, int first, int second) {
+      const int64_t token = int64_t(batch) * f.length + begin + t;
+      const int64_t stride = gradient.groups * gradient.width;
+      write_rows(
+          shared.dstate, d,
+          [&](int panel) {
+            return static_cast<data_t*>(sum) + token * stride + offset + panel * 64;
+          },
+          stride, gradient.width, first, second, count);
     };
     // Adds up a gradient that heads share: the sums of the heads so far pass from block to block,
     // warp to warp and thread to thread. False for all but the last head, who writes them.
@@ -483,8 +523,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 
     // The gradient of the state after the chunk, for the products with it.
+    __syncwarp();
     put_rows(shared.dstate, dstate);
     wait_for(&shared.full[1][stage], n / kStages & 1);
+    if (kStages == 1) wait_for(&shared.full[1][kLate], n & 1);
     if (chunk == first_chunk) {
       State state;
       read_state(begin_of_run(), state);
@@ -512,17 +554,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_shared<data_t>(dscores, describe(in.dy) + depth_step<kChunk>(k),
                               describe(in.x) + depth_step<kChunk>(k), k > 0);
     commit_products();
-    if (kEarly) begin_dc();
+    if (kAhead) begin_dc();
     {
-      float inner = 0.f;
+      float parts[4] = {};
       each_pair(in.state, own_row, kRowTiles, [&](int m, int half, float2 state) {
-        inner = fmaf(state.x, dstate[m][2 * half], inner);
-        inner = fmaf(state.y, dstate[m][2 * half + 1], inner);
+        parts[2 * half] = fmaf(state.x, dstate[m][2 * half], parts[2 * half]);
+        parts[2 * half + 1] = fmaf(state.y, dstate[m][2 * half + 1], parts[2 * half + 1]);
       });
-      inner = sum_warp(inner);
+      const float inner = sum_warp((parts[0] + parts[1]) + (parts[2] + parts[3]));
       if (lane == 0) passed.inner[r] = inner * scalars.whole;
     }
-    wait_for_products<kEarly ? 1 : 0>();
+    wait_for_products<kAhead ? 1 : 0>();
     settle(scores);
     settle(dscores);
 
@@ -547,7 +589,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int e = 0; e < 2; ++e) {
           const int tile = 2 * k + e;
           const float2 c_from = two_of(&scalars.c[8 * tile]),
-                       scale_of = two_of(&scalars.scale[8 * tile]);
+                       scale_of = kScales ? two_of(&scalars.scale[8 * tile]) : float2{};
           const auto put = [&](int half, float2 score, float2 dscore) {
             of_scores[2 * e + half] = pack<data_t>(score.x, score.y);
             seen[k][2 * e + half] = pack<data_t>(dscore.x, dscore.y);
@@ -562,11 +604,17 @@ __global__ void __launch_bounds__(kThreads, 1)
               if (2 * q > g) decay.x = 0.f;
               if (2 * q + 1 > g) decay.y = 0.f;
             }
-            dscore.x *= scale_of.x;
-            dscore.y *= scale_of.y;
+            if (kScales) {
+              dscore.x *= scale_of.x;
+              dscore.y *= scale_of.y;
+            }
             score.x *= decay.x;
             score.y *= decay.y;
             const float2 of{score.x * dscore.x, score.y * dscore.y};
+            if (is_last && !kScales) {  // D dy, by the same product
+              if (2 * q == g) score.x += skip;
+              if (2 * q + 1 == g) score.y += skip;
+            }
             put(half, score, {dscore.x * decay.x, dscore.y * decay.y});
             if (is_last) {
               diagonal[half][0] = 2 * q < g ? of.x : 0.f;
@@ -654,7 +702,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int rows[2] = {16 * r + g, 16 * r + g + 8};
     float db[8][4];
     begin_products();
-    if (!kEarly) begin_dc();
+    if (!kAhead) begin_dc();
 #pragma unroll
     for (int k = 0; k < kP / 16; ++k)
       multiply_shared<data_t>(db, describe(in.x) + depth_step<kChunk>(k),
@@ -683,12 +731,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_shared<data_t, false, true>(du, describe(in.b) + depth_step<kChunk>(k),
                                            describe_tall(shared.dstate) + tall_step(k), k > 0);
     commit_products();
-    if (add_up(scratch.dC, dc, 0)) {
-      const auto dC = rows_of(scratch.dC, p.dC, c_offset);
-#pragma unroll
-      for (int m = 0; m < 8; m += 2)
-        dC.store(count, 8 * r, m * 8, f.state_dim, dc[m], dc[m + 1], 56 - 16 * r);
-    }
+    const bool writes_dC = add_up(scratch.dC, dc, 0);
     uint32_t weighed[kBlocks][4];
     put_weighed(weighed, in.c, [&](int k, float2& low, float2& high) {
       low = two_of(&scalars.since[8 * k]);
@@ -709,6 +752,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Now all scores are there, and nobody reads dstate any more.
     show_to_copies();
     meet();
+    if (kStages == 1 && !kScales && lane == 0) arrive(&shared.free[1][kEarly]);
     settle(db);
     settle(du);
     settle(dstate);
@@ -729,16 +773,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_tall<data_t>(dstate, weighed[k], describe_tall(in.dy) + tall_step(k));
     commit_products();
 
+    if (writes_dC) write_gradient(dc, scratch.dC, p.dC, c_offset, tokens[0] - g, tokens[1] - g);
     wait_for_products<2>();
     settle(db);
-    if (add_up(scratch.dB, db, 1)) {
-      const auto dB = rows_of(scratch.dB, p.dB, b_offset);
-#pragma unroll
-      for (int m = 0; m < 8; m += 2) dB.store(count, 16 * r, m * 8, f.state_dim, db[m], db[m + 1]);
-    }
-    wait_for_products<1>();
+    if (add_up(scratch.dB, db, 1))
+      write_gradient(db, scratch.dB, p.dB, b_offset, 16 * r, 16 * r + 8);
+    wait_for_products<0>();
     settle(du);
-    {
+    settle(dstate);
+    if constexpr (kScales) {
       // dX from dU, and dscale.
       float dscale[2] = {};
       each_pair(in.x, own_row, kRowTiles, [&](int m, int half, float2 x) {
@@ -748,28 +791,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       dscale[1] = sum_row(dscale[1]);
       if (q < 2) passed.dscale[rows[0] + 8 * q] = q == 0 ? dscale[0] : dscale[1];
       const float scale_of[2] = {scalars.scale[rows[0]], scalars.scale[rows[1]]};
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-        for (int v = 0; v < 4; ++v) du[m][v] *= scale_of[v / 2];
-      if (f.D != nullptr) {
-        const int row = row_of(own_row);
-        each_pair(in.dy, row, kRowTiles, [&](int m, int half, float2 dy) {
-          du[m][2 * half] = fmaf(skip, dy.x, du[m][2 * half]);
-          du[m][2 * half + 1] = fmaf(skip, dy.y, du[m][2 * half + 1]);
-        });
-      }
+      each_pair(in.dy, row_of(own_row), kRowTiles, [&](int m, int half, float2 dy) {
+        float& low = du[m][2 * half];
+        float& high = du[m][2 * half + 1];
+        low = fmaf(scale_of[half], low, skip * dy.x);
+        high = fmaf(scale_of[half], high, skip * dy.y);
+      });
     }
-    if (add_up(scratch.dx, du, 2)) {
-      const auto dx = rows_of(scratch.dx, p.dx, x_offset);
-#pragma unroll
-      for (int m = 0; m < kTiles; m += 2)
-        dx.store(count, 16 * r, m * 8, f.head_dim, du[m], du[m + 1]);
-    }
-    wait_for_products<0>();
-    settle(dstate);
     __syncwarp();
-    if (lane == 0) arrive(&shared.free[1][stage]);
+    if (lane == 0) {
+      if (kStages == 2) arrive(&shared.free[1][stage]);
+      if (kStages == 1 && kScales) arrive(&shared.free[1][kEarly]);
+      if (kStages == 1) arrive(&shared.free[1][kLate]);
+    }
+    if (add_up(scratch.dx, du, 2))
+      write_gradient(du, scratch.dx, p.dx, x_offset, 16 * r, 16 * r + 8);
   }
 
   if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk, r), kDone);
@@ -805,18 +841,22 @@ bool suits_ssd_scan_backward_wgmma(const SsdScanParams& f, const KeptStates& kep
   const bool whole_rows =
       kept.every == 1 && kept.rows[0].width == kState && kept.rows[1].width == kState;
   return f.state_dim == kState && whole_rows &&
-         runs_here(ssd_scan_backward_wgmma_kernel<Tile<__half, 64>, Sums::kNone>);
+         runs_here(ssd_scan_backward_wgmma_kernel<Tile<__half, 64>, Sums::kNone, false>);
 }
 
 void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& p, const TileScratch& scratch,
                                     int walks, cudaStream_t stream) {
   with_tile(p.forward, [&](auto tile) {
     using T = decltype(tile);
-    const auto kernel = scratch.counts > 0 ? ssd_scan_backward_wgmma_kernel<T, Sums::kPassed>
-                                           : ssd_scan_backward_wgmma_kernel<T, Sums::kNone>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
-    launch_overlapping(kernel, (walks + kWalks - 1) / kWalks, kThreads, T::kBytes, stream, p,
-                       scratch, walks);
+    const auto launch = [&](auto scales) {
+      const auto kernel = scratch.counts > 0
+                              ? ssd_scan_backward_wgmma_kernel<T, Sums::kPassed, scales()>
+                              : ssd_scan_backward_wgmma_kernel<T, Sums::kNone, scales()>;
+      const int blocks = walks > count_processors() ? (walks + kWalks - 1) / kWalks : walks;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
+      launch_overlapping(kernel, blocks, kThreads, T::kBytes, stream, p, scratch, walks);
+    };
+    p.forward.scale ? launch(std::true_type()) : launch(std::false_type());
   });
 }
 
