@@ -1,10 +1,58 @@
 // ssd_scan_backward.cu's derivative on Hopper, of 64 columns of B and C: the same chunks, runs and
 // equations, by warpgroups whose tensor cores read shared memory by themselves (wgmma.cuh).
 //
-// A block walks one head's run of a sequence. Four of its warps multiply, and meet twice a chunk; a
-// fifth copies, makes the scalars, and adds up d log_decay of the chunk that they have left. States
-// are transposed, (state_dim, head_dim): their 64 rows are the four warps', and head_dim may be
-// what it is.
+// A walk, a head's run of a sequence, has a warpgroup that multiplies and two warps that copy; a
+// block has two walks, which share nothing but the tensor cores and fill each other's gaps. States
+// are transposed, (state_dim, head_dim): their rows are the four warps', and head_dim may be what
+// it is. Of a chunk on the way back, where the products of a line are under way while the next line
+// is computed:
+//   dS, in the data's type, to shared memory                                          -- all meet
+//   C B^T, dY X^T; dY S^T         S . dS, for d log_decay
+//   X dS^T                        (C B^T * L) and (dY U^T * L), to shared memory, too; what passes
+//                                 between tokens
+//   dC += (dY U^T * L) B          dY S^T and X dS^T weighed, and summed with C and B
+//   B dS                          since C
+//                                                                                     -- all meet
+//   dB += (dY U^T * L)^T C, dX += (C B^T * L)^T dY, dS += (since C)^T dY       dC out
+//   the next chunk's              dB and dX out
+// D dY is added to dX as D on the diagonal of the scores where there is no scale. What is written
+// goes through dS's place, which nobody reads after the second meeting, so that lanes write 16
+// bytes and eight of them a row.
+//
+// Token i sees the tokens up to i alone. So that all warps have as much to weigh, warp r has the
+// rows of the r-th eight tokens and of the r-th last: C and dY lie in that order.
+//
+// d log_decay_k is what passes from before k to k or later. Sums over eight rows are kept, of every
+// column left of them, and what passes within eight; the second copying warp adds these up when the
+// chunk has been left: a lane two tokens, a prefix sum over the lanes for every eight rows.
+//
+//   P            64    96    128
+//   places        2     1      1    of a chunk on the way back; two of x and B on the way forwards
+//   shared, kB  226   211    211    one block a multiprocessor
+//   registers   216   216    224    of the threads that multiply
+//
+// Where a chunk has one place, x, B and the state before it are free at the second meeting, and
+// asked for again while dB, dX and dS are computed.
+//
+// H200, bfloat16, us; in brackets by ssd_scan_backward.cu:
+//   Llamba-1B 8 x 4096    427  (681)     Llamba-3B 8 x 4096 (P 96)     534 (1037)
+//             64 x 512    434  (685)               1 x 4096           366  (790)
+//             1 x 2048    130  (226)     Llamba-8B 8 x 4096 (P 128)    748 (1169)
+//             1 x 32768   620  (876)     32 heads of 64 x 64, x and B of 8 heads
+//                                                  8 x 4096           563  (802)
+//                                                  1 x 32768          744 (1002)
+// Bytes that move for a chunk and head of 64 x 64: 24 kB forwards, 40 kB in and 24 kB out on the
+// way back, so that Llamba-1B's 8 x 4096 has 1.44 GB and can take no less than 343 us. A chunk
+// takes 7,200 instructions of the warps that multiply where ssd_scan_backward.cu's takes 16,500,
+// and 1,400 to copy and to add up.
+//
+// What it gave, Llamba-1B and 3B 8 x 4096: products by warpgroups, 681 to 530, 1037 to 791; rows
+// written whole, no scale read where there is none, halves of 16-bit pairs by a mask, x and B asked
+// for at the second meeting: 466, 569; registers for the warps that copy, which had to wait for
+// spilled ones behind their copies: 427, 534. What did not: the copy engine, as in
+// ssd_scan_wgmma.cu (432; it brings whole panels of 96 columns, and C and dY eight rows at a time:
+// 732).
+#include <algorithm>
 #include <type_traits>
 
 #include "async_copy.cuh"
@@ -28,8 +76,6 @@ constexpr int kState = 64;               // state_dim
 constexpr int kGroup = 128, kWalks = 2;  // threads of a warpgroup; walks of a block
 constexpr int kThreads = kGroup * (1 + kWalks), kWarps = kGroup / 32;
 constexpr int kCopiers = kGroup / kWalks;  // threads
-// Registers of the threads that copy and of those that multiply, of 168 at the start.
-constexpr int kCopierRegisters = 56, kWalkerRegisters = 224;
 constexpr int kEights = kChunk / 8;
 // Where a chunk has one place its inputs come in two parts: x, B and the state before it, and C and
 // dy, which are needed longer.
@@ -50,6 +96,9 @@ struct Tile {
   using data_t = data;
   static constexpr int kP = columns, kTiles = kP / 8, kWidth = (kP + 63) / 64 * 64;
   static constexpr int kStages = kWidth == 64 ? 2 : 1;  // chunks on the way back
+  // Registers of the threads that copy and of those that multiply, of 168 at the start.
+  static constexpr int kCopierRegisters = kP <= 96 ? 72 : 56,
+                       kWalkerRegisters = kP <= 96 ? 216 : 224;
   using Rows = Panels<data_t, kChunk, kWidth>;
   using States = Panels<data_t, kState, kWidth>;
   struct Inputs {
@@ -78,7 +127,7 @@ struct Tile {
 template <typename T, Sums kSums, bool kScales>
 __global__ void __launch_bounds__(kThreads, 1)
     ssd_scan_backward_wgmma_kernel(const SsdScanBackwardParams p, const TileScratch scratch,
-                                   const int walks) {
+                                   const int walks, const bool spread) {
 #ifdef REASONERS_WGMMA
   using data_t = typename T::data_t;
   constexpr int kP = T::kP, kTiles = T::kTiles, kStages = T::kStages;
@@ -93,10 +142,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = reinterpret_cast<typename T::Shared*>(shared_memory)[at];
   // Walks wait for walks before them alone, which have begun: so blocks take their places in the
   // order in which they begin.
-  // Few are alone in theirs.
+  // Where all run at a time they are spread.
   const auto walk_of = [&](int block) {
-    return walks > static_cast<int>(gridDim.x) ? block * kWalks + at
-                                               : block + at * static_cast<int>(gridDim.x);
+    return spread ? block + at * static_cast<int>(gridDim.x) : block * kWalks + at;
   };
   int walk = walk_of(blockIdx.x);
   if (kSums == Sums::kPassed) {
@@ -143,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   if (copies) {
-    keep_registers<kCopierRegisters>();
+    keep_registers<T::kCopierRegisters>();
     if (is_empty) return;
     // ---- The warps that copy: the first makes the scalars, the second adds up d log_decay.
     const int thread = threadIdx.x % kCopiers;
@@ -312,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   // ---- The warps that multiply.
-  take_registers<kWalkerRegisters>();
+  take_registers<T::kWalkerRegisters>();
   if (is_empty) {
     if (walk >= walks) return;
     if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk, r), kDone);
@@ -347,15 +395,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!run.first) return at_border(scratch.border_states, run.border - f.heads);
     return f.initial_state ? f.initial_state + home : nullptr;
   };
-  // The warp's 16 rows of a matrix, as the products' accumulators have them.
+  // The warp's 16 rows of a matrix, of fp32 as the products leave them, or packed.
+  const auto pair_of = [](const auto& d, int n, int half) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(d[0][0])>, float>)
+      return pack<data_t>(d[n][2 * half], d[n][2 * half + 1]);
+    else
+      return d[n][half];
+  };
   const auto put_rows = [&](const auto& to, const auto& d) {
     const uint32_t row = shared_address(&to) + to.offset(16 * r + lane % 16, lane / 16);
     constexpr int kCount = sizeof(d) / sizeof(d[0]);
 #pragma unroll
     for (int n = 0; n < kCount; n += 2)
-      store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pack<data_t>(d[n][0], d[n][1]),
-                     pack<data_t>(d[n][2], d[n][3]), pack<data_t>(d[n + 1][0], d[n + 1][1]),
-                     pack<data_t>(d[n + 1][2], d[n + 1][3]));
+      store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pair_of(d, n, 0), pair_of(d, n, 1),
+                     pair_of(d, n + 1, 0), pair_of(d, n + 1, 1));
   };
   // The same to global memory, by rows of shared memory that nobody else reads then, so that lanes
   // write 16 bytes, and eight of them a row. Of the rows the first eight go to those from `first`
@@ -724,6 +777,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_for_products<0>();
     settle(dc);
 
+    const bool writes_dC = add_up(scratch.dC, dc, 0);
+    uint32_t packed[8][2];  // dC
+#pragma unroll
+    for (int m = 0; m < 8; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) packed[m][half] = pair_of(dc, m, half);
     State du;
     begin_products();
 #pragma unroll
@@ -731,7 +790,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_shared<data_t, false, true>(du, describe(in.b) + depth_step<kChunk>(k),
                                            describe_tall(shared.dstate) + tall_step(k), k > 0);
     commit_products();
-    const bool writes_dC = add_up(scratch.dC, dc, 0);
     uint32_t weighed[kBlocks][4];
     put_weighed(weighed, in.c, [&](int k, float2& low, float2& high) {
       low = two_of(&scalars.since[8 * k]);
@@ -773,7 +831,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_tall<data_t>(dstate, weighed[k], describe_tall(in.dy) + tall_step(k));
     commit_products();
 
-    if (writes_dC) write_gradient(dc, scratch.dC, p.dC, c_offset, tokens[0] - g, tokens[1] - g);
+    if (writes_dC) write_gradient(packed, scratch.dC, p.dC, c_offset, tokens[0] - g, tokens[1] - g);
     wait_for_products<2>();
     settle(db);
     if (add_up(scratch.dB, db, 1))
@@ -852,9 +910,12 @@ void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& p, const TileSc
       const auto kernel = scratch.counts > 0
                               ? ssd_scan_backward_wgmma_kernel<T, Sums::kPassed, scales()>
                               : ssd_scan_backward_wgmma_kernel<T, Sums::kNone, scales()>;
-      const int blocks = walks > count_processors() ? (walks + kWalks - 1) / kWalks : walks;
+      const int processors = count_processors();
+      // Where sums are passed neighbours are better off in a block.
+      const bool spread = walks <= processors * (scratch.counts > 0 ? 1 : kWalks);
+      const int blocks = spread ? std::min(walks, processors) : (walks + kWalks - 1) / kWalks;
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
-      launch_overlapping(kernel, blocks, kThreads, T::kBytes, stream, p, scratch, walks);
+      launch_overlapping(kernel, blocks, kThreads, T::kBytes, stream, p, scratch, walks, spread);
     };
     p.forward.scale ? launch(std::true_type()) : launch(std::false_type());
   });
