@@ -517,6 +517,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   read_state(run.last_chunk < run.chunks ? at_border(scratch.border_dstates, run.border)
                                          : p.dfinal_state + home,
              dstate);
+  constexpr int kSteps = 2;  // of a chunk, in which sums are passed
+  // Whether no later head has a part in a gradient.
+  const auto is_last = [&](const PassedGradient& gradient, int which) {
+    return kSums != Sums::kPassed || gradient.count == 1 ||
+           shared.passing[which].member + 1 == gradient.count;
+  };
   float dD = 0.f;
   constexpr bool kAhead = kP == 64;  // whether there are registers for the state's part of dC
   const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of C and dy
@@ -538,41 +544,51 @@ __global__ void __launch_bounds__(kThreads, 1)
           },
           stride, gradient.width, first, second, count);
     };
-    // Adds up a gradient that heads share: the sums of the heads so far pass from block to block,
-    // warp to warp and thread to thread. False for all but the last head, who writes them.
-    const auto add_up = [&](const PassedGradient& gradient, auto& d, int which) {
-      if (kSums != Sums::kPassed || gradient.count == 1) return true;
-      constexpr int kCount = sizeof(d) / sizeof(d[0]);
+    // Gradients that heads share are added up: the sums of the heads so far pass from block to
+    // block, warp to warp and thread to thread, those of dC in the first step of a chunk and the
+    // others' in the second. A head waits, adds, leaves what it has, and tells; the last one writes
+    // the gradient instead of leaving it.
+    uint32_t* progress = progress_of(walk, r);
+    const auto is_shared = [&](const PassedGradient& gradient) {
+      return kSums == Sums::kPassed && gradient.count > 1;
+    };
+    const auto sums_of = [&](const PassedGradient& gradient, auto& d, int which) {
+      const int place = n < gradient.places ? n : n & (gradient.places - 1);
+      return reinterpret_cast<float4*>(p.scratch + gradient.parts) +
+             int64_t(shared.passing[which].place + place) * (sizeof(d) / sizeof(d[0]) * kGroup) +
+             threadIdx.x % kGroup;
+    };
+    const auto wait_for_before = [&](const PassedGradient& gradient, int which, int step) {
       const Passing& passing = shared.passing[which];
-      const int member = passing.member;
-      const uint32_t step = 3 * n + which + 1;
-      uint32_t* progress = progress_of(walk, r);
-      const int place = passing.place + (n < gradient.places ? n : n & (gradient.places - 1));
-      auto* sums = reinterpret_cast<float4*>(p.scratch + gradient.parts) +
-                   int64_t(place) * (kCount * kGroup) + threadIdx.x % kGroup;
-      if (member > 0) {
-        wait_until(progress - kWarps, step);
-#pragma unroll
-        for (int m = 0; m < kCount; ++m) {
-          const float4 before = __ldcg(sums + m * kGroup);
-          d[m][0] += before.x;
-          d[m][1] += before.y;
-          d[m][2] += before.z;
-          d[m][3] += before.w;
-        }
-      } else if (n >= gradient.places) {
-        wait_until(progress + (gradient.count - 1) * kWarps, step - 3 * gradient.places);
-      } else if (passing.before >= 0) {
+      if (passing.member > 0)
+        wait_until(progress - kWarps, kSteps * n + step);
+      else if (n >= gradient.places)
+        wait_until(progress + (gradient.count - 1) * kWarps, kSteps * (n - gradient.places) + step);
+      else if (passing.before >= 0)
         wait_until(progress_of(passing.before, r), kDone);
-      }
-      const bool last = member + 1 == gradient.count;
-      if (!last)
+    };
+    const auto add_before = [&](const PassedGradient& gradient, auto& d, int which) {
+      if (shared.passing[which].member == 0) return;
+      const auto* sums = sums_of(gradient, d, which);
 #pragma unroll
-        for (int m = 0; m < kCount; ++m)
-          __stcg(sums + m * kGroup, float4{d[m][0], d[m][1], d[m][2], d[m][3]});
+      for (int m = 0; m < int(sizeof(d) / sizeof(d[0])); ++m) {
+        const float4 before = __ldcg(sums + m * kGroup);
+        d[m][0] += before.x;
+        d[m][1] += before.y;
+        d[m][2] += before.z;
+        d[m][3] += before.w;
+      }
+    };
+    const auto leave = [&](const PassedGradient& gradient, auto& d, int which) {
+      if (is_last(gradient, which)) return;
+      auto* sums = sums_of(gradient, d, which);
+#pragma unroll
+      for (int m = 0; m < int(sizeof(d) / sizeof(d[0])); ++m)
+        __stcg(sums + m * kGroup, float4{d[m][0], d[m][1], d[m][2], d[m][3]});
+    };
+    const auto tell_step = [&](int step) {
       __syncwarp();
-      if (lane == 0) tell(progress, step);
-      return last;
+      if (lane == 0) tell(progress, kSteps * n + step);
     };
 
     // The gradient of the state after the chunk, for the products with it.
@@ -777,7 +793,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_for_products<0>();
     settle(dc);
 
-    const bool writes_dC = add_up(scratch.dC, dc, 0);
+    if (is_shared(scratch.dC)) {
+      wait_for_before(scratch.dC, 0, 1);
+      add_before(scratch.dC, dc, 0);
+      leave(scratch.dC, dc, 0);
+      tell_step(1);
+    }
     uint32_t packed[8][2];  // dC
 #pragma unroll
     for (int m = 0; m < 8; ++m)
@@ -831,11 +852,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_tall<data_t>(dstate, weighed[k], describe_tall(in.dy) + tall_step(k));
     commit_products();
 
-    if (writes_dC) write_gradient(packed, scratch.dC, p.dC, c_offset, tokens[0] - g, tokens[1] - g);
+    if (is_last(scratch.dC, 0))
+      write_gradient(packed, scratch.dC, p.dC, c_offset, tokens[0] - g, tokens[1] - g);
     wait_for_products<2>();
     settle(db);
-    if (add_up(scratch.dB, db, 1))
-      write_gradient(db, scratch.dB, p.dB, b_offset, 16 * r, 16 * r + 8);
+    if (kSums == Sums::kNone) write_gradient(db, scratch.dB, p.dB, b_offset, 16 * r, 16 * r + 8);
     wait_for_products<0>();
     settle(du);
     settle(dstate);
@@ -862,8 +883,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (kStages == 1 && kScales) arrive(&shared.free[1][kEarly]);
       if (kStages == 1) arrive(&shared.free[1][kLate]);
     }
-    if (add_up(scratch.dx, du, 2))
-      write_gradient(du, scratch.dx, p.dx, x_offset, 16 * r, 16 * r + 8);
+    if (kSums == Sums::kPassed) {
+      const bool shares_dB = is_shared(scratch.dB), shares_dx = is_shared(scratch.dx);
+      if (shares_dB) wait_for_before(scratch.dB, 1, 2);
+      // One wait does where the same heads share both.
+      if (shares_dx && !(shares_dB && scratch.dB.count == scratch.dx.count))
+        wait_for_before(scratch.dx, 2, 2);
+      if (shares_dB) add_before(scratch.dB, db, 1);
+      if (shares_dx) add_before(scratch.dx, du, 2);
+      if (shares_dB) leave(scratch.dB, db, 1);
+      if (shares_dx) leave(scratch.dx, du, 2);
+      if (shares_dB || shares_dx) tell_step(2);
+      if (is_last(scratch.dB, 1))
+        write_gradient(db, scratch.dB, p.dB, b_offset, 16 * r, 16 * r + 8);
+    }
+    if (is_last(scratch.dx, 2)) write_gradient(du, scratch.dx, p.dx, x_offset, 16 * r, 16 * r + 8);
   }
 
   if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk, r), kDone);
