@@ -1,5 +1,6 @@
 // The derivative of ssd_scan on tensor cores, for 16-bit data; ssd_scan_backward_rows.cu serves the
-// rest.
+// rest. On Hopper ssd_scan_backward_wgmma.cu does the walks of 64 columns of B and C, where every
+// chunk's state has rows to be kept in.
 //
 // A block walks one head of one sequence, kChunk tokens at a time. Within a chunk, where
 // c_i = log_decay_0 + ... + log_decay_i, L_ij = exp(c_i - c_j) for j <= i and 0 elsewhere,
@@ -55,22 +56,22 @@
 // the sums of all chunks (64 %, and 9 % for 80 heads in one group) the former took 5 % longer and
 // the latter 3 % less; twice as many places for it gave 1 %.
 //
-// H200, bfloat16, us; in brackets with states kept every 256 tokens and those between them computed
-// again in a second walk forwards (9 to 25 % of the input's bytes, and the instructions of three
-// walks instead of two), and all parts of shared gradients kept in fp32 and summed afterwards:
-//   Llamba-1B 8 x 4096    677  (862)     Llamba-3B 8 x 4096 (P 96)          1025 (1244)
-//             64 x 512    682  (828)     Llamba-8B 8 x 4096 (P 128)         1177 (1469)
-//             1 x 2048    224  (320)     24 heads of 128 x 128, 8 x 4096    1868 (1748)
-//             1 x 32768   875 (1085)       x and B of 8 heads, in clusters  2112
-//   32 heads of 64 x 64, x and B of 8 heads, 8 x 4096    804; 64 x 512 812; 1 x 32768 1003
-//   80 heads of 64 x 128, one group, 8 x 4096           4543 (5339)
+// H200, bfloat16, us, by this kernel alone; in brackets with states kept every 256 tokens and those
+// between them computed again in a second walk forwards (9 to 25 % of the input's bytes, and the
+// instructions of three walks instead of two), and all parts of shared gradients kept in fp32 and
+// summed afterwards:
+//   Llamba-1B 8 x 4096    681  (862)     Llamba-3B 8 x 4096 (P 96)          1037 (1244)
+//             64 x 512    685  (828)     Llamba-8B 8 x 4096 (P 128)         1169 (1469)
+//             1 x 2048    226  (320)     24 heads of 128 x 128, 8 x 4096    1629 (1748)
+//             1 x 32768   876 (1085)       x and B of 8 heads, in clusters  2085
+//   32 heads of 64 x 64, x and B of 8 heads, 8 x 4096    802; 64 x 512 812; 1 x 32768 1002
+//   80 heads of 64 x 128, one group, 8 x 4096           4489 (5339)
 // What limits, by a profile of Llamba-1B's 8 x 4096, a third of the bandwidth: a chunk of a head
 // takes 16,500 instructions of warps, of which 1,040 are products, and 5,300 turns of shared
 // memory, of which 60 % read factors into registers (copies 16 %). 42 % of issue slots and 73 % of
 // that memory's rate are used; warps spend a quarter of their time at barriers and a quarter
 // waiting for shared memory. With all inputs in the second-level cache it still takes 654 of 681
-// us. Next: products of warpgroups, which read shared memory by themselves, as in
-// ssd_scan_wgmma.cu.
+// us. Products of warpgroups, which read shared memory by themselves, halve the instructions.
 
 #include <algorithm>
 #include <type_traits>

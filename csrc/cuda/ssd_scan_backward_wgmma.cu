@@ -35,12 +35,12 @@
 // asked for again while dB, dX and dS are computed.
 //
 // H200, bfloat16, us; in brackets by ssd_scan_backward.cu:
-//   Llamba-1B 8 x 4096    427  (681)     Llamba-3B 8 x 4096 (P 96)     534 (1037)
-//             64 x 512    434  (685)               1 x 4096           366  (790)
-//             1 x 2048    130  (226)     Llamba-8B 8 x 4096 (P 128)    748 (1169)
-//             1 x 32768   620  (876)     32 heads of 64 x 64, x and B of 8 heads
-//                                                  8 x 4096           563  (802)
-//                                                  1 x 32768          744 (1002)
+//   Llamba-1B 8 x 4096    430  (681)     Llamba-3B 8 x 4096 (P 96)     530 (1037)
+//             64 x 512    441  (685)               1 x 4096           366  (790)
+//             1 x 2048    129  (226)     Llamba-8B 8 x 4096 (P 128)    756 (1169)
+//             1 x 32768   630  (876)     32 heads of 64 x 64, x and B of 8 heads
+//                                                  8 x 4096           508  (802)
+//                                                  1 x 32768          686 (1002)
 // Bytes that move for a chunk and head of 64 x 64: 24 kB forwards, 40 kB in and 24 kB out on the
 // way back, so that Llamba-1B's 8 x 4096 has 1.44 GB and can take no less than 343 us. A chunk
 // takes 7,200 instructions of the warps that multiply where ssd_scan_backward.cu's takes 16,500,
@@ -49,9 +49,15 @@
 // What it gave, Llamba-1B and 3B 8 x 4096: products by warpgroups, 681 to 530, 1037 to 791; rows
 // written whole, no scale read where there is none, halves of 16-bit pairs by a mask, x and B asked
 // for at the second meeting: 466, 569; registers for the warps that copy, which had to wait for
-// spilled ones behind their copies: 427, 534. What did not: the copy engine, as in
-// ssd_scan_wgmma.cu (432; it brings whole panels of 96 columns, and C and dY eight rows at a time:
-// 732).
+// spilled ones behind their copies: 427, 534. Where heads share x and B: one step for both sums,
+// 558 to 508. What did not: the copy engine, as in ssd_scan_wgmma.cu (432; it brings whole panels
+// of 96 columns, and C and dY eight rows at a time: 732).
+//
+// A profile of the version of 466 us (8,300 instructions): 36 % of issue slots, the warps that
+// multiply waited a fifth of their time for copies, a quarter for shared memory. What is left of
+// the 343 us that bytes take is their chain of products and sums, two walks a multiprocessor. Next:
+// the tiles of 128 columns of B and C, whose states are kept in rows of two chunks where x and B
+// are shared.
 #include <algorithm>
 #include <type_traits>
 
@@ -90,6 +96,174 @@ struct alignas(16) Passed {
   float received[kChunk], given[kChunk], dscale[kChunk];
   float inner[kWarps];  // products of state and dstate
 };
+
+// d log_decay of tokens 2 lane and 2 lane + 1, by a warp.
+__device__ inline float2 sum_passed(const Passed& passed) {
+  const int lane = threadIdx.x % 32;
+  const auto two_of = [&](const float* values) {
+    return *reinterpret_cast<const float2*>(values + 2 * lane);
+  };
+  const auto sum_before = [&](float v) {  // of the lanes
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const float before = __shfl_up_sync(~0u, v, offset);
+      if (lane >= offset) v += before;
+    }
+    v = __shfl_up_sync(~0u, v, 1);
+    return lane > 0 ? v : 0.f;
+  };
+  const int eight = lane / 4;
+  float2 sum = two_of(passed.diagonal);
+#pragma unroll
+  for (int later = 1; later < kEights; ++later) {
+    float2 from = two_of(passed.columns[later]);
+    if (eight >= later) from = {0.f, 0.f};
+    const float before = sum_before(from.x + from.y);
+    if (eight < later) {
+      sum.x += before;
+      sum.y += before + from.x;
+    }
+  }
+  const float2 given = two_of(passed.given), received = two_of(passed.received);
+  const float before = sum_before(given.x + given.y);
+  sum.x += before;
+  sum.y += before + given.x;
+  float after = received.x + received.y;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const float later = __shfl_down_sync(~0u, after, offset);
+    if (lane + offset < 32) after += later;
+  }
+  after = __shfl_down_sync(~0u, after, 1);
+  if (lane == 31) after = 0.f;
+  const float inner = passed.inner[0] + passed.inner[1] + passed.inner[2] + passed.inner[3];
+  sum.x += after + received.y + received.x + inner;
+  sum.y += after + received.y + inner;
+  return sum;
+}
+
+// Of a chunk's C B^T and dY X^T, whose rows are dealt (row_of), by a warpgroup: weighs them, to
+// shared memory and the latter as the factor of a product, too, leaves what passes between tokens,
+// and adds a thread's part of dD. Of the rows of one half all see a tile where the half's last tile
+// is a later one; half of it where it is the last. Without a scale D is added to the diagonal.
+template <bool kScales, typename data_t>
+__device__ void weigh_scores(const float (&scores)[8][4], const float (&dscores)[8][4],
+                             const Scalars& scalars, float skip,
+                             const Panels<data_t, kChunk, kChunk>& to,
+                             const Panels<data_t, kChunk, kChunk>& dto,
+                             uint32_t (&seen)[kBlocks][4], Passed& passed, float& dD, int r) {
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const auto two_of = [&](const float* values) {
+    return *reinterpret_cast<const float2*>(values + 2 * q);
+  };
+  const float c_of[2] = {scalars.c[8 * r + g], scalars.c[56 - 8 * r + g]};
+  float left[2] = {};  // what passes to a row from the eights before its own
+  // Of seven tiles: of the second half the first four; then three, each either one of the first
+  // half or, from the last on, one of the second.
+  float columns[16] = {};
+  float diagonal[2][2];
+  const int offset = to.offset(16 * r + lane % 16, lane / 16);
+  const uint32_t row = shared_address(&to) + offset, drow = shared_address(&dto) + offset;
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) {
+    uint32_t of_scores[4];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int tile = 2 * k + e;
+      const float2 c_from = two_of(&scalars.c[8 * tile]),
+                   scale_of = kScales ? two_of(&scalars.scale[8 * tile]) : float2{};
+      const auto put = [&](int half, float2 score, float2 dscore) {
+        of_scores[2 * e + half] = pack<data_t>(score.x, score.y);
+        seen[k][2 * e + half] = pack<data_t>(dscore.x, dscore.y);
+      };
+      const auto weigh = [&](int half, bool is_last) {
+        float2 decay{exp2_fast(c_of[half] - c_from.x), exp2_fast(c_of[half] - c_from.y)};
+        float2 score{scores[tile][2 * half], scores[tile][2 * half + 1]},
+            dscore{dscores[tile][2 * half], dscores[tile][2 * half + 1]};
+        if (is_last) {
+          if (2 * q == g) dD += dscore.x;
+          if (2 * q + 1 == g) dD += dscore.y;
+          if (2 * q > g) decay.x = 0.f;
+          if (2 * q + 1 > g) decay.y = 0.f;
+        }
+        if (kScales) {
+          dscore.x *= scale_of.x;
+          dscore.y *= scale_of.y;
+        }
+        score.x *= decay.x;
+        score.y *= decay.y;
+        const float2 of{score.x * dscore.x, score.y * dscore.y};
+        if (is_last && !kScales) {  // D dy, by the same product
+          if (2 * q == g) score.x += skip;
+          if (2 * q + 1 == g) score.y += skip;
+        }
+        put(half, score, {dscore.x * decay.x, dscore.y * decay.y});
+        if (is_last) {
+          diagonal[half][0] = 2 * q < g ? of.x : 0.f;
+          diagonal[half][1] = 2 * q + 1 < g ? of.y : 0.f;
+          return;
+        }
+        left[half] += of.x + of.y;
+        const int slot = half == 0 ? 4 + tile : tile < 4 ? tile : 10 - tile;
+        columns[2 * slot] = of.x;
+        columns[2 * slot + 1] = of.y;
+      };
+      if (tile < 4) {
+        weigh(1, false);
+        if (tile < r)
+          weigh(0, false);
+        else if (tile == r)
+          weigh(0, true);
+        else
+          put(0, {}, {});
+      } else {
+        put(0, {}, {});
+        if (tile < 7 - r)
+          weigh(1, false);
+        else if (tile == 7 - r)
+          weigh(1, true);
+        else
+          put(1, {}, {});
+      }
+    }
+    store_matrices(row ^ 32 * k, of_scores[0], of_scores[1], of_scores[2], of_scores[3]);
+    store_matrices(drow ^ 32 * k, seen[k][0], seen[k][1], seen[k][2], seen[k][3]);
+  }
+
+  // The sums over eight rows of the tiles left of theirs: a lane gets two of a tile.
+  using Sum = RowSums<StateRow<4 * 4, 4>, 16>;
+  Sum::reduce(columns, lane);
+  const int slot = Sum::first(lane) / 2;
+  if (slot < 7) {
+    const bool first_half = slot >= 4 && slot - 4 < r;
+    const int tile = slot < 4 ? slot : first_half ? slot - 4 : 10 - slot;
+    *reinterpret_cast<float2*>(&passed.columns[first_half ? r : 7 - r][8 * tile + 2 * q]) = {
+        columns[0], columns[1]};
+  }
+  // Within eight tokens: what is left of column k, in the rows from k on.
+  float sums[2][2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float pair = diagonal[half][0] + diagonal[half][1];
+    float before = __shfl_up_sync(~0u, pair, 1);
+    float sum = q >= 1 ? pair + before : pair;
+    before = __shfl_up_sync(~0u, sum, 2);
+    if (q >= 2) sum += before;
+    sum = __shfl_up_sync(~0u, sum, 1);
+    sum = sum_row(left[half]) + (q >= 1 ? sum : 0.f);
+    sums[half][0] = g >= 2 * q ? sum : 0.f;
+    sums[half][1] = g >= 2 * q + 1 ? sum + diagonal[half][0] : 0.f;
+  }
+  const bool upper = lane & 16, odd = lane & 8;
+  float two[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e)
+    two[e] = (upper ? sums[1][e] : sums[0][e]) +
+             __shfl_xor_sync(~0u, upper ? sums[0][e] : sums[1][e], 16);
+  float one = (odd ? two[1] : two[0]) + __shfl_xor_sync(~0u, odd ? two[0] : two[1], 8);
+  one += __shfl_xor_sync(~0u, one, 4);
+  if (!(lane & 4)) passed.diagonal[8 * (upper ? 7 - r : r) + 2 * q + odd] = one;
+}
 
 template <typename data, int columns>
 struct Tile {
@@ -140,9 +314,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool copies = warp < kWarps;
   const int at = copies ? warp / (kCopiers / 32) : warp / kWarps - 1;  // of the block's walks
   auto& shared = reinterpret_cast<typename T::Shared*>(shared_memory)[at];
-  // Walks wait for walks before them alone, which have begun: so blocks take their places in the
-  // order in which they begin.
-  // Where all run at a time they are spread.
+  // Where all walks run at a time they are spread. Else walks wait for walks before them alone,
+  // which have begun: so blocks take their places in the order in which they begin.
   const auto walk_of = [&](int block) {
     return spread ? block + at * static_cast<int>(gridDim.x) : block * kWalks + at;
   };
@@ -194,6 +367,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     keep_registers<T::kCopierRegisters>();
     if (is_empty) return;
     // ---- The warps that copy: the first makes the scalars, the second adds up d log_decay.
+    // racecheck follows what they tell if all lanes of a warp arrive, not one for all.
     const int thread = threadIdx.x % kCopiers;
     const bool is_second = thread >= 32;
     // Of the tokens from `t` on, of which `left` are there, the columns up to `width`. `place` says
@@ -259,46 +433,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto finish = [&](int n) {
       wait_for(&shared.free[1][kStages == 1 ? kLate : n % 2], n / kStages & 1);
       const Passed& passed = shared.passed[n & 1];
-      const auto two_of = [&](const float* values) {
-        return *reinterpret_cast<const float2*>(values + 2 * lane);
-      };
-      const auto sum_before = [&](float v) {  // of the lanes
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-          const float before = __shfl_up_sync(~0u, v, offset);
-          if (lane >= offset) v += before;
-        }
-        v = __shfl_up_sync(~0u, v, 1);
-        return lane > 0 ? v : 0.f;
-      };
-      const int eight = lane / 4;
-      float2 sum = two_of(passed.diagonal);
-#pragma unroll
-      for (int later = 1; later < kEights; ++later) {
-        float2 from = two_of(passed.columns[later]);
-        if (eight >= later) from = {0.f, 0.f};
-        const float before = sum_before(from.x + from.y);
-        if (eight < later) {
-          sum.x += before;
-          sum.y += before + from.x;
-        }
-      }
-      const float2 given = two_of(passed.given), received = two_of(passed.received);
-      const float before = sum_before(given.x + given.y);
-      sum.x += before;
-      sum.y += before + given.x;
-      float after = received.x + received.y;
-#pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const float later = __shfl_down_sync(~0u, after, offset);
-        if (lane + offset < 32) after += later;
-      }
-      after = __shfl_down_sync(~0u, after, 1);
-      if (lane == 31) after = 0.f;
-      const float inner = passed.inner[0] + passed.inner[1] + passed.inner[2] + passed.inner[3];
-      sum.x += after + received.y + received.x + inner;
-      sum.y += after + received.y + inner;
-      const float2 dscale = kScales ? two_of(passed.dscale) : float2{};
+      const float2 sum = sum_passed(passed);
+      const float2 dscale =
+          kScales ? reinterpret_cast<const float2*>(passed.dscale)[lane] : float2{};
       const int t = (run.last_chunk - 1 - n) * kChunk + 2 * lane;
       const int64_t at = (int64_t(batch) * f.length + begin + t) * f.heads + head;
       if (t < length) {
@@ -434,7 +571,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   };
-  // visit(tile, half, pair) of a matrix's rows first + lane % 16, in that order.
+  // visit(tile, half, pair) of 16 rows of a matrix, of which each lane names one, twice over.
   const auto each_pair = [&](const auto& from, int row_of_lane, auto tiles, auto&& visit) {
     const uint32_t row = shared_address(&from) + from.offset(row_of_lane, lane / 16);
 #pragma unroll
@@ -452,7 +589,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr std::integral_constant<int, kTiles> kRowTiles{};
   const int own_row = 16 * r + lane % 16;
   // The factors of what a chunk's tokens add to a state: the warp's columns of B or C, transposed
-  // and weighed. `high` is where the weights of the second eight rows of 16 are.
+  // and weighed. weights(k, low, high) are those of the k-th 16 rows, eight and eight.
   const auto put_weighed = [&](uint32_t (&a)[kBlocks][4], const auto& rows, auto&& weights) {
     const uint32_t row =
         shared_address(&rows) + rows.offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
@@ -638,119 +775,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     settle(dscores);
 
     uint32_t seen[kBlocks][4];  // (dY U^T * L) as the factor of a product
-    // (C B^T * L) and (dY U^T * L), and what passes between tokens. Of the rows of one half all see
-    // a tile where the half's last tile is a later one; half of it where it is the last.
-    {
-      const float c_of[2] = {scalars.c[tokens[0]], scalars.c[tokens[1]]};
-      float left[2] = {};  // what passes to a row from the eights before its own
-      float columns[16] =
-          {};  // of seven tiles: of the second half the first four, then either
-               // of the first half the next one or of the second half one of the last
-      float diagonal[2][2];
-      const uint32_t scores_row =
-                         shared_address(&shared.scores) + shared.scores.offset(own_row, lane / 16),
-                     dscores_row =
-                         shared_address(&shared.dscores) + shared.scores.offset(own_row, lane / 16);
-#pragma unroll
-      for (int k = 0; k < kBlocks; ++k) {
-        uint32_t of_scores[4];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int tile = 2 * k + e;
-          const float2 c_from = two_of(&scalars.c[8 * tile]),
-                       scale_of = kScales ? two_of(&scalars.scale[8 * tile]) : float2{};
-          const auto put = [&](int half, float2 score, float2 dscore) {
-            of_scores[2 * e + half] = pack<data_t>(score.x, score.y);
-            seen[k][2 * e + half] = pack<data_t>(dscore.x, dscore.y);
-          };
-          const auto weigh = [&](int half, bool is_last) {
-            float2 decay{exp2_fast(c_of[half] - c_from.x), exp2_fast(c_of[half] - c_from.y)};
-            float2 score{scores[tile][2 * half], scores[tile][2 * half + 1]},
-                dscore{dscores[tile][2 * half], dscores[tile][2 * half + 1]};
-            if (is_last) {
-              if (2 * q == g) dD += dscore.x;
-              if (2 * q + 1 == g) dD += dscore.y;
-              if (2 * q > g) decay.x = 0.f;
-              if (2 * q + 1 > g) decay.y = 0.f;
-            }
-            if (kScales) {
-              dscore.x *= scale_of.x;
-              dscore.y *= scale_of.y;
-            }
-            score.x *= decay.x;
-            score.y *= decay.y;
-            const float2 of{score.x * dscore.x, score.y * dscore.y};
-            if (is_last && !kScales) {  // D dy, by the same product
-              if (2 * q == g) score.x += skip;
-              if (2 * q + 1 == g) score.y += skip;
-            }
-            put(half, score, {dscore.x * decay.x, dscore.y * decay.y});
-            if (is_last) {
-              diagonal[half][0] = 2 * q < g ? of.x : 0.f;
-              diagonal[half][1] = 2 * q + 1 < g ? of.y : 0.f;
-              return;
-            }
-            left[half] += of.x + of.y;
-            const int slot = half == 0 ? 4 + tile : tile < 4 ? tile : 10 - tile;
-            columns[2 * slot] = of.x;
-            columns[2 * slot + 1] = of.y;
-          };
-          if (tile < 4) {
-            weigh(1, false);
-            if (tile < r)
-              weigh(0, false);
-            else if (tile == r)
-              weigh(0, true);
-            else
-              put(0, {}, {});
-          } else {
-            put(0, {}, {});
-            if (tile < 7 - r)
-              weigh(1, false);
-            else if (tile == 7 - r)
-              weigh(1, true);
-            else
-              put(1, {}, {});
-          }
-        }
-        store_matrices(scores_row ^ 32 * k, of_scores[0], of_scores[1], of_scores[2], of_scores[3]);
-        store_matrices(dscores_row ^ 32 * k, seen[k][0], seen[k][1], seen[k][2], seen[k][3]);
-      }
-
-      // The sums over eight rows of the tiles left of theirs: a lane gets two of a tile.
-      using Sum = RowSums<StateRow<4 * 4, 4>, 16>;
-      Sum::reduce(columns, lane);
-      const int slot = Sum::first(lane) / 2;
-      if (slot < 7) {
-        const bool first_half = slot >= 4 && slot - 4 < r;
-        const int tile = slot < 4 ? slot : first_half ? slot - 4 : 10 - slot;
-        *reinterpret_cast<float2*>(&passed.columns[first_half ? r : 7 - r][8 * tile + 2 * q]) = {
-            columns[0], columns[1]};
-      }
-      // Within eight tokens: what is left of column k, in the rows from k on.
-      float sums[2][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float pair = diagonal[half][0] + diagonal[half][1];
-        float before = __shfl_up_sync(~0u, pair, 1);
-        float sum = q >= 1 ? pair + before : pair;
-        before = __shfl_up_sync(~0u, sum, 2);
-        if (q >= 2) sum += before;
-        sum = __shfl_up_sync(~0u, sum, 1);
-        sum = sum_row(left[half]) + (q >= 1 ? sum : 0.f);
-        sums[half][0] = g >= 2 * q ? sum : 0.f;
-        sums[half][1] = g >= 2 * q + 1 ? sum + diagonal[half][0] : 0.f;
-      }
-      const bool upper = lane & 16, odd = lane & 8;
-      float two[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        two[e] = (upper ? sums[1][e] : sums[0][e]) +
-                 __shfl_xor_sync(~0u, upper ? sums[0][e] : sums[1][e], 16);
-      float one = (odd ? two[1] : two[0]) + __shfl_xor_sync(~0u, odd ? two[0] : two[1], 8);
-      one += __shfl_xor_sync(~0u, one, 4);
-      if (!(lane & 4)) passed.diagonal[8 * (upper ? 7 - r : r) + 2 * q + odd] = one;
-    }
+    weigh_scores<kScales>(scores, dscores, scalars, skip, shared.scores, shared.dscores, seen,
+                          passed, dD, r);
 
     // dC and dB: the part of the state's, weighed and summed with the other factor, then the part
     // of the chunk's tokens. `of` are the rows' tokens.

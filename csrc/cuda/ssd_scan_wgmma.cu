@@ -16,7 +16,8 @@
 // do not meet, and fill each other's gaps. Of up to 64 columns of B and C, whose state leaves
 // registers for it, a chunk's scores are found while the y before is on its way out, with C, the
 // factor of both of its products, in registers. Copies wait for nothing but a free place among
-// three: they tell by themselves that a chunk is here (`full`).
+// three: they tell by themselves that a chunk is here (`full`). Of 64 columns of B and C the copy
+// engine brings tiles, unless sequences are packed.
 //
 // Token i sees the tokens up to i alone. So that all warps have as much to weigh, warp r has the
 // rows of the r-th eight tokens and of the r-th last: C lies in that order, and so does y at first.
@@ -34,15 +35,19 @@
 //   walks               2         1         1          1     of a block
 //   shared, kB        190       136       221        218     one block a multiprocessor
 //
-// H200, bfloat16, us, and the share of a copy's 4.23 TB/s that the necessary bytes reach; in
-// brackets as it was when walks had their heads one after the other, in runs of their own:
-//   Llamba-1B 8 x 4096    134  95 %  (149)    Llamba-3B 8 x 4096 (P 96)         190  63 %  (203)
-//             64 x 512    149  86 %  (176)              1 x 4096                 48  31 %   (61)
-//             512 x 512  1128  91 % (1419)    Llamba-8B 8 x 4096 (P 128)        263  73 %  (280)
-//             1 x 2048   22.7  35 % (23.5)    24 heads of 128 x 128, 8 x 4096   277  69 %  (291)
-//             1 x 32768   204  63 %  (246)      x and B of 8 heads              262  49 %  (274)
-//             1 x 131072  788  65 %  (947)    80 heads of 64 x 128, one group   423  39 %  (467)
-// A device that has been busy for long takes up to 10 % more: at 700 W its clocks fall.
+// H200, bfloat16, us, and the share of a copy's 4.25 TB/s that the necessary bytes reach; in
+// brackets, of another run, this version and the one before it in turn, whose runs ended between
+// segments and whose threads copied everything:
+//   Llamba-1B 8 x 4096    138  92 %   (139, 154)  Llamba-3B 8 x 4096     187  64 %  (182, 193)
+//             64 x 512    155  82 %   (155, 162)            1 x 4096      47  32 %    (46, 47)
+//             512 x 512  1156  88 % (1290, 1354)  Llamba-8B 8 x 4096     254  75 %  (254, 264)
+//             1 x 2048   23.4  34 %    (24, 23)   24 heads of 128 x 128  287  66 %  (305, 305)
+//             1 x 32768   209  61 %   (209, 220)    x and B of 8 heads   274  46 %  (271, 271)
+//             1 x 131072  833  61 %   (821, 921)  80 of 64 x 128, one    446  37 %  (461, 469)
+//   32 of 64 x 64, x and B of 8 heads    126  63 %  (138, 156)  group, 64 x 512  512  (498, 481)
+//             1 x 32768                  197  41 %  (175, 198)
+// Devices differ, and one that has been busy for long takes up to 10 % more: at 700 W its clocks
+// fall. So versions are to be timed in turn (bench/versions.py).
 //
 // What limits, by leaving parts out before most of what follows was done: nothing but copies,
 // copies and y, all but copies, all. 64 x 64, 8 x 4096: 96, 133, 110, 134, so it is memory; 64 x
@@ -56,11 +61,13 @@
 // What helped, in this order: neighbouring heads at a time (64 x 512 13 %, one group 5 to 9 %); the
 // chunks' scalars by the copying warps in turn, of which one used to wait for decays a third of its
 // time (96 x 64 6 %); few segments where they are dealt (1 x 32768 15 %); C out of registers, no
-// scale read where there is none (2 to 4 %). What did not: y's way out, and the state's, under the
-// next chunk's products (96 x 64 14 % slower, one group 6 %); scores weighed without branches;
-// three places more for what segments add (memory is read further apart: 3 % slower); lines of 256
-// bytes asked for; y past the cache. One C B^T for both heads of a group would move as many bytes
-// in shared memory as it spares; scores ahead at N 128 spill.
+// scale read where there is none (2 to 4 %); runs that end between any two chunks, for which a walk
+// leaves what is local, too (64 x 64 3 to 8 %); tiles of 64 columns by the copy engine (2 to 5 %;
+// of 128 columns 7 % slower, as C comes eight rows at a time). What did not: y's way out, and the
+// state's, under the next chunk's products (96 x 64 14 % slower, one group 6 %); scores weighed
+// without branches; three places more for what segments add (memory is read further apart: 3 %
+// slower); lines of 256 bytes asked for; y past the cache. One C B^T for both heads of a group
+// would move as many bytes in shared memory as it spares; scores ahead at N 128 spill.
 //
 // A long sequence in one kernel has been tried three times (1 x 2048, 32768, 131072):
 //   segments of x, B and C kept in shared memory between what they add to y and their walk, states
@@ -71,9 +78,8 @@
 //     that x and B are read again out of the second-level cache, while four more warps a block
 //     carry states from segment to segment: 23, 295, 1124.
 //
-// Next: runs that end between any two chunks instead of segments, for which a walk would leave what
-// is local, too: with segments twice as short 96 x 64 takes 183, 128 x 128 269 and one group 418,
-// but 1 x 4096 of Llamba-3B 56 instead of 48.
+// Next: B and C of one group for several blocks of a cluster at once; whole chunks of packed
+// sequences by the copy engine.
 #include <algorithm>
 #include <climits>
 #include <iterator>

@@ -103,11 +103,21 @@ __device__ void settle(uint32_t (&a)[kSteps][4]) {
 #define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define REGISTERS_64 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
+// MULTIPLY_64, MULTIPLY_96 or MULTIPLY_128 (TYPE), for kTiles tiles and the type of the data.
 #define MULTIPLY_DATA(multiply)                        \
   if constexpr (std::is_same_v<data_t, __nv_bfloat16>) \
     multiply("bf16");                                  \
   else                                                 \
     multiply("f16")
+#define MULTIPLY_TILES                 \
+  if constexpr (kTiles == 8) {         \
+    MULTIPLY_DATA(MULTIPLY_64);        \
+  } else if constexpr (kTiles == 12) { \
+    MULTIPLY_DATA(MULTIPLY_96);        \
+  } else {                             \
+    static_assert(kTiles == 16);       \
+    MULTIPLY_DATA(MULTIPLY_128);       \
+  }
 
 // D = A B, or D += A B, of D's N columns. With the rows of A and the columns of B as rows in shared
 // memory; of a tall one the other way round.
@@ -120,7 +130,6 @@ __device__ void settle(uint32_t (&a)[kSteps][4]) {
                : "l"(a), "l"(b), "r"(int(add)), "n"(int(kTallA)), "n"(int(kTallB)))
 template <typename data_t, bool kTallA = false, bool kTallB = false, int kTiles>
 __device__ void multiply_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {
-  static_assert(kTiles == 8 || kTiles == 12 || kTiles == 16);
 #ifdef REASONERS_WGMMA
 #define MULTIPLY_64(TYPE) \
   SHARED("64", REGISTERS_32, "%32", "%33", "%34", "%35", "%36", TYPE, TILES_4(0), TILES_4(4))
@@ -130,13 +139,7 @@ __device__ void multiply_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b, b
 #define MULTIPLY_128(TYPE)                                                                     \
   SHARED("128", REGISTERS_64, "%64", "%65", "%66", "%67", "%68", TYPE, TILES_4(0), TILES_4(4), \
          TILES_4(8), TILES_4(12))
-  if constexpr (kTiles == 8) {
-    MULTIPLY_DATA(MULTIPLY_64);
-  } else if constexpr (kTiles == 12) {
-    MULTIPLY_DATA(MULTIPLY_96);
-  } else {
-    MULTIPLY_DATA(MULTIPLY_128);
-  }
+  MULTIPLY_TILES;
 #undef MULTIPLY_64
 #undef MULTIPLY_96
 #undef MULTIPLY_128
@@ -155,7 +158,6 @@ __device__ void multiply_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b, b
                  "n"(int(kTallB)))
 template <typename data_t, bool kTallB = false, int kTiles>
 __device__ void multiply_held(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  static_assert(kTiles == 8 || kTiles == 12 || kTiles == 16);
 #ifdef REASONERS_WGMMA
 #define MULTIPLY_64(TYPE)                                                                     \
   HELD("64", REGISTERS_32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", TYPE, TILES_4(0), \
@@ -166,13 +168,7 @@ __device__ void multiply_held(float (&d)[kTiles][4], const uint32_t (&a)[4], uin
 #define MULTIPLY_128(TYPE)                                                                     \
   HELD("128", REGISTERS_64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", TYPE, TILES_4(0), \
        TILES_4(4), TILES_4(8), TILES_4(12))
-  if constexpr (kTiles == 8) {
-    MULTIPLY_DATA(MULTIPLY_64);
-  } else if constexpr (kTiles == 12) {
-    MULTIPLY_DATA(MULTIPLY_96);
-  } else {
-    MULTIPLY_DATA(MULTIPLY_128);
-  }
+  MULTIPLY_TILES;
 #undef MULTIPLY_64
 #undef MULTIPLY_96
 #undef MULTIPLY_128
@@ -190,6 +186,7 @@ __device__ void multiply_tall(float (&d)[kTiles][4], const uint32_t (&a)[4], uin
 #undef REGISTERS_48
 #undef REGISTERS_64
 #undef MULTIPLY_DATA
+#undef MULTIPLY_TILES
 
 // Four (8, 8) tiles to shared memory, the reverse of load_matrices of mma.cuh; `row` is a shared
 // address.
