@@ -1,14 +1,12 @@
 // What the two tensor-core kernels of ssd_scan's derivative share, ssd_scan_backward.cu's and
-// ssd_scan_backward_wgmma.cu's: how sequences are dealt in runs, where states are kept, how
-// gradients that heads share pass from block to block, how a gradient's rows are written.
+// ssd_scan_backward_wgmma.cu's: how sequences are dealt in runs, where states are kept, whose turn
+// it is where the sums of gradients that heads share pass from block to block.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "convert.cuh"
 #include "kernels.h"
-#include "matrix.cuh"
 #include "scan.cuh"
 #include "ssd_chunk.cuh"
 #include "ssd_scan_backward.cuh"
@@ -180,46 +178,6 @@ __device__ inline float sum_warp(float v) {
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
   return v;
 }
-
-// Of neighbours in two tiles of D, left and right, the lanes of a row trade some: those that are
-// even get four neighbours of the left tile and the odd ones of the right tile, to move 8 bytes
-// each and a whole sector together. Twice is as before.
-__device__ inline uint2 trade(uint2 mine) {
-  const bool odd = threadIdx.x & 1;
-  const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine.x : mine.y, 1);
-  return odd ? uint2{theirs, mine.y} : uint2{mine.x, theirs};
-}
-// The first column of what a lane has then.
-__device__ inline int traded_column() {
-  const int q = threadIdx.x % 4;
-  return q % 2 * 8 + q / 2 * 4;
-}
-
-// Where the rows of a chunk's gradient go.
-template <typename data_t>
-struct GradientRows {
-  data_t* data;
-  int token;  // values of one, all groups
-
-  // `offset`: of the head's group within a token; `first`: the chunk's first token.
-  __device__ GradientRows(const PartedGradient& gradient, void* all, int offset, int64_t first)
-      : token(gradient.groups * gradient.width) {
-    data = static_cast<data_t*>(all) + first * token + offset;
-  }
-  // Two tiles of D with the rows row + g and row + g + apart and the columns from `column` on.
-  __device__ void store(int count, int row, int column, int width, const float (&left)[4],
-                        const float (&right)[4], int apart = 8) const {
-    const int g = threadIdx.x % 32 / 4, at = column + traded_column();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float *l = left + half * 2, *r = right + half * 2;
-      const uint2 traded = trade({pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])});
-      const int i = row + g + half * apart;
-      if (i < count && at < width)
-        *reinterpret_cast<uint2*>(data + int64_t(i) * token + at) = traded;
-    }
-  }
-};
 
 // How gradients that heads share are added up: there is none; from block to block; or the blocks of
 // a group are a cluster, which dB and dx have in common, and no other is shared.

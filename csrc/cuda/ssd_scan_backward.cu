@@ -157,6 +157,46 @@ struct Tile {
   static constexpr int kColumnTiles = kN / 8 / kHalves;
 };
 
+// Of neighbours in two tiles of D, left and right, the lanes of a row trade some: those that are
+// even get four neighbours of the left tile and the odd ones of the right tile, to move 8 bytes
+// each and a whole sector together. Twice is as before.
+__device__ inline uint2 trade(uint2 mine) {
+  const bool odd = threadIdx.x & 1;
+  const uint32_t theirs = __shfl_xor_sync(~0u, odd ? mine.x : mine.y, 1);
+  return odd ? uint2{theirs, mine.y} : uint2{mine.x, theirs};
+}
+// The first column of what a lane has then.
+__device__ inline int traded_column() {
+  const int q = threadIdx.x % 4;
+  return q % 2 * 8 + q / 2 * 4;
+}
+
+// Where the rows of a chunk's gradient go.
+template <typename data_t>
+struct GradientRows {
+  data_t* data;
+  int token;  // values of one, all groups
+
+  // `offset`: of the head's group within a token; `first`: the chunk's first token.
+  __device__ GradientRows(const PartedGradient& gradient, void* all, int offset, int64_t first)
+      : token(gradient.groups * gradient.width) {
+    data = static_cast<data_t*>(all) + first * token + offset;
+  }
+  // Two tiles of D with the rows row + g and row + g + 8 and the columns from `column` on.
+  __device__ void store(int count, int row, int column, int width, const float (&left)[4],
+                        const float (&right)[4]) const {
+    const int g = threadIdx.x % 32 / 4, at = column + traded_column();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float *l = left + half * 2, *r = right + half * 2;
+      const uint2 traded = trade({pack<data_t>(l[0], l[1]), pack<data_t>(r[0], r[1])});
+      const int i = row + g + half * 8;
+      if (i < count && at < width)
+        *reinterpret_cast<uint2*>(data + int64_t(i) * token + at) = traded;
+    }
+  }
+};
+
 template <typename data_t, int kP, int kN, Sums kSums>
 __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     ssd_scan_backward_kernel(const SsdScanBackwardParams p, const TileScratch scratch) {
