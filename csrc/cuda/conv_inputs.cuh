@@ -14,7 +14,8 @@ namespace reasoners {
 
 __device__ inline float unpack(uint32_t word, int, float) { return __uint_as_float(word); }
 __device__ inline float unpack(uint32_t word, int half, __nv_bfloat16) {
-  return __uint_as_float(half ? word & 0xffff0000u : word << 16);
+  const float2 pair = unpack<__nv_bfloat16>(word);
+  return half ? pair.y : pair.x;
 }
 __device__ inline float unpack(uint32_t word, int half, __half) {
   return __half2float(__ushort_as_half(half ? word >> 16 : word));

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace reasoners {
 
@@ -32,6 +33,15 @@ template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Vec {
   T at[kSize];
 };
+
+// Two neighbours of 16 bits. Those of bfloat16 take an instruction each.
+template <typename T>
+__device__ inline float2 unpack(uint32_t bits) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  const auto pair = *reinterpret_cast<const Vec<T, 2>*>(&bits);
+  return {to_float(pair.at[0]), to_float(pair.at[1])};
+}
 
 // Whether vectors of type V may be read at the address; null means that none are.
 template <typename V>

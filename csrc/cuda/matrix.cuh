@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "convert.cuh"
 #include "mma.cuh"
@@ -13,13 +12,6 @@ template <typename data_t>
 __device__ uint32_t pack(float low, float high) {
   const Vec<data_t, 2> pair{from_float<data_t>(low), from_float<data_t>(high)};
   return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <typename data_t>
-__device__ float2 unpack(uint32_t bits) {
-  if constexpr (std::is_same_v<data_t, __nv_bfloat16>)  // in two instructions
-    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-  const auto pair = *reinterpret_cast<const Vec<data_t, 2>*>(&bits);
-  return {to_float(pair.at[0]), to_float(pair.at[1])};
 }
 
 // A matrix in shared memory. Rows are 16 bytes further apart than they are long, so that the same

@@ -429,8 +429,8 @@ class Row {
     Words units[kUnitsOfEight];
     __device__ float operator[](int i) const {
       if constexpr (kUnit == 4) return __uint_as_float(units[i / 4].at[i % 4]);
-      const uint32_t pair = units[0].at[i / 2];
-      return __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+      const float2 pair = unpack<__nv_bfloat16>(units[0].at[i / 2]);
+      return i % 2 ? pair.y : pair.x;
     }
     __device__ void widen(float (&x)[8]) const {
 #pragma unroll

@@ -57,15 +57,15 @@ __device__ inline Floats<kVec> widen(const Vec<data_t, kVec>& values) {
   for (int k = 0; k < kVec; ++k) v.at[k] = to_float(values.at[k]);
   return v;
 }
-// Two at a time: 2 instructions instead of 3.
+// Two at a time: 2 instructions instead of 3, as unpack says.
 template <int kVec>
 __device__ inline Floats<kVec> widen(const Vec<__nv_bfloat16, kVec>& values) {
   Floats<kVec> v;
 #pragma unroll
   for (int k = 0; k < kVec; k += 2) {
-    const auto pair = reinterpret_cast<const uint32_t&>(values.at[k]);
-    v.at[k] = __uint_as_float(pair << 16);
-    v.at[k + 1] = __uint_as_float(pair & 0xffff0000u);
+    const float2 pair = unpack<__nv_bfloat16>(reinterpret_cast<const uint32_t&>(values.at[k]));
+    v.at[k] = pair.x;
+    v.at[k + 1] = pair.y;
   }
   return v;
 }

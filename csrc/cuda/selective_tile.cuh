@@ -49,9 +49,8 @@ __device__ inline float4 to_floats(float, const Four<float>& from) {
           __uint_as_float(from.at[3])};
 }
 __device__ inline float4 to_floats(__nv_bfloat16, const Four<__nv_bfloat16>& from) {
-  const auto lower = [](uint32_t pair) { return __uint_as_float(pair << 16); };
-  const auto upper = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
-  return {lower(from.at[0]), upper(from.at[0]), lower(from.at[1]), upper(from.at[1])};
+  const float2 one = unpack<__nv_bfloat16>(from.at[0]), two = unpack<__nv_bfloat16>(from.at[1]);
+  return {one.x, one.y, two.x, two.y};
 }
 __device__ inline float4 to_floats(__half, const Four<__half>& from) {
   __half2 pairs[2];

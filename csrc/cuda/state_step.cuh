@@ -69,8 +69,9 @@ __device__ inline Floats<8> widen(uint4 raw, __nv_bfloat16) {
   const uint32_t words[] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    v.at[2 * i] = __uint_as_float(words[i] << 16);
-    v.at[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    const float2 pair = unpack<__nv_bfloat16>(words[i]);
+    v.at[2 * i] = pair.x;
+    v.at[2 * i + 1] = pair.y;
   }
   return v;
 }
