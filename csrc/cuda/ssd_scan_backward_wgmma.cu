@@ -540,12 +540,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       return d[n][half];
   };
   const auto put_rows = [&](const auto& to, const auto& d) {
-    const uint32_t row = shared_address(&to) + to.offset(16 * r + lane % 16, lane / 16);
-    constexpr int kCount = sizeof(d) / sizeof(d[0]);
-#pragma unroll
-    for (int n = 0; n < kCount; n += 2)
-      store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pair_of(d, n, 0), pair_of(d, n, 1),
-                     pair_of(d, n + 1, 0), pair_of(d, n + 1, 1));
+    store_rows<sizeof(d) / sizeof(d[0])>(to, 16 * r,
+                                         [&](int n, int half) { return pair_of(d, n, half); });
   };
   // The same to global memory, by rows of shared memory that nobody else reads then, so that lanes
   // write 16 bytes, and eight of them a row. Of the rows the first eight go to those from `first`
@@ -588,27 +584,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr std::integral_constant<int, kState / 8> kStateTiles{};
   constexpr std::integral_constant<int, kTiles> kRowTiles{};
   const int own_row = 16 * r + lane % 16;
-  // The factors of what a chunk's tokens add to a state: the warp's columns of B or C, transposed
-  // and weighed. weights(k, low, high) are those of the k-th 16 rows, eight and eight.
-  const auto put_weighed = [&](uint32_t (&a)[kBlocks][4], const auto& rows, auto&& weights) {
-    const uint32_t row =
-        shared_address(&rows) + rows.offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
-#pragma unroll
-    for (int k = 0; k < kBlocks; ++k) {
-      load_matrices_transposed(a[k], row + k * 16 * 128);
-      float2 low, high;
-      weights(k, low, high);
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const float2 pair = unpack<data_t>(a[k][v]), weight = v < 2 ? low : high;
-        a[k][v] = pack<data_t>(pair.x * weight.x, pair.y * weight.y);
-      }
-    }
-  };
-  const auto two_of = [&](const float* values) {
-    return *reinterpret_cast<const float2*>(values + 2 * q);
-  };
-
   // Forwards over all chunks but the last, leaving the states between them.
   {
     State state;
@@ -619,10 +594,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait_for(&shared.full[0][n & 1], n / 2 & 1);
       show_to_copies();
       uint32_t gained[kBlocks][4];
-      put_weighed(gained, place_of_b(n), [&](int k, float2& low, float2& high) {
-        low = two_of(&scalars.gain[16 * k]);
-        high = two_of(&scalars.gain[16 * k + 8]);
-      });
+      load_weighed(gained, place_of_b(n), 16 * r, [&](int row) { return &scalars.gain[row]; });
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -838,10 +810,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                            describe_tall(shared.dstate) + tall_step(k), k > 0);
     commit_products();
     uint32_t weighed[kBlocks][4];
-    put_weighed(weighed, in.c, [&](int k, float2& low, float2& high) {
-      low = two_of(&scalars.since[8 * k]);
-      high = two_of(&scalars.since[56 - 8 * k]);
-    });
+    load_weighed(weighed, in.c, 16 * r, [&](int row) { return &scalars.since[token_of(row)]; });
     wait_for_products<0>();
     settle(du);
     {

@@ -82,7 +82,6 @@
 // sequences by the copy engine.
 #include <algorithm>
 #include <climits>
-#include <iterator>
 #include <numeric>
 #include <type_traits>
 
@@ -144,10 +143,10 @@ struct Runs {
   int count, whole, more, period;
 };
 
-// How many walks there are without runs.
+// How many walks there are without runs, of so many blocks a sequence if it is dealt.
 template <int kHeads>
-__device__ __host__ int64_t count_walks(const SsdScanParams& p, const Deal& deal) {
-  return p.sequences * (p.heads / kHeads) * (deal.blocks > 0 ? deal.blocks : 1);
+__device__ __host__ int64_t count_walks(const SsdScanParams& p, int blocks = 0) {
+  return p.sequences * (p.heads / kHeads) * (blocks > 0 ? blocks : 1);
 }
 
 // The pieces of a walk. Without runs there is one at most, as `deal` says.
@@ -164,7 +163,7 @@ struct Pieces {
       left = static_cast<int>(chunks * after(runs, walk - 1) / runs.count);
       count =
           (begun > 0) + runs.whole - (after(runs, walk) > runs.more) + (after(runs, walk - 1) > 0);
-    } else if (walk < count_walks<kHeads>(p, deal)) {
+    } else if (walk < count_walks<kHeads>(p, deal.blocks)) {
       const Piece piece = at(0, p, deal, runs);
       count = deal.blocks == 0 || piece.first_chunk == 0 || piece.first_chunk < piece.last_chunk;
     }
@@ -280,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     show_barriers();
     // A block has neighbours, which are mostly as long, unless that left multiprocessors without a
     // walk. A run waits for the one before it, which is no later block's.
-    const int walk = count_walks<kHeads>(p, deal) > gridDim.x
+    const int walk = count_walks<kHeads>(p, deal.blocks) > gridDim.x
                          ? static_cast<int>(blockIdx.x) * kWalks + at
                          : static_cast<int>(blockIdx.x + at * gridDim.x);
     shared.pieces = Pieces<kHeads>(p, deal, runs, walk);
@@ -446,11 +445,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The warp's 16 rows. And once the warpgroup's threads have met nobody reads the other copy.
   using Rows = Panels<data_t, kWidth, kN>;
   const auto put_rows = [&](const Rows& to, const auto& pairs) {
-    const uint32_t row = shared_address(&to) + to.offset(16 * r + lane % 16, lane / 16);
-#pragma unroll
-    for (int n = 0; n < static_cast<int>(std::size(pairs)); n += 2)
-      store_matrices((row ^ n % 8 * 16) + n / 8 * to.kPanel, pairs[n][0], pairs[n][1],
-                     pairs[n + 1][0], pairs[n + 1][1]);
+    store_rows<sizeof(pairs) / sizeof(pairs[0])>(to, 16 * r,
+                                                 [&](int n, int half) { return pairs[n][half]; });
   };
   // Whether registers suffice to read shared memory, which is slow to answer, before it is needed.
   constexpr bool kEager = kHeads == 1;
@@ -588,19 +584,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       // (gain x)^T, the factors of what the chunk adds to the state.
       uint32_t gained[kBlocks][4];
       const auto put_gained = [&] {
-        const uint32_t x_rows = shared_address(&in.x[w]) +
-                                in.x[w].offset(lane % 8 + lane / 16 * 8, 2 * r + lane / 8 % 2);
-#pragma unroll
-        for (int k = 0; k < kBlocks; ++k) {
-          const float2 low = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q]),
-                       high = *reinterpret_cast<const float2*>(&scalars.gain[16 * k + 2 * q + 8]);
-          load_matrices_transposed(gained[k], x_rows + k * 16 * 128);
-#pragma unroll
-          for (int v = 0; v < 4; ++v) {
-            const float2 pair = unpack<data_t>(gained[k][v]), weight = v < 2 ? low : high;
-            gained[k][v] = pack<data_t>(pair.x * weight.x, pair.y * weight.y);
-          }
-        }
+        load_weighed(gained, in.x[w], 16 * r, [&](int row) { return &scalars.gain[row]; });
       };
       float y[8][4];
       if constexpr (!kAdds) {
@@ -741,7 +725,7 @@ template <typename T>
 Runs make_runs(const SsdScanParams& p) {
   constexpr int kMost = kProcessors * T::kWalks;
   static_assert(kMost * T::kTogether <= kSsdScanTickets);
-  const int64_t walks = p.sequences * (p.heads / T::kHeads);
+  const int64_t walks = count_walks<T::kHeads>(p);
   if (p.cu_seqlens != nullptr || p.length == 0 || walks <= kMost || walks > INT_MAX) return {};
   const int whole = static_cast<int>(walks / kMost), more = static_cast<int>(walks % kMost);
   return {kMost, whole, more, kMost / std::gcd(kMost, more)};
@@ -752,7 +736,7 @@ void launch(const SsdScanParams& p, cudaStream_t stream) {
   const Deal deal = make_deal(p, T::kWalks, T::kHeads);
   const Runs runs = make_runs<T>(p);
   const bool folds = deal.blocks > 0 && count_segments(p, deal) <= kMostFolded;
-  const int64_t walks = runs.count > 0 ? runs.count : count_walks<T::kHeads>(p, deal);
+  const int64_t walks = runs.count > 0 ? runs.count : count_walks<T::kHeads>(p, deal.blocks);
   const auto blocks =
       static_cast<unsigned>(walks > kProcessors ? (walks + T::kWalks - 1) / T::kWalks : walks);
   Maps maps{};

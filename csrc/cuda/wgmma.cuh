@@ -13,6 +13,8 @@
 #include <type_traits>
 
 #include "async_copy.cuh"
+#include "matrix.cuh"
+#include "mma.cuh"
 
 namespace reasoners {
 
@@ -197,6 +199,39 @@ __device__ inline void store_matrices(uint32_t row, uint32_t r0, uint32_t r1, ui
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 #endif
+}
+
+// By a warp, the 16 rows from `row` on of the first kTiles tiles of 8 columns; pair(tile, half) are
+// a lane's neighbours of its row of D in that half of the rows.
+template <int kTiles, typename data_t, int kRows, int kColumns, typename Pair>
+__device__ void store_rows(const Panels<data_t, kRows, kColumns>& to, int row, const Pair& pair) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t at = shared_address(&to) + to.offset(row + lane % 16, lane / 16);
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2)
+    store_matrices((at ^ n % 8 * 16) + n / 8 * to.kPanel, pair(n, 0), pair(n, 1), pair(n + 1, 0),
+                   pair(n + 1, 1));
+}
+
+// A warp's 16 rows of A of a transposed matrix, its columns from `column` on, every row of which is
+// weighed: `weight` gives the address of the weights of the eight rows from one on.
+template <typename data_t, int kSteps, int kRows, int kColumns, typename Weight>
+__device__ void load_weighed(uint32_t (&a)[kSteps][4], const Panels<data_t, kRows, kColumns>& from,
+                             int column, const Weight& weight) {
+  const int lane = threadIdx.x % 32, q = lane % 4;
+  const uint32_t row =
+      shared_address(&from) + from.offset(lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    const float2 low = *reinterpret_cast<const float2*>(weight(16 * k) + 2 * q),
+                 high = *reinterpret_cast<const float2*>(weight(16 * k + 8) + 2 * q);
+    load_matrices_transposed(a[k], row + k * 16 * 128);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const float2 pair = unpack<data_t>(a[k][v]), by = v < 2 ? low : high;
+      a[k][v] = pack<data_t>(pair.x * by.x, pair.y * by.y);
+    }
+  }
 }
 
 }  // namespace reasoners
