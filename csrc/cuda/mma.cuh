@@ -54,11 +54,4 @@ __device__ inline void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same number, which the compiler does not know: what is computed from it is computed where it
-// is needed, instead of early and then kept in registers.
-__device__ inline int64_t opaque(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
-}
-
 }  // namespace reasoners

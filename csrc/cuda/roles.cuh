@@ -7,6 +7,17 @@ namespace reasoners {
 // The same number, which the compiler now knows to be the same for all lanes.
 __device__ inline int same_in_warp(int v) { return __shfl_sync(~0u, v, 0); }
 
+// The same number, which the compiler does not know: what is computed from it is computed where it
+// is needed, instead of early and then kept in registers.
+template <typename T>
+__device__ T opaque(T v) {
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
+  return v;
+}
+
 // Barrier kId, 1 to 15, of kThreads threads: those that wait at it and those that only arrive.
 // What all of them wrote before is there after the wait.
 template <int kId, int kThreads>

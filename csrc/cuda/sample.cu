@@ -67,6 +67,7 @@
 #include "kernels.h"
 #include "launch.cuh"
 #include "philox.h"
+#include "roles.cuh"
 
 namespace reasoners {
 namespace {
@@ -158,12 +159,6 @@ __device__ inline Best combine_lanes(const Best& mine) {
 // access, from the block's number in the cluster.
 __device__ inline uint32_t same_address(const void* p) {
   return __shfl_sync(kAll, shared_address(p), 0);
-}
-// A value that is kept rather than worked out anew.
-template <typename T>
-__device__ T opaque(T value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 using Words = Vec<uint32_t, 4>;
 __device__ inline Words load_shared(uint32_t from) {

@@ -402,8 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float since = 1.f;  // decay from the segment's start
   // visit(values, offset) of the neighbours that a thread has of a state tensor.
   const auto each_pair = [&](State& state, auto&& visit) {
-    const int row = static_cast<int>(opaque(p_part + 16 * r + g)),
-              column = static_cast<int>(opaque(2 * q));
+    const int row = opaque(p_part + 16 * r + g), column = opaque(2 * q);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
