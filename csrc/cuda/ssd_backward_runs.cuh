@@ -22,6 +22,12 @@ struct Passing {
   int before;  // the last block of the group that had its places before, or -1
 };
 
+// Of x, B, C and scalars.
+inline int64_t bytes_of_token(const SsdScanParams& f) {
+  const int64_t data = f.x_heads * f.head_dim + (f.b_groups + f.c_groups) * f.state_dim;
+  return 2 * data + f.heads * (f.scale ? 2 : 1) * sizeof(float);
+}
+
 // The longest run: 4,352 tokens, so that 32,768 tokens of 32 heads are 256 blocks, in one sequence
 // or in eight, and a few tokens more make no more of them. With shorter ones more would be read
 // twice. But a state and its gradient, kept in fp32 between runs, shall take a twelfth at most of
@@ -30,9 +36,7 @@ struct Passing {
 inline int longest_run(const SsdScanParams& f) {
   constexpr int64_t kLeast = 68, kMost = 96, kTimes = 12;
   const int64_t border = int64_t(f.heads) * f.head_dim * f.state_dim * 2 * sizeof(float);
-  const int64_t data = f.x_heads * f.head_dim + (f.b_groups + f.c_groups) * f.state_dim;
-  const int64_t token = 2 * data + f.heads * (f.scale ? 2 : 1) * sizeof(float);
-  const int64_t pairs = (kTimes * border + 2 * kChunk * token - 1) / (2 * kChunk * token);
+  const int64_t pair = 2 * kChunk * bytes_of_token(f), pairs = (kTimes * border + pair - 1) / pair;
   return static_cast<int>(std::clamp(2 * pairs, kLeast, kMost));
 }
 
@@ -187,6 +191,7 @@ constexpr uint32_t kDone = UINT32_MAX;
 
 // The walks of all runs; see ssd_scan_backward_wgmma.cu.
 bool suits_ssd_scan_backward_wgmma(const SsdScanParams& forward, const KeptStates& kept);
+int walks_of_ssd_scan_backward_wgmma(const SsdScanParams& forward);  // a multiprocessor
 void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& params, const TileScratch& scratch,
                                     int walks, cudaStream_t stream);
 

@@ -1,6 +1,6 @@
 // The derivative of ssd_scan on tensor cores, for 16-bit data; ssd_scan_backward_rows.cu serves the
-// rest. On Hopper ssd_scan_backward_wgmma.cu does the walks of 64 columns of B and C, where every
-// chunk's state has rows to be kept in.
+// rest. On Hopper ssd_scan_backward_wgmma.cu does the walks of 64 or 128 columns of B and C, where
+// states have rows to be kept in.
 //
 // A block walks one head of one sequence, kChunk tokens at a time. Within a chunk, where
 // c_i = log_decay_0 + ... + log_decay_i, L_ij = exp(c_i - c_j) for j <= i and 0 elsewhere,
@@ -1036,6 +1036,7 @@ TileScratch scratch_of(const SsdScanParams& f) {
   scratch.kept = KeptStates::of(f, T::kColumns);
   // Where no gradient has rows that are a head's own.
   const bool none = scratch.kept.rows[0].where == OwnRows::kScratch;
+  const bool warpgroups = suits_ssd_scan_backward_wgmma(f, scratch.kept);
   scratch.states = scratch.take(none ? f.batch * f.length * f.heads * f.state_dim / 2 : 0);
   scratch.run_chunks = longest_run(f);
   const int64_t longest = scratch.run_chunks * kChunk, runs = count_runs(f, longest),
@@ -1046,24 +1047,27 @@ TileScratch scratch_of(const SsdScanParams& f) {
   scratch.border_ddecays = scratch.take(borders);
   scratch.dD = scratch.take(f.D ? blocks : 0);
   // Of a gradient that heads share the sums in fp32, chunk by chunk as the tile has them.
+  const int64_t begin = scratch.size;
+  const int shared = (f.x_heads < f.heads) + (f.b_groups < f.heads) + (f.c_groups < f.heads);
   const auto take_sums = [&](int groups, int width, int columns) {
     PassedGradient gradient{{0, f.heads / groups, groups, width}};
     const int64_t all = runs * groups;
     if (gradient.count == 1 || scratch.cluster > 1 || all == 0) return gradient;
     const int processors = count_processors();
-    const int64_t at_once = int64_t(processors) * T::kWanted / gradient.count + 2;
+    const int walks = warpgroups ? walks_of_ssd_scan_backward_wgmma(f) : T::kWanted;
+    const int64_t at_once = int64_t(processors) * walks / gradient.count + 2;
     gradient.slots = static_cast<int>(std::min(at_once, all));
-    // A block is a quarter of a chunk or less behind the one before it. Of all chunks no more than
-    // an eighth have places, a twelfth where states between runs take memory too, as long as each
-    // group has one. But a group that is not on the device as a whole must not wait for its last.
+    // A block is half a chunk or less behind the one before it. All places and the states between
+    // runs take a twelfth of the bytes of the inputs at most, as long as each group has a place.
+    // But a group that is not on the device as a whole must not wait for its last.
     const int64_t chunks =
         std::clamp<int64_t>((f.length + kChunk - 1) / kChunk, 1, scratch.run_chunks);
-    const int64_t all_chunks = f.batch * f.length / kChunk * groups;
-    const int64_t share = all_chunks / ((borders > 0 ? 12 : 8) * gradient.slots);
-    const int64_t few = std::min<int64_t>(2 + gradient.count / 4, share);
-    const int64_t most = f.heads <= processors ? few : 2 * chunks;
+    const int64_t floats = f.batch * f.length * bytes_of_token(f) / sizeof(float) / 12 - begin;
+    const int64_t share = floats / (shared * int64_t(gradient.slots) * kChunk * columns);
+    const int64_t wanted = f.heads <= processors ? std::max(gradient.count / 2, 2) : chunks;
+    const int64_t most = f.heads <= processors ? share : 2 * chunks;
     int64_t places = 1;
-    while (places < chunks && 2 * places <= most) places *= 2;
+    while (places < std::min(chunks, wanted) && 2 * places <= most) places *= 2;
     gradient.places = static_cast<int>(std::min(places, chunks));
     gradient.parts = scratch.take(int64_t(gradient.slots) * gradient.places * kChunk * columns);
     return gradient;
@@ -1071,8 +1075,7 @@ TileScratch scratch_of(const SsdScanParams& f) {
   const int sharing = f.heads / f.b_groups;
   const bool in_cluster = T::kSumsFit && f.x_heads == f.b_groups && f.c_groups == f.heads &&
                           sharing <= kMostClusterBlocks;
-  scratch.cluster = in_cluster ? sharing : 1;
-  const int64_t begin = scratch.size;
+  scratch.cluster = in_cluster && !warpgroups ? sharing : 1;
   scratch.dx = take_sums(f.x_heads, f.head_dim, T::kRows);
   scratch.dB = take_sums(f.b_groups, f.state_dim, T::kColumns);
   scratch.dC = take_sums(f.c_groups, f.state_dim, T::kColumns);

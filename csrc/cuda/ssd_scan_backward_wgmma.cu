@@ -1,11 +1,14 @@
-// ssd_scan_backward.cu's derivative on Hopper, of 64 columns of B and C: the same chunks, runs and
-// equations, by warpgroups whose tensor cores read shared memory by themselves (wgmma.cuh).
+// ssd_scan_backward.cu's derivative on Hopper, of 64 or 128 columns of B and C: the same chunks,
+// runs and equations, by warpgroups whose tensor cores read shared memory by themselves
+// (wgmma.cuh).
 //
-// A walk, a head's run of a sequence, has a warpgroup that multiplies and two warps that copy; a
-// block has two walks, which share nothing but the tensor cores and fill each other's gaps. States
-// are transposed, (state_dim, head_dim): their rows are the four warps', and head_dim may be what
-// it is. Of a chunk on the way back, where the products of a line are under way while the next line
-// is computed:
+// A walk, a head's run of a sequence, has a warpgroup that multiplies for every 64 columns of B and
+// C, and a block two such warpgroups and four warps that copy. Two walks of a block share nothing
+// but the tensor cores and fill each other's gaps. Two warpgroups of a walk have half of the
+// columns of dC, dB and dX and of a state's rows each; both find all scores, and one of them leaves
+// them. States are transposed, (state_dim, head_dim): their rows are the warps', and head_dim may
+// be what it is. Of a chunk on the way back, where the products of a line are under way while the
+// next line is computed:
 //   dS, in the data's type, to shared memory                                          -- all meet
 //   C B^T, dY X^T; dY S^T         S . dS, for d log_decay
 //   X dS^T                        (C B^T * L) and (dY U^T * L), to shared memory, too; what passes
@@ -17,7 +20,8 @@
 //   the next chunk's              dB and dX out
 // D dY is added to dX as D on the diagonal of the scores where there is no scale. What is written
 // goes through dS's place, which nobody reads after the second meeting, so that lanes write 16
-// bytes and eight of them a row.
+// bytes and eight of them a row. Where every second state is kept, the one after it is computed
+// from it once more, with the x and B of the chunk before, which are there already.
 //
 // Token i sees the tokens up to i alone. So that all warps have as much to weigh, warp r has the
 // rows of the r-th eight tokens and of the r-th last: C and dY lie in that order.
@@ -26,38 +30,51 @@
 // column left of them, and what passes within eight; the second copying warp adds these up when the
 // chunk has been left: a lane two tokens, a prefix sum over the lanes for every eight rows.
 //
-//   P            64    96    128
-//   places        2     1      1    of a chunk on the way back; two of x and B on the way forwards
-//   shared, kB  226   211    211    one block a multiprocessor
-//   registers   216   216    224    of the threads that multiply
+//   P, N                   64, 64   96, 64   128, 64   64, 128   128, 128
+//   walks                     2        2         2         1          1     of a block
+//   places of x, B, C, dY     2        1         1         2          2     on the way back
+//   places of S               2        1         1         2          1
+//   shared, kB              226      210       210       171        219     one block an SM
+//   registers               216      216       224       216        224     to multiply
 //
-// Where a chunk has one place, x, B and the state before it are free at the second meeting, and
-// asked for again while dB, dX and dS are computed.
+// x, B and S are free at the second meeting, C and dY at a chunk's end, and asked for again then.
 //
 // H200, bfloat16, us; in brackets by ssd_scan_backward.cu:
-//   Llamba-1B 8 x 4096    430  (681)     Llamba-3B 8 x 4096 (P 96)     530 (1037)
-//             64 x 512    441  (685)               1 x 4096           366  (790)
-//             1 x 2048    129  (226)     Llamba-8B 8 x 4096 (P 128)    756 (1169)
-//             1 x 32768   630  (876)     32 heads of 64 x 64, x and B of 8 heads
-//                                                  8 x 4096           508  (802)
-//                                                  1 x 32768          686 (1002)
+//   Llamba-1B 8 x 4096    431  (681)     Llamba-3B 8 x 4096 (P 96)     546 (1037)
+//             64 x 512    444  (685)               1 x 4096           374  (790)
+//             1 x 2048    137  (226)     Llamba-8B 8 x 4096 (P 128)    707 (1169)
+//             1 x 32768   627  (876)     24 heads of 128 x 128        1080 (1624)
+//   32 heads of 64 x 64, x and B         x and B of 8 of them         1302 (2071)
+//     of 8 heads, 8 x 4096   527  (802)              1 x 4096          661 (1032)
+//             1 x 32768      741 (1002)  80 heads of 64 x 128, one group
+//                                                    8 x 4096         3095 (4449)
+//                                                    64 x 512         4310 (4507)
 // Bytes that move for a chunk and head of 64 x 64: 24 kB forwards, 40 kB in and 24 kB out on the
-// way back, so that Llamba-1B's 8 x 4096 has 1.44 GB and can take no less than 343 us. A chunk
-// takes 7,200 instructions of the warps that multiply where ssd_scan_backward.cu's takes 16,500,
-// and 1,400 to copy and to add up.
+// way back, so that Llamba-1B's 8 x 4096 has 1.44 GB and can take no less than 343 us; of 128 x 128
+// 208 kB, 610 us. A chunk takes 7,200 instructions of the warps that multiply where
+// ssd_scan_backward.cu's takes 16,500, and 1,400 to copy and to add up.
 //
 // What it gave, Llamba-1B and 3B 8 x 4096: products by warpgroups, 681 to 530, 1037 to 791; rows
 // written whole, no scale read where there is none, halves of 16-bit pairs by a mask, x and B asked
-// for at the second meeting: 466, 569; registers for the warps that copy, which had to wait for
-// spilled ones behind their copies: 427, 534. Where heads share x and B: one step for both sums,
-// 558 to 508. What did not: the copy engine, as in ssd_scan_wgmma.cu (432; it brings whole panels
-// of 96 columns, and C and dY eight rows at a time: 732).
+// for at the second meeting: 466, 569; registers for the warps that copy: 427, 534. Where heads
+// share x and B: one step for both sums, 558 to 508. 128 x 128: a place of its own for S, asked for
+// first, 1370 to 1280; no spilled registers where copies are asked for, 1320 to 1076. These come
+// back behind the copies under way, which keeps the next ones waiting: so what is the same for all
+// chunks stays in shared memory, addresses are worked out anew, and scalars come last. One group:
+// as many places for sums as heads are behind each other, 6730 to 3100.
 //
-// A profile of the version of 466 us (8,300 instructions): 36 % of issue slots, the warps that
-// multiply waited a fifth of their time for copies, a quarter for shared memory. What is left of
-// the 343 us that bytes take is their chain of products and sums, two walks a multiprocessor. Next:
-// the tiles of 128 columns of B and C, whose states are kept in rows of two chunks where x and B
-// are shared.
+// What did not: the copy engine, as in ssd_scan_wgmma.cu (432; it brings whole panels of 96
+// columns, and C and dY eight rows at a time: 732). The four rows of a lane read before they are
+// written, 16 bytes each: 430 to 510, 588 to 700. The state on its way to memory under the next
+// chunk's products: nothing.
+//
+// What limits, 64 x 64: of the 343 us that bytes take the rest is the chain of products and sums,
+// two walks a multiprocessor; 36 % of issue slots. 128 x 128: one walk a multiprocessor, whose two
+// warpgroups wait for each other; of 19,500 cycles a chunk 4,500 are forwards, 3,300 what passes
+// between tokens, which both compute, and 5,700 what follows the second meeting. One group: a head
+// is 2.8 us behind the one before it, 80 of them 220, and half of a chunk's time is waiting for
+// sums and reading them. Next: a group's sums in two levels, ten heads after each other and then
+// the tens.
 #include <algorithm>
 #include <type_traits>
 
@@ -78,31 +95,41 @@
 namespace reasoners {
 namespace {
 
-constexpr int kState = 64;               // state_dim
-constexpr int kGroup = 128, kWalks = 2;  // threads of a warpgroup; walks of a block
-constexpr int kThreads = kGroup * (1 + kWalks), kWarps = kGroup / 32;
-constexpr int kCopiers = kGroup / kWalks;  // threads
-constexpr int kEights = kChunk / 8;
-// Where a chunk has one place its inputs come in two parts: x, B and the state before it, and C and
-// dy, which are needed longer.
-constexpr int kEarly = 0, kLate = 1;
+constexpr int kGroup = 128, kGroups = 2;  // threads of a warpgroup, warpgroups that multiply
+constexpr int kThreads = kGroup * (1 + kGroups), kWarps = kGroup / 32;
+constexpr int kEights = kChunk / 8, kPanel = 64;  // columns
 
 // What passes between the tokens of a chunk, for d log_decay.
+template <int kParts>
 struct alignas(16) Passed {
   // Sums over the rows of the r-th eight tokens, left of those; and what passes from before token i
   // to those of its eight from i on.
   float columns[kEights][kChunk], diagonal[kChunk];
-  // What the state before gives to a token, a token to the state after; dscale.
-  float received[kChunk], given[kChunk], dscale[kChunk];
-  float inner[kWarps];  // products of state and dstate
+  // What the state before gives to a token, a token to the state after; dscale. By the warpgroups
+  // of a walk.
+  float received[kParts][kChunk], given[kParts][kChunk], dscale[kParts][kChunk];
+  float inner[kParts][kWarps];  // products of state and dstate
 };
 
-// d log_decay of tokens 2 lane and 2 lane + 1, by a warp.
-__device__ inline float2 sum_passed(const Passed& passed) {
+// Of tokens 2 lane and 2 lane + 1; and summed over the warpgroups.
+__device__ inline float2 of_lane(const float* values) {
+  return *reinterpret_cast<const float2*>(values + 2 * (threadIdx.x % 32));
+}
+template <int kParts>
+__device__ float2 sum_parts(const float (&values)[kParts][kChunk]) {
+  float2 sum = of_lane(values[0]);
+#pragma unroll
+  for (int w = 1; w < kParts; ++w) {
+    const float2 more = of_lane(values[w]);
+    sum = {sum.x + more.x, sum.y + more.y};
+  }
+  return sum;
+}
+
+// d log_decay of these tokens, by a warp.
+template <int kParts>
+__device__ float2 sum_passed(const Passed<kParts>& passed) {
   const int lane = threadIdx.x % 32;
-  const auto two_of = [&](const float* values) {
-    return *reinterpret_cast<const float2*>(values + 2 * lane);
-  };
   const auto sum_before = [&](float v) {  // of the lanes
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -113,10 +140,10 @@ __device__ inline float2 sum_passed(const Passed& passed) {
     return lane > 0 ? v : 0.f;
   };
   const int eight = lane / 4;
-  float2 sum = two_of(passed.diagonal);
+  float2 sum = of_lane(passed.diagonal);
 #pragma unroll
   for (int later = 1; later < kEights; ++later) {
-    float2 from = two_of(passed.columns[later]);
+    float2 from = of_lane(passed.columns[later]);
     if (eight >= later) from = {0.f, 0.f};
     const float before = sum_before(from.x + from.y);
     if (eight < later) {
@@ -124,7 +151,7 @@ __device__ inline float2 sum_passed(const Passed& passed) {
       sum.y += before + from.x;
     }
   }
-  const float2 given = two_of(passed.given), received = two_of(passed.received);
+  const float2 given = sum_parts(passed.given), received = sum_parts(passed.received);
   const float before = sum_before(given.x + given.y);
   sum.x += before;
   sum.y += before + given.x;
@@ -136,7 +163,11 @@ __device__ inline float2 sum_passed(const Passed& passed) {
   }
   after = __shfl_down_sync(~0u, after, 1);
   if (lane == 31) after = 0.f;
-  const float inner = passed.inner[0] + passed.inner[1] + passed.inner[2] + passed.inner[3];
+  float inner = 0.f;
+#pragma unroll
+  for (int w = 0; w < kParts; ++w)
+#pragma unroll
+    for (int r = 0; r < kWarps; ++r) inner += passed.inner[w][r];
   sum.x += after + received.y + received.x + inner;
   sum.y += after + received.y + inner;
   return sum;
@@ -146,12 +177,13 @@ __device__ inline float2 sum_passed(const Passed& passed) {
 // shared memory and the latter as the factor of a product, too, leaves what passes between tokens,
 // and adds a thread's part of dD. Of the rows of one half all see a tile where the half's last tile
 // is a later one; half of it where it is the last. Without a scale D is added to the diagonal.
-template <bool kScales, typename data_t>
-__device__ void weigh_scores(const float (&scores)[8][4], const float (&dscores)[8][4],
-                             const Scalars& scalars, float skip,
-                             const Panels<data_t, kChunk, kChunk>& to,
-                             const Panels<data_t, kChunk, kChunk>& dto,
-                             uint32_t (&seen)[kBlocks][4], Passed& passed, float& dD, int r) {
+// Where several warpgroups of a walk have all of it, one `leaves` what is for all.
+template <bool kScales, typename data_t, int kParts>
+__device__ void weigh_scores(
+    const float2 (&c_from)[kEights], const float2 (&scale_from)[kScales ? kEights : 1],
+    const float (&scores)[8][4], const float (&dscores)[8][4], const Scalars& scalars, float skip,
+    const Panels<data_t, kChunk, kChunk>& to, const Panels<data_t, kChunk, kChunk>& dto,
+    uint32_t (&seen)[kBlocks][4], Passed<kParts>& passed, float& dD, int r, bool leaves) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const auto two_of = [&](const float* values) {
     return *reinterpret_cast<const float2*>(values + 2 * q);
@@ -170,14 +202,14 @@ __device__ void weigh_scores(const float (&scores)[8][4], const float (&dscores)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int tile = 2 * k + e;
-      const float2 c_from = two_of(&scalars.c[8 * tile]),
-                   scale_of = kScales ? two_of(&scalars.scale[8 * tile]) : float2{};
+      const float2 scale_of = kScales ? scale_from[tile] : float2{};
       const auto put = [&](int half, float2 score, float2 dscore) {
         of_scores[2 * e + half] = pack<data_t>(score.x, score.y);
         seen[k][2 * e + half] = pack<data_t>(dscore.x, dscore.y);
       };
       const auto weigh = [&](int half, bool is_last) {
-        float2 decay{exp2_fast(c_of[half] - c_from.x), exp2_fast(c_of[half] - c_from.y)};
+        float2 decay{exp2_fast(c_of[half] - c_from[tile].x),
+                     exp2_fast(c_of[half] - c_from[tile].y)};
         float2 score{scores[tile][2 * half], scores[tile][2 * half + 1]},
             dscore{dscores[tile][2 * half], dscores[tile][2 * half + 1]};
         if (is_last) {
@@ -226,9 +258,11 @@ __device__ void weigh_scores(const float (&scores)[8][4], const float (&dscores)
           put(1, {}, {});
       }
     }
+    if (!leaves) continue;
     store_matrices(row ^ 32 * k, of_scores[0], of_scores[1], of_scores[2], of_scores[3]);
     store_matrices(drow ^ 32 * k, seen[k][0], seen[k][1], seen[k][2], seen[k][3]);
   }
+  if (!leaves) return;
 
   // The sums over eight rows of the tiles left of theirs: a lane gets two of a tile.
   using Sum = RowSums<StateRow<4 * 4, 4>, 16>;
@@ -265,37 +299,60 @@ __device__ void weigh_scores(const float (&scores)[8][4], const float (&dscores)
   if (!(lane & 4)) passed.diagonal[8 * (upper ? 7 - r : r) + 2 * q + odd] = one;
 }
 
-template <typename data, int columns>
+// A walk has a warpgroup for every 64 columns of B and C.
+template <typename data, int columns, int state_columns>
 struct Tile {
   using data_t = data;
-  static constexpr int kP = columns, kTiles = kP / 8, kWidth = (kP + 63) / 64 * 64;
-  static constexpr int kStages = kWidth == 64 ? 2 : 1;  // chunks on the way back
+  static constexpr int kP = columns, kN = state_columns;
+  static constexpr int kParts = kN / kPanel, kWalks = kGroups / kParts;
+  static constexpr int kCopiers = kGroup / kWalks;                    // threads of a walk
+  static constexpr int kWidth = (kP + kPanel - 1) / kPanel * kPanel;  // whole panels of x
+  // Tiles of 8 columns of a state, and of those of dX that are a warpgroup's own.
+  static constexpr int kTiles = kP / 8, kOwnTiles = kTiles / kParts;
+  // Chunks on the way back, whose inputs come in three parts: x and B, the state before the chunk,
+  // and, which are needed longer, C and dy.
+  static constexpr int kStatePlaces = kWidth > kPanel ? 1 : 2,
+                       kPlaces = kParts == 1 ? kStatePlaces : 2;
   // Registers of the threads that copy and of those that multiply, of 168 at the start.
   static constexpr int kCopierRegisters = kP <= 96 ? 72 : 56,
                        kWalkerRegisters = kP <= 96 ? 216 : 224;
   using Rows = Panels<data_t, kChunk, kWidth>;
-  using States = Panels<data_t, kState, kWidth>;
-  struct Inputs {
-    Rows x, dy;
-    Panels<data_t, kChunk, kState> b, c;
-    States state;  // before the chunk
+  using StateRows = Panels<data_t, kChunk, kN>;
+  using States = Panels<data_t, kN, kWidth>;
+  struct Early {
+    Rows x;
+    StateRows b;
+  };
+  struct Late {
+    Rows dy;
+    StateRows c;
   };
   struct Shared {
-    Inputs inputs[kStages];
-    States dstate;
+    Early early[kPlaces];
+    Late late[kPlaces];
+    States state[kStatePlaces], dstate;
     Panels<data_t, kChunk, kChunk> scores, dscores;  // C B^T * L, dY U^T * L
     Scalars scalars[2];
-    Passed passed[2];
+    Passed<kParts> passed[2];
     Run run;
-    Passing passing[3];  // of dC, dB and dx
+    int chunks;                        // of the run
+    int x_column, b_column, c_column;  // where the first columns are that the head has
+    Passing passing[3];                // of dC, dB and dx
     float sums[kWarps];
     int drawn;
-    // Of the way forwards and the way back.
-    uint64_t full[2][2], free[2][2];
+    uint64_t full[4][2], free[4][2];  // by Way
   };
   static constexpr int kBytes = kWalks * sizeof(Shared);
   static_assert(kBytes <= 232448);
 };
+enum Way { kForwards, kEarly, kState, kLate };
+
+// 64 columns of a matrix, as a matrix.
+template <typename data_t, int kRows, int kColumns>
+__device__ auto& panel_of(Panels<data_t, kRows, kColumns>& m, int panel) {
+  return *reinterpret_cast<Panels<data_t, kRows, kPanel>*>(reinterpret_cast<char*>(&m) +
+                                                           panel * m.kPanel);
+}
 
 // kScales: there is a scale.
 template <typename T, Sums kSums, bool kScales>
@@ -304,7 +361,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                                    const int walks, const bool spread) {
 #ifdef REASONERS_WGMMA
   using data_t = typename T::data_t;
-  constexpr int kP = T::kP, kTiles = T::kTiles, kStages = T::kStages;
+  constexpr int kP = T::kP, kN = T::kN, kTiles = T::kTiles, kParts = T::kParts, kWidth = T::kWidth;
+  constexpr int kWalks = T::kWalks, kCopiers = T::kCopiers, kWalkWarps = kWarps * kParts;
+  constexpr int kPlaces = T::kPlaces, kStatePlaces = T::kStatePlaces;
   extern __shared__ __align__(1024) char shared_memory[];
   let_next_start();
   wait_for_inputs();
@@ -312,7 +371,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = same_in_warp(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32;
   const bool copies = warp < kWarps;
-  const int at = copies ? warp / (kCopiers / 32) : warp / kWarps - 1;  // of the block's walks
+  // Of the block's walks, and of the walk's warpgroups.
+  const int at = copies ? warp / (kCopiers / 32) : (warp / kWarps - 1) / kParts;
+  const int w = copies ? 0 : (warp / kWarps - 1) % kParts, r = warp % kWarps;
   auto& shared = reinterpret_cast<typename T::Shared*>(shared_memory)[at];
   // Where all walks run at a time they are spread. Else walks wait for walks before them alone,
   // which have begun: so blocks take their places in the order in which they begin.
@@ -326,18 +387,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     walk = walk_of(same_in_warp(reinterpret_cast<typename T::Shared*>(shared_memory)->drawn));
   }
-  const auto progress_of = [&](int64_t walk, int warp) {
-    return reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 + walk * kWarps + warp;
+  // Of a walk's warp like this one.
+  const auto progress_of = [&](int64_t walk) {
+    return reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 + walk * kWalkWarps +
+           w * kWarps + r;
   };
   if (copies && walk < walks) {
     const Run run(f, scratch, walk);
-    if (threadIdx.x % kCopiers == 0) shared.run = run;
+    if (threadIdx.x % kCopiers == 0) {
+      const auto column_of = [&](int sharing, int width) {
+        return run.head / (f.heads / sharing) * width;
+      };
+      shared.run = run;
+      shared.chunks = run.last_chunk - run.first_chunk;
+      shared.x_column = column_of(f.x_heads, f.head_dim);
+      shared.b_column = column_of(f.b_groups, f.state_dim);
+      shared.c_column = column_of(f.c_groups, f.state_dim);
+    }
   }
   if (copies && threadIdx.x % kCopiers == 0) {
-    for (int way = 0; way < 2; ++way)
-      for (int slot = 0; slot < 2; ++slot) {
-        init_barrier(&shared.full[way][slot], kCopiers + kCopiers / 32);
-        init_barrier(&shared.free[way][slot], kWarps);
+    for (int way = 0; way < 4; ++way)
+      for (int place = 0; place < 2; ++place) {
+        init_barrier(&shared.full[way][place], kCopiers + (way == kState ? 0 : 2));
+        init_barrier(&shared.free[way][place], kWalkWarps);
       }
     if (kSums == Sums::kPassed && walk < walks) {
       if (scratch.dC.count > 1) shared.passing[0] = scratch.dC.passing_of(walk, f.heads);
@@ -347,20 +419,35 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const Run& run = shared.run;
-  const int head = run.head, batch = run.batch, begin = run.begin, length = run.length;
-  const int first_chunk = run.first_chunk, chunks = run.last_chunk - first_chunk;
-  const int r = warp % kWarps;
+  // By reference: read from shared memory where they are needed, as there are few registers.
+  const int &head = run.head, &batch = run.batch, &begin = run.begin, &length = run.length,
+            &first_chunk = run.first_chunk, &chunks = shared.chunks;
   const bool is_empty = walk >= walks || (!run.first && chunks == 0);  // there is no such run
-  const int x_offset = head / (f.heads / f.x_heads) * f.head_dim,
-            b_offset = head / (f.heads / f.b_groups) * f.state_dim,
-            c_offset = head / (f.heads / f.c_groups) * f.state_dim;
+  const int every = kParts > 1 ? scratch.kept.every : 1;
+  const int steps = chunks > 0 ? (chunks - 1) / every * every : 0;  // forwards
   // On the way forwards two chunks of x and B have places, where there is one of the way back those
   // of dy and C, too.
   const auto place_of_x = [&](int n) -> typename T::Rows& {
-    return kStages == 2 ? shared.inputs[n & 1].x : n & 1 ? shared.inputs[0].dy : shared.inputs[0].x;
+    return kPlaces == 2 ? shared.early[n & 1].x : n & 1 ? shared.late[0].dy : shared.early[0].x;
   };
-  const auto place_of_b = [&](int n) -> auto& {
-    return kStages == 2 ? shared.inputs[n & 1].b : n & 1 ? shared.inputs[0].c : shared.inputs[0].b;
+  const auto place_of_b = [&](int n) -> typename T::StateRows& {
+    return kPlaces == 2 ? shared.early[n & 1].b : n & 1 ? shared.late[0].c : shared.early[0].b;
+  };
+  // Where 64 rows and columns of the state before a chunk are kept.
+  struct Kept {
+    data_t* data;
+    int64_t stride;
+  };
+  const auto kept_at = [&](int chunk, int part, int panel) {
+    const KeptStates& kept = scratch.kept;
+    const int block = kParts > 1 ? part : panel;  // of 64 rows there
+    const OwnRows& rows = kept.rows[every == 1 ? block : 0];
+    const int t = (chunk - every) * kChunk + (every == 1 ? 0 : block * kChunk);
+    const bool beside = kParts > 1 && every == 1 && kept.rows[0].data == kept.rows[1].data;
+    const int column = kParts > 1 ? (panel + (beside ? part : 0)) * kPanel : 0;
+    const int64_t token = opaque(batch) * f.length + opaque(begin + t);
+    return Kept{static_cast<data_t*>(rows.data) + (token * f.heads + head) * rows.width + column,
+                int64_t(f.heads) * rows.width};
   };
 
   if (copies) {
@@ -369,42 +456,58 @@ __global__ void __launch_bounds__(kThreads, 1)
     // ---- The warps that copy: the first makes the scalars, the second adds up d log_decay.
     // racecheck follows what they tell if all lanes of a warp arrive, not one for all.
     const int thread = threadIdx.x % kCopiers;
-    const bool is_second = thread >= 32;
+    const bool is_first = thread < 32, is_second = thread / 32 == 1;
+    const auto tell_full = [&](Way way, int place) {
+      __syncwarp();
+      if (lane == 0 && (is_first || is_second)) arrive(&shared.full[way][place]);
+    };
     // Of the tokens from `t` on, of which `left` are there, the columns up to `width`. `place` says
-    // in which row a token's lie.
+    // in which row a token's lie. `wait`, if any, is for the place; addresses are there before.
     const auto copy_rows = [&](auto& to, int columns, const data_t* from, int64_t stride, int width,
-                               int left, auto&& place) {
+                               int left, auto&& place, auto&&... wait) {
       constexpr int kRuns = 8, kStep = kCopiers / kRuns;
-      const int row = thread / kRuns, run = thread % kRuns;
-      const uint32_t target = shared_address(&to) + to.offset(row, run);
+      // Whether registers are too few to keep what all copies need: spilled ones come back behind
+      // the copies under way.
+      constexpr bool kAnew = kWidth > kPanel || kParts > 1;
+      const int run = thread % kRuns;
+      int row = thread / kRuns;
+      if constexpr (kAnew) {
+        row = opaque(row);
+        stride = opaque(stride);
+      }
+      const uint32_t target = shared_address(&to) + to.offset(row % 8, run);
       from += row * stride + run * 8;
+      (wait(), ...);
 #pragma unroll
       for (int panel = 0; panel < int(sizeof(to.at)) / to.kPanel; ++panel) {
-        const int column = panel * 64 + run * 8;
+        const int column = panel * kPanel + run * 8;
         if (column >= columns) continue;
-        const int there = column < width ? left - row : 0;
-        const data_t* at = from + panel * 64;
+        int there = column < width ? left - row : 0;
+        if constexpr (kAnew) there = opaque(there);
+        const data_t* at = from + panel * kPanel;
 #pragma unroll
-        for (int u = 0; u < kChunk / kStep; ++u, at += kStep * stride)
-          copy_async_once(target + panel * to.kPanel + place(u * kStep) * 128, at,
-                          there > u * kStep ? 16 : 0);
+        for (int u = 0; u < kChunk / kStep; ++u, at += kStep * stride) {
+          const int first = kStep == 8 || row < 8 ? place(u * kStep) : place(u * kStep + 8);
+          copy_async_once(target + panel * to.kPanel + first * 128, at, there > u * kStep ? 16 : 0);
+        }
       }
     };
     const auto in_order = [](int i) { return i; };
     const auto copy = [&](auto& to, int columns, const void* data, TokenStrides strides, int offset,
-                          int width, int t, auto&& place) {
+                          int width, int t, auto&&... place) {
       copy_rows(to, columns,
-                static_cast<const data_t*>(data) + int64_t(batch) * strides.batch +
-                    int64_t(begin + t) * strides.token + offset,
-                strides.token, width, length - t, place);
+                static_cast<const data_t*>(data) + opaque(batch) * strides.batch +
+                    opaque(begin + t) * strides.token + opaque(offset),
+                strides.token, width, length - t, place...);
     };
     float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1
     const auto read_scalars = [&](int chunk) {
+      if (!is_first) return;
       const int t = chunk * kChunk + 2 * lane;
       const auto read = [&](float (&to)[2], const float* data, TokenStrides strides,
                             float without) {
         const float* from =
-            data + int64_t(batch) * strides.batch + int64_t(begin + t) * strides.token + head;
+            data + opaque(batch) * strides.batch + opaque(begin + t) * strides.token + head;
         to[0] = t < length ? from[0] : without;
         to[1] = t + 1 < length ? from[strides.token] : without;
       };
@@ -412,30 +515,30 @@ __global__ void __launch_bounds__(kThreads, 1)
       next_scale[0] = next_scale[1] = 1.f;
       if (kScales) read(next_scale, f.scale, f.scale_strides, 1.f);
     };
-    // Forwards, up to the last chunk.
-    const int steps = chunks > 0 ? chunks - 1 : 0;
-    if (!is_second && chunks > 0) read_scalars(first_chunk);
+
+    // Forwards.
+    if (chunks > 0) read_scalars(first_chunk);
 #pragma unroll 1
     for (int n = 0; n < steps; ++n) {
       const int t = (first_chunk + n) * kChunk;
-      if (n >= 2) wait_for(&shared.free[0][n & 1], (n / 2 - 1) & 1);
-      copy(place_of_x(n), kP, f.x, f.x_strides, x_offset, f.head_dim, t, in_order);
-      copy(place_of_b(n), kState, f.B, f.b_strides, b_offset, f.state_dim, t, in_order);
-      arrive_after_copies(&shared.full[0][n & 1]);
-      if (!is_second) put_scalars(shared.scalars[n & 1], next_decay, next_scale);
-      __syncwarp();
-      if (lane == 0) arrive(&shared.full[0][n & 1]);
-      if (!is_second) read_scalars(first_chunk + n + 1);
+      if (n >= 2) wait_for(&shared.free[kForwards][n & 1], (n / 2 - 1) & 1);
+      copy(place_of_x(n), kP, f.x, f.x_strides, shared.x_column, f.head_dim, t, in_order);
+      copy(place_of_b(n), kN, f.B, f.b_strides, shared.b_column, f.state_dim, t, in_order);
+      arrive_after_copies(&shared.full[kForwards][n & 1]);
+      if (is_first) put_scalars(shared.scalars[n & 1], next_decay, next_scale);
+      tell_full(kForwards, n & 1);
+      read_scalars(n + 1 < steps ? first_chunk + n + 1 : run.last_chunk - 1);
     }
-    for (int n = max(steps - 2, 0); n < steps; ++n) wait_for(&shared.free[0][n & 1], n / 2 & 1);
+    if (steps == 0 && chunks > 0) read_scalars(run.last_chunk - 1);
+    for (int n = max(steps - 2, 0); n < steps; ++n)
+      wait_for(&shared.free[kForwards][n & 1], n / 2 & 1);
 
     // d log_decay of a chunk, and dscale, a lane those of two tokens.
     const auto finish = [&](int n) {
-      wait_for(&shared.free[1][kStages == 1 ? kLate : n % 2], n / kStages & 1);
-      const Passed& passed = shared.passed[n & 1];
+      wait_for(&shared.free[kLate][n % kPlaces], n / kPlaces & 1);
+      const auto& passed = shared.passed[n & 1];
       const float2 sum = sum_passed(passed);
-      const float2 dscale =
-          kScales ? reinterpret_cast<const float2*>(passed.dscale)[lane] : float2{};
+      const float2 dscale = kScales ? sum_parts(passed.dscale) : float2{};
       const int t = (run.last_chunk - 1 - n) * kChunk + 2 * lane;
       const int64_t at = (int64_t(batch) * f.length + begin + t) * f.heads + head;
       if (t < length) {
@@ -450,48 +553,66 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 
     // Backwards.
-#pragma unroll 1
-    for (int n = 0; n < chunks; ++n) {
-      const int stage = n % kStages, chunk = run.last_chunk - 1 - n, t = chunk * kChunk;
-      const int early = kStages == 1 ? kEarly : stage, late = kStages == 1 ? kLate : stage;
-      auto& to = shared.inputs[stage];
-      if (n >= kStages) wait_for(&shared.free[1][early], (n / kStages - 1) & 1);
-      copy(to.b, kState, f.B, f.b_strides, b_offset, f.state_dim, t, in_order);
-      copy(to.x, kP, f.x, f.x_strides, x_offset, f.head_dim, t, in_order);
-      if (chunk > first_chunk) {
-        const int64_t token = int64_t(batch) * f.length + begin + t - kChunk;
+    const auto wait_for_place = [&](Way way, int n, int places) {
+      return [=, &shared] {
+        if (n >= places) wait_for(&shared.free[way][n % places], (n / places - 1) & 1);
+      };
+    };
+    const auto request_early = [&](int n) {
+      const int t = (run.last_chunk - 1 - n) * kChunk;
+      auto& to = shared.early[n % kPlaces];
+      copy(to.b, kN, f.B, f.b_strides, shared.b_column, f.state_dim, t, in_order,
+           wait_for_place(kEarly, n, kPlaces));
+      copy(to.x, kP, f.x, f.x_strides, shared.x_column, f.head_dim, t, in_order);
+      arrive_after_copies(&shared.full[kEarly][n % kPlaces]);
+    };
+    // The last one that is kept before the chunk or at it.
+    const auto request_state = [&](int n) {
+      const int chunk = (run.last_chunk - 1 - n - first_chunk) / every * every + first_chunk;
+      wait_for_place(kState, n, kStatePlaces)();
+      if (chunk > first_chunk)
 #pragma unroll
-        for (int panel = 0; panel < T::kWidth / 64; ++panel) {
-          const OwnRows& rows = scratch.kept.rows[panel];
-          auto& half = *reinterpret_cast<Panels<data_t, kState, 64>*>(
-              reinterpret_cast<char*>(&to.state) + panel * to.state.kPanel);
-          copy_rows(half, kP - panel * 64,
-                    static_cast<const data_t*>(rows.data) + (token * f.heads + head) * kState,
-                    int64_t(f.heads) * kState, f.head_dim - panel * 64, kChunk, in_order);
-        }
-      }
-      if (kStages == 1) {
-        arrive_after_copies(&shared.full[1][early]);
-        if (n >= 1) wait_for(&shared.free[1][late], (n - 1) & 1);
-      }
-      copy(to.c, kState, f.C, f.c_strides, c_offset, f.state_dim, t, row_of);
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int panel = 0; panel < kWidth / kPanel; ++panel) {
+            const Kept kept = kept_at(chunk, part, panel);
+            auto& rows = *reinterpret_cast<Panels<data_t, kPanel, kPanel>*>(
+                reinterpret_cast<char*>(&panel_of(shared.state[n % kStatePlaces], panel)) +
+                part * kPanel * 128);
+            copy_rows(rows, kP - panel * kPanel, kept.data, kept.stride,
+                      f.head_dim - panel * kPanel, kChunk, in_order);
+          }
+      arrive_after_copies(&shared.full[kState][n % kStatePlaces]);
+    };
+    const auto request_late = [&](int n) {
+      const int chunk = run.last_chunk - 1 - n, t = chunk * kChunk, place = n % kPlaces;
+      auto& to = shared.late[place];
+      copy(to.c, kN, f.C, f.c_strides, shared.c_column, f.state_dim, t, row_of,
+           wait_for_place(kLate, n, kPlaces));
       copy(to.dy, kP, p.dy, p.dy_strides, head * f.head_dim, f.head_dim, t, row_of);
-      arrive_after_copies(&shared.full[1][late]);
-      if (!is_second)
-        put_scalars(shared.scalars[n & 1], next_decay, next_scale);
-      else if (kStages == 2 && n >= 2)
-        finish(n - 2);
-      __syncwarp();
-      if (lane == 0) {
-        arrive(&shared.full[1][early]);
-        if (kStages == 1) arrive(&shared.full[1][late]);
-      }
-      if (!is_second && n + 1 < chunks) read_scalars(chunk - 1);
-      if (kStages == 1 && is_second && n >= 1) finish(n - 1);
+      arrive_after_copies(&shared.full[kLate][place]);
+      if (is_first) put_scalars(shared.scalars[n & 1], next_decay, next_scale);
+      tell_full(kEarly, place);
+      if (n + 1 < chunks) read_scalars(chunk - 1);
+      // What `passed` had is to be read before it is written anew.
+      if (kPlaces == 2 && is_second && n >= 2) finish(n - 2);
+      tell_full(kLate, place);
+      if (kPlaces == 1 && is_second && n >= 1) finish(n - 1);
+    };
+    // In the order in which places become free, first what is needed first.
+#pragma unroll 1
+    for (int n = -2; n < chunks; ++n) {
+      const auto request = [&](int n, auto&& part) {
+        if (n >= 0 && n < chunks) part(n);
+      };
+      if (kPlaces == 2) request(n + kStatePlaces, request_state);
+      request(n + kPlaces, request_early);
+      if (kPlaces == 1) request(n + kStatePlaces, request_state);
+      request(n + kPlaces, request_late);
     }
     if (is_second)
 #pragma unroll 1
-      for (int n = max(chunks - kStages, 0); n < chunks; ++n) finish(n);
+      for (int n = max(chunks - kPlaces, 0); n < chunks; ++n) finish(n);
     wait_copies();
     return;
   }
@@ -500,23 +621,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_registers<T::kWalkerRegisters>();
   if (is_empty) {
     if (walk >= walks) return;
-    if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk, r), kDone);
-    if (p.dD && threadIdx.x % kGroup == 0) p.scratch[scratch.dD + walk] = 0.f;
+    if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk), kDone);
+    if (p.dD && w == 0 && r == 0 && lane == 0) p.scratch[scratch.dD + walk] = 0.f;
     return;
   }
   const int g = lane / 4, q = lane % 4;
   const float skip = f.D ? f.D[head] : 0.f;
-  const auto meet = [&] { wait_at<kGroup>(1 + at); };
+  const auto meet = [&] { wait_at<kGroup * kParts>(1 + at); };
+  const int n_part = w * kPanel, own_panel = kP > kPanel ? w : 0,
+            p_part = w * (kP / kParts);  // the first of its columns of B, panel and column of dX
   using State = float[kTiles][4];
   // visit(value, offset) of what a thread has of a state tensor, (head_dim, state_dim).
   const auto each_value = [&](State& state, auto&& visit) {
-    const int row = 16 * r + g;
+    const int row = n_part + 16 * r + g;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         const int column = 8 * m + 2 * q + v % 2;
-        visit(state[m][v], column < f.head_dim ? column * kState + row + v / 2 * 8 : -1);
+        visit(state[m][v], column < f.head_dim ? column * kN + row + v / 2 * 8 : -1);
       }
   };
   const auto read_state = [&](const float* data, State& to) {
@@ -525,9 +648,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     });
   };
   const auto at_border = [&](int64_t states, int border) {
-    return p.scratch + states + int64_t(border) * f.head_dim * kState;
+    return p.scratch + states + int64_t(border) * f.head_dim * kN;
   };
-  const int64_t home = (int64_t(run.index) * f.heads + head) * f.head_dim * kState;
+  const int64_t home = (int64_t(run.index) * f.heads + head) * f.head_dim * kN;
   const auto begin_of_run = [&]() -> const float* {
     if (!run.first) return at_border(scratch.border_states, run.border - f.heads);
     return f.initial_state ? f.initial_state + home : nullptr;
@@ -539,15 +662,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     else
       return d[n][half];
   };
+  // The warp's own rows of a state.
+  const int own_row = n_part + 16 * r + lane % 16;
   const auto put_rows = [&](const auto& to, const auto& d) {
-    store_rows<sizeof(d) / sizeof(d[0])>(to, 16 * r,
+    store_rows<sizeof(d) / sizeof(d[0])>(to, n_part + 16 * r,
                                          [&](int n, int half) { return pair_of(d, n, half); });
   };
-  // The same to global memory, by rows of shared memory that nobody else reads then, so that lanes
-  // write 16 bytes, and eight of them a row. Of the rows the first eight go to those from `first`
-  // on of `to(panel)`, the others to those from `second` on, as far as there are `count`.
-  const auto write_rows = [&](const auto& by, const auto& d, auto&& to, int64_t stride, int width,
-                              int first, int second, int count) {
+  // Rows of a panel or two to global memory, by the warp's rows of dstate, which nobody else reads
+  // then, so that lanes write 16 bytes, and eight of them a row. Of the rows the first eight go to
+  // those from `first` on of `to(panel)`, the others to those from `second` on, as far as there are
+  // `count`; of columns there are `width`.
+  const auto write_rows = [&](const auto& d, auto&& to, int64_t stride, int width, int first,
+                              int second, int count) {
+    const auto& by = shared.dstate;
     __syncwarp();
     put_rows(by, d);
     __syncwarp();
@@ -555,25 +682,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     constexpr int kCount = sizeof(d) / sizeof(d[0]);
 #pragma unroll
     for (int panel = 0; panel < (kCount + 7) / 8; ++panel) {
-      if (panel * 64 + run * 8 >= width) continue;
+      if (panel * kPanel + run * 8 >= min(width, kCount * 8)) continue;
       data_t* target = to(panel) + run * 8;
 #pragma unroll
       for (int u = 0; u < 16; u += 4) {
         const int i = (u < 8 ? first + u : second + u - 8) + row;
         if (i < count)
-          *reinterpret_cast<uint4*>(target + i * stride) =
-              *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(&by) +
-                                              by.offset(16 * r + u + row, run) + panel * by.kPanel);
+          *reinterpret_cast<uint4*>(target + i * stride) = *reinterpret_cast<const uint4*>(
+              reinterpret_cast<const char*>(&by) + by.offset(n_part + 16 * r + u + row, run) +
+              panel * by.kPanel);
       }
     }
   };
   // visit(tile, half, pair) of 16 rows of a matrix, of which each lane names one, twice over.
-  const auto each_pair = [&](const auto& from, int row_of_lane, auto tiles, auto&& visit) {
+  const auto each_pair = [&](const auto& from, int row_of_lane, int first, auto tiles,
+                             auto&& visit) {
     const uint32_t row = shared_address(&from) + from.offset(row_of_lane, lane / 16);
 #pragma unroll
     for (int n = 0; n < tiles; n += 2) {
       uint32_t pairs[4];
-      load_matrices(pairs, (row ^ n % 8 * 16) + n / 8 * from.kPanel);
+      const int at = first + n;  // a tile
+      load_matrices(pairs, (row ^ at % 8 * 16) + at / 8 * from.kPanel);
 #pragma unroll
       for (int e = 0; e < 2; ++e)
 #pragma unroll
@@ -581,43 +710,53 @@ __global__ void __launch_bounds__(kThreads, 1)
           visit(n + e, half, unpack<data_t>(pairs[2 * e + half]));
     }
   };
-  constexpr std::integral_constant<int, kState / 8> kStateTiles{};
-  constexpr std::integral_constant<int, kTiles> kRowTiles{};
-  const int own_row = 16 * r + lane % 16;
-  // Forwards over all chunks but the last, leaving the states between them.
+  constexpr std::integral_constant<int, kPanel / 8> kPanelTiles{};
+  constexpr std::integral_constant<int, kTiles> kAllTiles{};
+  constexpr std::integral_constant<int, T::kOwnTiles> kOwnTiles{};
+  const int chunk_row = 16 * r + lane % 16;  // one of the warp's 16 tokens
+  // A state's rows that are the warpgroup's, as the columns of a product's B; and of a matrix those
+  // columns that are its own of dX, as a tall one's.
+  const auto own_rows_of = [&](const typename T::States& states) {
+    return describe(states) + n_part * 128 / 16;
+  };
+  const auto own_columns_of = [&](auto& m) {
+    return describe_tall(m) + (own_panel * m.kPanel + (p_part - own_panel * kPanel) * 2) / 16;
+  };
+  // state = whole state + (gain B)^T x, of the warpgroup's columns of B.
+  const auto advance = [&](State& state, const Scalars& scalars, const typename T::Rows& x,
+                           const typename T::StateRows& b) {
+    uint32_t gained[kBlocks][4];
+    load_weighed(gained, b, n_part + 16 * r, [&](int row) { return &scalars.gain[row]; });
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int v = 0; v < 4; ++v) state[m][v] *= scalars.whole;
+    settle(state);
+    settle(gained);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k)
+      multiply_tall<data_t>(state, gained[k], describe_tall(x) + tall_step(k));
+    commit_products();
+    wait_for_products<0>();
+    settle(state);
+  };
+
+  // Forwards over all chunks but the last one or two, leaving the states between them.
   {
     State state;
     read_state(begin_of_run(), state);
 #pragma unroll 1
-    for (int n = 0; n + 1 < chunks; ++n) {
-      const Scalars& scalars = shared.scalars[n & 1];
-      wait_for(&shared.full[0][n & 1], n / 2 & 1);
+    for (int n = 0; n < steps; ++n) {
+      wait_for(&shared.full[kForwards][n & 1], n / 2 & 1);
       show_to_copies();
-      uint32_t gained[kBlocks][4];
-      load_weighed(gained, place_of_b(n), 16 * r, [&](int row) { return &scalars.gain[row]; });
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-        for (int v = 0; v < 4; ++v) state[m][v] *= scalars.whole;
-      const uint64_t x = describe_tall(place_of_x(n));
-      settle(state);
-      settle(gained);
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < kBlocks; ++k) multiply_tall<data_t>(state, gained[k], x + tall_step(k));
-      commit_products();
-      wait_for_products<0>();
-      settle(state);
-      const int64_t token = int64_t(batch) * f.length + begin + (first_chunk + n) * kChunk;
-      write_rows(
-          shared.dstate, state,
-          [&](int panel) {
-            return static_cast<data_t*>(scratch.kept.rows[panel].data) +
-                   (token * f.heads + head) * kState;
-          },
-          int64_t(f.heads) * kState, f.head_dim, 16 * r, 16 * r + 8, kChunk);
+      advance(state, shared.scalars[n & 1], place_of_x(n), place_of_b(n));
+      if ((n + 1) % every == 0)
+        write_rows(
+            state, [&](int panel) { return kept_at(first_chunk + n + 1, w, panel).data; },
+            kept_at(first_chunk + n + 1, w, 0).stride, f.head_dim, 16 * r, 16 * r + 8, kChunk);
       __syncwarp();
-      if (lane == 0) arrive(&shared.free[0][n & 1]);
+      if (lane == 0) arrive(&shared.free[kForwards][n & 1]);
     }
   }
 
@@ -626,6 +765,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   read_state(run.last_chunk < run.chunks ? at_border(scratch.border_dstates, run.border)
                                          : p.dfinal_state + home,
              dstate);
+  constexpr int kThreadsHere = kGroup * kParts;
   constexpr int kSteps = 2;  // of a chunk, in which sums are passed
   // Whether no later head has a part in a gradient.
   const auto is_last = [&](const PassedGradient& gradient, int which) {
@@ -633,55 +773,62 @@ __global__ void __launch_bounds__(kThreads, 1)
            shared.passing[which].member + 1 == gradient.count;
   };
   float dD = 0.f;
-  constexpr bool kAhead = kP == 64;  // whether there are registers for the state's part of dC
+  // Whether there are registers for the state's part of dC.
+  constexpr bool kAhead = kP == 64 && kParts == 1;
   const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of C and dy
 #pragma unroll 1
   for (int n = 0; n < chunks; ++n) {
-    const int stage = n % kStages, chunk = run.last_chunk - 1 - n, t = chunk * kChunk;
-    auto& in = shared.inputs[stage];
+    const int chunk = run.last_chunk - 1 - n, t = chunk * kChunk;
+    const int place = n % kPlaces, state_place = n % kStatePlaces;
+    auto& early = shared.early[place];
+    auto& late = shared.late[place];
+    auto& before = shared.state[state_place];
     const Scalars& scalars = shared.scalars[n & 1];
-    Passed& passed = shared.passed[n & 1];
+    auto& passed = shared.passed[n & 1];
     const int count = min(kChunk, length - t);
+    // The columns from `column` on of a head's.
     const auto write_gradient = [&](const auto& d, const PartedGradient& gradient, void* sum,
-                                    int offset, int first, int second) {
+                                    int offset, int column, int first, int second) {
       const int64_t token = int64_t(batch) * f.length + begin + t;
       const int64_t stride = gradient.groups * gradient.width;
       write_rows(
-          shared.dstate, d,
+          d,
           [&](int panel) {
-            return static_cast<data_t*>(sum) + token * stride + offset + panel * 64;
+            return static_cast<data_t*>(sum) + token * stride + offset + column + panel * kPanel;
           },
-          stride, gradient.width, first, second, count);
+          stride, gradient.width - column, first, second, count);
     };
     // Gradients that heads share are added up: the sums of the heads so far pass from block to
     // block, warp to warp and thread to thread, those of dC in the first step of a chunk and the
     // others' in the second. A head waits, adds, leaves what it has, and tells; the last one writes
     // the gradient instead of leaving it.
-    uint32_t* progress = progress_of(walk, r);
+    uint32_t* progress = progress_of(walk);
     const auto is_shared = [&](const PassedGradient& gradient) {
       return kSums == Sums::kPassed && gradient.count > 1;
     };
     const auto sums_of = [&](const PassedGradient& gradient, auto& d, int which) {
       const int place = n < gradient.places ? n : n & (gradient.places - 1);
       return reinterpret_cast<float4*>(p.scratch + gradient.parts) +
-             int64_t(shared.passing[which].place + place) * (sizeof(d) / sizeof(d[0]) * kGroup) +
-             threadIdx.x % kGroup;
+             int64_t(shared.passing[which].place + place) *
+                 (sizeof(d) / sizeof(d[0]) * kThreadsHere) +
+             w * kGroup + threadIdx.x % kGroup;
     };
     const auto wait_for_before = [&](const PassedGradient& gradient, int which, int step) {
       const Passing& passing = shared.passing[which];
       if (passing.member > 0)
-        wait_until(progress - kWarps, kSteps * n + step);
+        wait_until(progress - kWalkWarps, kSteps * n + step);
       else if (n >= gradient.places)
-        wait_until(progress + (gradient.count - 1) * kWarps, kSteps * (n - gradient.places) + step);
+        wait_until(progress + (gradient.count - 1) * kWalkWarps,
+                   kSteps * (n - gradient.places) + step);
       else if (passing.before >= 0)
-        wait_until(progress_of(passing.before, r), kDone);
+        wait_until(progress_of(passing.before), kDone);
     };
     const auto add_before = [&](const PassedGradient& gradient, auto& d, int which) {
       if (shared.passing[which].member == 0) return;
       const auto* sums = sums_of(gradient, d, which);
 #pragma unroll
       for (int m = 0; m < int(sizeof(d) / sizeof(d[0])); ++m) {
-        const float4 before = __ldcg(sums + m * kGroup);
+        const float4 before = __ldcg(sums + m * kThreadsHere);
         d[m][0] += before.x;
         d[m][1] += before.y;
         d[m][2] += before.z;
@@ -693,7 +840,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       auto* sums = sums_of(gradient, d, which);
 #pragma unroll
       for (int m = 0; m < int(sizeof(d) / sizeof(d[0])); ++m)
-        __stcg(sums + m * kGroup, float4{d[m][0], d[m][1], d[m][2], d[m][3]});
+        __stcg(sums + m * kThreadsHere, float4{d[m][0], d[m][1], d[m][2], d[m][3]});
     };
     const auto tell_step = [&](int step) {
       __syncwarp();
@@ -703,14 +850,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     // The gradient of the state after the chunk, for the products with it.
     __syncwarp();
     put_rows(shared.dstate, dstate);
-    wait_for(&shared.full[1][stage], n / kStages & 1);
-    if (kStages == 1) wait_for(&shared.full[1][kLate], n & 1);
-    if (chunk == first_chunk) {
+    wait_for(&shared.full[kEarly][place], n / kPlaces & 1);
+    wait_for(&shared.full[kState][state_place], n / kStatePlaces & 1);
+    const int past = kParts > 1 ? (chunk - first_chunk) % every : 0;  // chunks since a kept state
+    if (chunk - past == first_chunk || past > 0) {
       State state;
-      read_state(begin_of_run(), state);
-      put_rows(in.state, state);
+      if (chunk - past == first_chunk)
+        read_state(begin_of_run(), state);
+      else
+        each_pair(before, own_row, 0, kAllTiles, [&](int m, int half, float2 pair) {
+          state[m][2 * half] = pair.x;
+          state[m][2 * half + 1] = pair.y;
+        });
+      if constexpr (kParts > 1)
+        if (past > 0) {
+          wait_for(&shared.full[kEarly][place ^ 1], (n + 1) / kPlaces & 1);
+          show_to_copies();
+          advance(state, shared.scalars[(n + 1) & 1], shared.early[place ^ 1].x,
+                  shared.early[place ^ 1].b);
+        }
+      put_rows(before, state);
       __syncwarp();
     }
+    wait_for(&shared.full[kLate][place], n / kPlaces & 1);
     show_to_copies();
     meet();
 
@@ -718,37 +880,45 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto begin_dc = [&] {
 #pragma unroll
       for (int k = 0; k < kP / 16; ++k)
-        multiply_shared<data_t>(dc, describe(in.dy) + depth_step<kChunk>(k),
-                                describe(in.state) + depth_step<kState>(k), k > 0);
+        multiply_shared<data_t>(dc, describe(late.dy) + depth_step<kChunk>(k),
+                                own_rows_of(before) + depth_step<kN>(k), k > 0);
       commit_products();
     };
     begin_products();
 #pragma unroll
-    for (int k = 0; k < kState / 16; ++k)
-      multiply_shared<data_t>(scores, describe(in.c) + depth_step<kChunk>(k),
-                              describe(in.b) + depth_step<kChunk>(k), k > 0);
+    for (int k = 0; k < kN / 16; ++k)
+      multiply_shared<data_t>(scores, describe(late.c) + depth_step<kChunk>(k),
+                              describe(early.b) + depth_step<kChunk>(k), k > 0);
 #pragma unroll
     for (int k = 0; k < kP / 16; ++k)
-      multiply_shared<data_t>(dscores, describe(in.dy) + depth_step<kChunk>(k),
-                              describe(in.x) + depth_step<kChunk>(k), k > 0);
+      multiply_shared<data_t>(dscores, describe(late.dy) + depth_step<kChunk>(k),
+                              describe(early.x) + depth_step<kChunk>(k), k > 0);
     commit_products();
     if (kAhead) begin_dc();
     {
       float parts[4] = {};
-      each_pair(in.state, own_row, kRowTiles, [&](int m, int half, float2 state) {
+      each_pair(before, own_row, 0, kAllTiles, [&](int m, int half, float2 state) {
         parts[2 * half] = fmaf(state.x, dstate[m][2 * half], parts[2 * half]);
         parts[2 * half + 1] = fmaf(state.y, dstate[m][2 * half + 1], parts[2 * half + 1]);
       });
       const float inner = sum_warp((parts[0] + parts[1]) + (parts[2] + parts[3]));
-      if (lane == 0) passed.inner[r] = inner * scalars.whole;
+      if (lane == 0) passed.inner[w][r] = inner * scalars.whole;
+    }
+    // What the tokens are weighed with that are seen.
+    float2 c_from[kEights], scale_from[kScales ? kEights : 1];
+#pragma unroll
+    for (int tile = 0; tile < kEights; ++tile) {
+      c_from[tile] = *reinterpret_cast<const float2*>(&scalars.c[8 * tile + 2 * q]);
+      if constexpr (kScales)
+        scale_from[tile] = *reinterpret_cast<const float2*>(&scalars.scale[8 * tile + 2 * q]);
     }
     wait_for_products<kAhead ? 1 : 0>();
     settle(scores);
     settle(dscores);
 
     uint32_t seen[kBlocks][4];  // (dY U^T * L) as the factor of a product
-    weigh_scores<kScales>(scores, dscores, scalars, skip, shared.scores, shared.dscores, seen,
-                          passed, dD, r);
+    weigh_scores<kScales>(c_from, scale_from, scores, dscores, scalars, skip, shared.scores,
+                          shared.dscores, seen, passed, dD, r, kParts == 1 || w == 0);
 
     // dC and dB: the part of the state's, weighed and summed with the other factor, then the part
     // of the chunk's tokens. `of` are the rows' tokens.
@@ -756,7 +926,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                            float* sums) {
       const float weights[2] = {weight[of[0]], weight[of[1]]};
       float dots[2] = {};
-      each_pair(factor, own_row, kStateTiles, [&](int m, int half, float2 pair) {
+      each_pair(factor, chunk_row, n_part / 8, kPanelTiles, [&](int m, int half, float2 pair) {
         d[m][2 * half] *= weights[half];
         d[m][2 * half + 1] *= weights[half];
         dots[half] = fmaf(d[m][2 * half], pair.x, dots[half]);
@@ -772,22 +942,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (!kAhead) begin_dc();
 #pragma unroll
     for (int k = 0; k < kP / 16; ++k)
-      multiply_shared<data_t>(db, describe(in.x) + depth_step<kChunk>(k),
-                              describe(shared.dstate) + depth_step<kState>(k), k > 0);
+      multiply_shared<data_t>(db, describe(early.x) + depth_step<kChunk>(k),
+                              own_rows_of(shared.dstate) + depth_step<kN>(k), k > 0);
     commit_products();
     wait_for_products<1>();
     settle(dc);
-    weigh(dc, scalars.since, tokens, in.c, passed.received);
+    weigh(dc, scalars.since, tokens, late.c, passed.received[w]);
     settle(dc);
     settle(seen);
     begin_products();
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k)
-      multiply_tall<data_t>(dc, seen[k], describe_tall(in.b) + tall_step(k));
+      multiply_tall<data_t>(dc, seen[k], describe_tall(panel_of(early.b, w)) + tall_step(k));
     commit_products();
     wait_for_products<1>();
     settle(db);
-    weigh(db, scalars.gain, rows, in.b, passed.given);
+    weigh(db, scalars.gain, rows, early.b, passed.given[w]);
     wait_for_products<0>();
     settle(dc);
 
@@ -802,31 +972,36 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int m = 0; m < 8; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) packed[m][half] = pair_of(dc, m, half);
-    State du;
+    float du[T::kOwnTiles][4];  // of the warpgroup's columns
     begin_products();
 #pragma unroll
-    for (int k = 0; k < kState / 16; ++k)
-      multiply_shared<data_t, false, true>(du, describe(in.b) + depth_step<kChunk>(k),
-                                           describe_tall(shared.dstate) + tall_step(k), k > 0);
+    for (int k = 0; k < kN / 16; ++k)
+      multiply_shared<data_t, false, true>(du, describe(early.b) + depth_step<kChunk>(k),
+                                           own_columns_of(shared.dstate) + tall_step(k), k > 0);
     commit_products();
     uint32_t weighed[kBlocks][4];
-    load_weighed(weighed, in.c, 16 * r, [&](int row) { return &scalars.since[token_of(row)]; });
+    load_weighed(weighed, late.c, n_part + 16 * r,
+                 [&](int row) { return &scalars.since[token_of(row)]; });
     wait_for_products<0>();
     settle(du);
     {
       const float until[2] = {scalars.until[rows[0]], scalars.until[rows[1]]};
 #pragma unroll
+      for (int m = 0; m < T::kOwnTiles; ++m)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) du[m][v] *= until[v / 2];
+#pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          du[m][v] *= until[v / 2];
-          dstate[m][v] *= scalars.whole;
-        }
+        for (int v = 0; v < 4; ++v) dstate[m][v] *= scalars.whole;
     }
     // Now all scores are there, and nobody reads dstate any more.
     show_to_copies();
     meet();
-    if (kStages == 1 && !kScales && lane == 0) arrive(&shared.free[1][kEarly]);
+    if (lane == 0) {
+      if (!kScales) arrive(&shared.free[kEarly][place]);
+      arrive(&shared.free[kState][state_place]);
+    }
     settle(db);
     settle(du);
     settle(dstate);
@@ -835,37 +1010,39 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k)
       multiply_shared<data_t, true, true>(db, describe_tall(shared.dscores) + tall_step(k),
-                                          describe_tall(in.c) + tall_step(k), true);
+                                          describe_tall(panel_of(late.c, w)) + tall_step(k), true);
     commit_products();
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k)
       multiply_shared<data_t, true, true>(du, describe_tall(shared.scores) + tall_step(k),
-                                          describe_tall(in.dy) + tall_step(k), true);
+                                          own_columns_of(late.dy) + tall_step(k), true);
     commit_products();
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k)
-      multiply_tall<data_t>(dstate, weighed[k], describe_tall(in.dy) + tall_step(k));
+      multiply_tall<data_t>(dstate, weighed[k], describe_tall(late.dy) + tall_step(k));
     commit_products();
 
     if (is_last(scratch.dC, 0))
-      write_gradient(packed, scratch.dC, p.dC, c_offset, tokens[0] - g, tokens[1] - g);
+      write_gradient(packed, scratch.dC, p.dC, shared.c_column, n_part, tokens[0] - g,
+                     tokens[1] - g);
     wait_for_products<2>();
     settle(db);
-    if (kSums == Sums::kNone) write_gradient(db, scratch.dB, p.dB, b_offset, 16 * r, 16 * r + 8);
+    if (kSums == Sums::kNone)
+      write_gradient(db, scratch.dB, p.dB, shared.b_column, n_part, 16 * r, 16 * r + 8);
     wait_for_products<0>();
     settle(du);
     settle(dstate);
     if constexpr (kScales) {
       // dX from dU, and dscale.
       float dscale[2] = {};
-      each_pair(in.x, own_row, kRowTiles, [&](int m, int half, float2 x) {
+      each_pair(early.x, chunk_row, p_part / 8, kOwnTiles, [&](int m, int half, float2 x) {
         dscale[half] = fmaf(du[m][2 * half], x.x, fmaf(du[m][2 * half + 1], x.y, dscale[half]));
       });
       dscale[0] = sum_row(dscale[0]);
       dscale[1] = sum_row(dscale[1]);
-      if (q < 2) passed.dscale[rows[0] + 8 * q] = q == 0 ? dscale[0] : dscale[1];
+      if (q < 2) passed.dscale[w][rows[0] + 8 * q] = q == 0 ? dscale[0] : dscale[1];
       const float scale_of[2] = {scalars.scale[rows[0]], scalars.scale[rows[1]]};
-      each_pair(in.dy, row_of(own_row), kRowTiles, [&](int m, int half, float2 dy) {
+      each_pair(late.dy, row_of(chunk_row), p_part / 8, kOwnTiles, [&](int m, int half, float2 dy) {
         float& low = du[m][2 * half];
         float& high = du[m][2 * half + 1];
         low = fmaf(scale_of[half], low, skip * dy.x);
@@ -874,9 +1051,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncwarp();
     if (lane == 0) {
-      if (kStages == 2) arrive(&shared.free[1][stage]);
-      if (kStages == 1 && kScales) arrive(&shared.free[1][kEarly]);
-      if (kStages == 1) arrive(&shared.free[1][kLate]);
+      if (kScales) arrive(&shared.free[kEarly][place]);
+      arrive(&shared.free[kLate][place]);
     }
     if (kSums == Sums::kPassed) {
       const bool shares_dB = is_shared(scratch.dB), shares_dx = is_shared(scratch.dx);
@@ -890,21 +1066,22 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (shares_dx) leave(scratch.dx, du, 2);
       if (shares_dB || shares_dx) tell_step(2);
       if (is_last(scratch.dB, 1))
-        write_gradient(db, scratch.dB, p.dB, b_offset, 16 * r, 16 * r + 8);
+        write_gradient(db, scratch.dB, p.dB, shared.b_column, n_part, 16 * r, 16 * r + 8);
     }
-    if (is_last(scratch.dx, 2)) write_gradient(du, scratch.dx, p.dx, x_offset, 16 * r, 16 * r + 8);
+    if (is_last(scratch.dx, 2))
+      write_gradient(du, scratch.dx, p.dx, shared.x_column, p_part, 16 * r, 16 * r + 8);
   }
 
-  if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk, r), kDone);
+  if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk), kDone);
   if (p.dinitial_state && run.first)
     each_value(dstate, [&](float& value, int offset) {
       if (offset >= 0) p.dinitial_state[home + offset] = value;
     });
   if (p.dD) {
     dD = sum_warp(dD);
-    if (lane == 0) shared.sums[r] = dD;
+    if (lane == 0 && w == 0) shared.sums[r] = dD;
     meet();
-    if (threadIdx.x % kGroup == 0)
+    if (w == 0 && r == 0 && lane == 0)
       p.scratch[scratch.dD + walk] =
           shared.sums[0] + shared.sums[1] + shared.sums[2] + shared.sums[3];
   }
@@ -915,9 +1092,11 @@ template <typename Use>
 void with_tile(const SsdScanParams& f, const Use& use) {
   const auto of = [&](auto zero) {
     using data_t = decltype(zero);
-    if (f.head_dim <= 64) return use(Tile<data_t, 64>());
-    if (f.head_dim <= 96) return use(Tile<data_t, 96>());
-    use(Tile<data_t, 128>());
+    if (f.state_dim > kPanel)
+      return f.head_dim <= 64 ? use(Tile<data_t, 64, 128>()) : use(Tile<data_t, 128, 128>());
+    if (f.head_dim <= 64) return use(Tile<data_t, 64, 64>());
+    if (f.head_dim <= 96) return use(Tile<data_t, 96, 64>());
+    use(Tile<data_t, 128, 64>());
   };
   f.dtype == DType::kBFloat16 ? of(__nv_bfloat16()) : of(__half());
 }
@@ -925,10 +1104,28 @@ void with_tile(const SsdScanParams& f, const Use& use) {
 }  // namespace
 
 bool suits_ssd_scan_backward_wgmma(const SsdScanParams& f, const KeptStates& kept) {
-  const bool whole_rows =
-      kept.every == 1 && kept.rows[0].width == kState && kept.rows[1].width == kState;
-  return f.state_dim == kState && whole_rows &&
-         runs_here(ssd_scan_backward_wgmma_kernel<Tile<__half, 64>, Sums::kNone, false>);
+  if (f.state_dim != 64 && f.state_dim != 128) return false;
+  // Whether states lie in whole rows, 64 columns or two chunks of head_dim at a time.
+  bool fits = false;
+  with_tile(f, [&](auto tile) {
+    using T = decltype(tile);
+    const bool same = kept.rows[0].where == kept.rows[1].where;
+    const int width = std::min(kept.rows[0].width, kept.rows[1].width);
+    if (T::kParts == 1)
+      fits = kept.every == 1 && width == kPanel;
+    else if (kept.every == 2)
+      fits = width >= f.head_dim;
+    else
+      fits = width >= (same ? 2 * kPanel : f.head_dim);
+  });
+  return fits &&
+         runs_here(ssd_scan_backward_wgmma_kernel<Tile<__half, 64, 64>, Sums::kNone, false>);
+}
+
+int walks_of_ssd_scan_backward_wgmma(const SsdScanParams& f) {
+  int walks = 0;
+  with_tile(f, [&](auto tile) { walks = decltype(tile)::kWalks; });
+  return walks;
 }
 
 void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& p, const TileScratch& scratch,
@@ -941,8 +1138,8 @@ void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& p, const TileSc
                               : ssd_scan_backward_wgmma_kernel<T, Sums::kNone, scales()>;
       const int processors = count_processors();
       // Where sums are passed neighbours are better off in a block.
-      const bool spread = walks <= processors * (scratch.counts > 0 ? 1 : kWalks);
-      const int blocks = spread ? std::min(walks, processors) : (walks + kWalks - 1) / kWalks;
+      const bool spread = walks <= processors * (scratch.counts > 0 ? 1 : T::kWalks);
+      const int blocks = spread ? std::min(walks, processors) : (walks + T::kWalks - 1) / T::kWalks;
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kBytes);
       launch_overlapping(kernel, blocks, kThreads, T::kBytes, stream, p, scratch, walks, spread);
     };

@@ -99,20 +99,23 @@ __device__ void settle(uint32_t (&a)[kSteps][4]) {
 
 #define TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define TILES_4(n) TILE(n), TILE(n + 1), TILE(n + 2), TILE(n + 3)
+#define REGISTERS_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define REGISTERS_32                                                                               \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
   "%26,%27,%28,%29,%30,%31"
 #define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define REGISTERS_64 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// MULTIPLY_64, MULTIPLY_96 or MULTIPLY_128 (TYPE), for kTiles tiles and the type of the data.
+// MULTIPLY_32, _64, _96 or _128 (TYPE), for kTiles tiles and the type of the data.
 #define MULTIPLY_DATA(multiply)                        \
   if constexpr (std::is_same_v<data_t, __nv_bfloat16>) \
     multiply("bf16");                                  \
   else                                                 \
     multiply("f16")
 #define MULTIPLY_TILES                 \
-  if constexpr (kTiles == 8) {         \
+  if constexpr (kTiles == 4) {         \
+    MULTIPLY_DATA(MULTIPLY_32);        \
+  } else if constexpr (kTiles == 8) {  \
     MULTIPLY_DATA(MULTIPLY_64);        \
   } else if constexpr (kTiles == 12) { \
     MULTIPLY_DATA(MULTIPLY_96);        \
@@ -133,6 +136,8 @@ __device__ void settle(uint32_t (&a)[kSteps][4]) {
 template <typename data_t, bool kTallA = false, bool kTallB = false, int kTiles>
 __device__ void multiply_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {
 #ifdef REASONERS_WGMMA
+#define MULTIPLY_32(TYPE) \
+  SHARED("32", REGISTERS_16, "%16", "%17", "%18", "%19", "%20", TYPE, TILES_4(0))
 #define MULTIPLY_64(TYPE) \
   SHARED("64", REGISTERS_32, "%32", "%33", "%34", "%35", "%36", TYPE, TILES_4(0), TILES_4(4))
 #define MULTIPLY_96(TYPE)                                                                     \
@@ -142,6 +147,7 @@ __device__ void multiply_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b, b
   SHARED("128", REGISTERS_64, "%64", "%65", "%66", "%67", "%68", TYPE, TILES_4(0), TILES_4(4), \
          TILES_4(8), TILES_4(12))
   MULTIPLY_TILES;
+#undef MULTIPLY_32
 #undef MULTIPLY_64
 #undef MULTIPLY_96
 #undef MULTIPLY_128
@@ -161,6 +167,8 @@ __device__ void multiply_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b, b
 template <typename data_t, bool kTallB = false, int kTiles>
 __device__ void multiply_held(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
 #ifdef REASONERS_WGMMA
+#define MULTIPLY_32(TYPE) \
+  HELD("32", REGISTERS_16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", TYPE, TILES_4(0))
 #define MULTIPLY_64(TYPE)                                                                     \
   HELD("64", REGISTERS_32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", TYPE, TILES_4(0), \
        TILES_4(4))
@@ -171,6 +179,7 @@ __device__ void multiply_held(float (&d)[kTiles][4], const uint32_t (&a)[4], uin
   HELD("128", REGISTERS_64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", TYPE, TILES_4(0), \
        TILES_4(4), TILES_4(8), TILES_4(12))
   MULTIPLY_TILES;
+#undef MULTIPLY_32
 #undef MULTIPLY_64
 #undef MULTIPLY_96
 #undef MULTIPLY_128
@@ -184,6 +193,7 @@ __device__ void multiply_tall(float (&d)[kTiles][4], const uint32_t (&a)[4], uin
 }
 #undef TILE
 #undef TILES_4
+#undef REGISTERS_16
 #undef REGISTERS_32
 #undef REGISTERS_48
 #undef REGISTERS_64
