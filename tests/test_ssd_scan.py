@@ -218,7 +218,7 @@ CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES | {
         "length": 193, "P": 128, "N": 64, "H": 4, "Hx": 2, "Gb": 4, "Gc": 4, "scale": False,
         "decay": 0.02, "dtype": torch.bfloat16,
     },
-    # Gradients added up in clusters, of 8 blocks at most.
+    # States in rows of two chunks of dC, and sums from head to head.
     "P 128, N 128, x and B of eight heads, bf16": {
         "batch": 1, "length": 130, "P": 128, "N": 128, "H": 8, "Hx": 1, "Gb": 1, "Gc": 8,
         "dtype": torch.bfloat16,

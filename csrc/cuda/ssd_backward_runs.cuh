@@ -104,7 +104,6 @@ struct TileScratch : SsdScanScratch {
   // Where heads share: how many blocks have begun, then how far every warp of every block is. All
   // counts, of 32 bits, and zero at the start.
   int64_t progress, counts;
-  int cluster;  // blocks
 };
 
 // Of a sequence. The runs have as many chunks each, but for the last, which may have fewer.
@@ -183,9 +182,8 @@ __device__ inline float sum_warp(float v) {
   return v;
 }
 
-// How gradients that heads share are added up: there is none; from block to block; or the blocks of
-// a group are a cluster, which dB and dx have in common, and no other is shared.
-enum class Sums { kNone, kPassed, kInCluster };
+// Whether sums of gradients that heads share pass from block to block.
+enum class Sums { kNone, kPassed };
 // What a block tells of its progress when it is through.
 constexpr uint32_t kDone = UINT32_MAX;
 

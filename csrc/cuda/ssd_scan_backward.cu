@@ -27,14 +27,12 @@
 // shape and the sequence's length alone, so that its gradients are the same bits in any company.
 //
 // A gradient that heads share is summed in fp32, in the order of the heads, by the blocks of a
-// group. Where they are few and a state in shared memory has room for a chunk's sums, they are a
-// cluster: each leaves its parts of dB and dX where the states were, and adds up its share of all
-// blocks' parts. Else one after the other: each waits until the block of the head before it has
-// left a chunk's sums in global memory, adds its own and lets the next one go on; the last writes
-// the gradient. There are places for the sums of a few chunks, and for as many groups as run at a
-// time, so the first of a group waits until the last has read what was in its place. The blocks are
-// numbered as they begin: a group's are neighbours, so of all that have begun only the newest group
-// can be without its last, and those before it go on.
+// group: each waits until the block of the head before it has left a chunk's sums in global memory,
+// adds its own and lets the next one go on; the last writes the gradient. There are places for the
+// sums of some chunks, and for as many groups as run at a time, so the first of a group waits until
+// the last has read what was in its place. The blocks are numbered as they begin: a group's are
+// neighbours, so of all that have begun only the newest group can be without its last, and those
+// before it go on.
 //
 // Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
 // computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
@@ -53,8 +51,7 @@
 // to block come to 8 bytes an element and head more, in that cache: the blocks of a group are a few
 // microseconds apart. Their places take 2 to 8 % of the input's bytes where four heads share x and
 // B of 64 x 64, states between runs 2 to 4 % without sharing and up to 8 % with it. With places for
-// the sums of all chunks (64 %, and 9 % for 80 heads in one group) the former took 5 % longer and
-// the latter 3 % less; twice as many places for it gave 1 %.
+// the sums of all chunks (64 %) the former took 5 % longer.
 //
 // H200, bfloat16, us, by this kernel alone; in brackets with states kept every 256 tokens and those
 // between them computed again in a second walk forwards (9 to 25 % of the input's bytes, and the
@@ -63,7 +60,7 @@
 //   Llamba-1B 8 x 4096    681  (862)     Llamba-3B 8 x 4096 (P 96)          1037 (1244)
 //             64 x 512    685  (828)     Llamba-8B 8 x 4096 (P 128)         1169 (1469)
 //             1 x 2048    226  (320)     24 heads of 128 x 128, 8 x 4096    1629 (1748)
-//             1 x 32768   876 (1085)       x and B of 8 heads, in clusters  2085
+//             1 x 32768   876 (1085)
 //   32 heads of 64 x 64, x and B of 8 heads, 8 x 4096    802; 64 x 512 812; 1 x 32768 1002
 //   80 heads of 64 x 128, one group, 8 x 4096           4489 (5339)
 // What limits, by a profile of Llamba-1B's 8 x 4096, a third of the bandwidth: a chunk of a head
@@ -77,7 +74,6 @@
 #include <type_traits>
 
 #include "async_copy.cuh"
-#include "cluster.cuh"
 #include "convert.cuh"
 #include "exponential.cuh"
 #include "kernels.h"
@@ -150,8 +146,6 @@ struct Tile {
   };
   static_assert(kWanted * (sizeof(Shared) + 1024) <= kPerSM);
   static constexpr int kRows = kP, kColumns = kN;
-  // Whether the sums of a chunk fit where a state is.
-  static constexpr bool kSumsFit = kP >= 2 * kChunk && kN >= 2 * kChunk;
   // A state in registers: rows 16 (r + 4 m), columns 8 n of the warp's half.
   static constexpr int kRowTiles = (kP / 16 + kBlocks - 1) / kBlocks;
   static constexpr int kColumnTiles = kN / 8 / kHalves;
@@ -468,16 +462,6 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         const int64_t first = opaque(batch) * f.length + opaque(begin + t);
         return GradientRows<data_t>(gradient, sum, offset, first);
       };
-      // In a cluster every block leaves its part where a state was that is no longer needed.
-      const auto leave = [&](auto& where, auto& d) {
-        static_assert(sizeof(where) >= sizeof(d) * kThreads || !T::kSumsFit);
-        auto* part = reinterpret_cast<float4*>(&where) + threadIdx.x;
-        constexpr int kTiles = sizeof(d) / sizeof(d[0]);
-        __syncthreads();
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          part[n * kThreads] = float4{d[n][0], d[n][1], d[n][2], d[n][3]};
-      };
       // Adds up a gradient that heads share: the sums of the heads so far pass from block to block,
       // warp to warp and thread to thread. False for all but the last head, who writes them.
       const auto add_up = [&](const PassedGradient& gradient, auto& d, int which) {
@@ -675,9 +659,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           rest.dscores.load_a_transposed(a, block, r);
           multiply_block<data_t>(d, a, in.c, block * kBlock, n_half);
         }
-        if (kSums == Sums::kInCluster) {
-          leave(rest.state, d);
-        } else if (add_up(scratch.dB, d, 1)) {
+        if (add_up(scratch.dB, d, 1)) {
           const auto dB = rows_of(scratch.dB, p.dB, b_offset);
 #pragma unroll
           for (int n = 0; n < kColumnTiles; n += 2)
@@ -720,48 +702,12 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
         dscale[0] = sum_row(dscale[0]);
         dscale[1] = sum_row(dscale[1]);
         if (q < 2) rest.dscale[h][j0 + q * 8] = q == 0 ? dscale[0] : dscale[1];
-        if (kSums == Sums::kInCluster) {
-          leave(rest.dstate, d);
-        } else if (add_up(scratch.dx, d, 2)) {
+        if (add_up(scratch.dx, d, 2)) {
           const auto dx = rows_of(scratch.dx, p.dx, x_offset);
 #pragma unroll
           for (int n = 0; n < kTiles; n += 2)
             dx.store(count, first_token, p_half + n * 8, f.head_dim, d[n], d[n + 1]);
         }
-      }
-      if (kSums == Sums::kInCluster) {
-        // Pairs of tiles of both are dealt to the blocks, and added up by the threads that have
-        // them in every block.
-        arrive_in_cluster();
-        wait_for_cluster();
-        constexpr int kPairs = kN / 16 / kHalves, kAllPairs = kPairs + kP / 16 / kHalves;
-        const int sharing = f.heads / f.b_groups;
-        const auto dB = rows_of(scratch.dB, p.dB, b_offset),
-                   dx = rows_of(scratch.dx, p.dx, x_offset);
-#pragma unroll 1
-        for (int pair = head % sharing; pair < kAllPairs; pair += sharing) {
-          const bool of_dB = pair < kPairs;
-          const int n = 2 * (of_dB ? pair : pair - kPairs);
-          const auto* part = reinterpret_cast<const float4*>(of_dB ? &rest.state : &rest.dstate) +
-                             n * kThreads + threadIdx.x;
-          float sum[2][4] = {};
-          for (int member = 0; member < sharing; ++member) {
-            const float4* there = in_block(part, member);
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-              const float4 values = there[tile * kThreads];
-              sum[tile][0] += values.x;
-              sum[tile][1] += values.y;
-              sum[tile][2] += values.z;
-              sum[tile][3] += values.w;
-            }
-          }
-          if (of_dB)
-            dB.store(count, first_token, n_half + n * 8, f.state_dim, sum[0], sum[1]);
-          else
-            dx.store(count, first_token, p_half + n * 8, f.head_dim, sum[0], sum[1]);
-        }
-        arrive_in_cluster();
       }
       if (first + k > run.first_chunk) recall(k > 0 ? first : first - every, before);
       advance(dstate, scalars.whole, in.dy, scalars.since, in.c);
@@ -831,7 +777,6 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           if (p.dscale) p.dscale[at] = rest.dscale[0][i] + rest.dscale[1][i];
         }
       }
-      if (kSums == Sums::kInCluster) wait_for_cluster();  // nobody reads the parts any more
     }
   }
 
@@ -1052,7 +997,7 @@ TileScratch scratch_of(const SsdScanParams& f) {
   const auto take_sums = [&](int groups, int width, int columns) {
     PassedGradient gradient{{0, f.heads / groups, groups, width}};
     const int64_t all = runs * groups;
-    if (gradient.count == 1 || scratch.cluster > 1 || all == 0) return gradient;
+    if (gradient.count == 1 || all == 0) return gradient;
     const int processors = count_processors();
     const int walks = warpgroups ? walks_of_ssd_scan_backward_wgmma(f) : T::kWanted;
     const int64_t at_once = int64_t(processors) * walks / gradient.count + 2;
@@ -1072,10 +1017,6 @@ TileScratch scratch_of(const SsdScanParams& f) {
     gradient.parts = scratch.take(int64_t(gradient.slots) * gradient.places * kChunk * columns);
     return gradient;
   };
-  const int sharing = f.heads / f.b_groups;
-  const bool in_cluster = T::kSumsFit && f.x_heads == f.b_groups && f.c_groups == f.heads &&
-                          sharing <= kMostClusterBlocks;
-  scratch.cluster = in_cluster && !warpgroups ? sharing : 1;
   scratch.dx = take_sums(f.x_heads, f.head_dim, T::kRows);
   scratch.dB = take_sums(f.b_groups, f.state_dim, T::kColumns);
   scratch.dC = take_sums(f.c_groups, f.state_dim, T::kColumns);
@@ -1117,13 +1058,10 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
     }
     const auto walk = [&](auto kernel) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-      if (blocks > 0)
-        launch_clusters(kernel, scratch.cluster, blocks, kThreads, kBytes, stream, p, scratch);
+      if (blocks > 0) launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, scratch);
     };
     if (suits_ssd_scan_backward_wgmma(f, scratch.kept)) {
       if (blocks > 0) launch_ssd_scan_backward_wgmma(p, scratch, static_cast<int>(blocks), stream);
-    } else if (scratch.cluster > 1) {
-      if constexpr (T::kSumsFit) walk(ssd_scan_backward_kernel<data_t, kP, kN, Sums::kInCluster>);
     } else if (scratch.counts > 0) {
       walk(ssd_scan_backward_kernel<data_t, kP, kN, Sums::kPassed>);
     } else {
