@@ -1,5 +1,5 @@
-// For warps of one block that do different work: barriers that some of the threads pass, and
-// registers that some leave to others.
+// For warps of one block that do different work: barriers that some of the threads pass, registers
+// that some leave to others, and what the compiler shall know of a number, which saves some.
 #pragma once
 
 namespace reasoners {

@@ -104,6 +104,7 @@ struct TileScratch : SsdScanScratch {
   // Where heads share: how many blocks have begun, then how far every warp of every block is. All
   // counts, of 32 bits, and zero at the start.
   int64_t progress, counts;
+  int walks;  // of a multiprocessor by ssd_scan_backward_wgmma.cu, or 0: it does not suit
 };
 
 // Of a sequence. The runs have as many chunks each, but for the last, which may have fewer.
@@ -187,9 +188,29 @@ enum class Sums { kNone, kPassed };
 // What a block tells of its progress when it is through.
 constexpr uint32_t kDone = UINT32_MAX;
 
-// The walks of all runs; see ssd_scan_backward_wgmma.cu.
-bool suits_ssd_scan_backward_wgmma(const SsdScanParams& forward, const KeptStates& kept);
-int walks_of_ssd_scan_backward_wgmma(const SsdScanParams& forward);  // a multiprocessor
+// The sums of a chunk in global memory, of which a thread has every kThreads-th tile from `sums`
+// on.
+template <int kThreads, int kTiles>
+__device__ void add_sums(float (&d)[kTiles][4], const float4* sums) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const float4 before = __ldcg(sums + n * kThreads);
+    d[n][0] += before.x;
+    d[n][1] += before.y;
+    d[n][2] += before.z;
+    d[n][3] += before.w;
+  }
+}
+template <int kThreads, int kTiles>
+__device__ void leave_sums(const float (&d)[kTiles][4], float4* sums) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+    __stcg(sums + n * kThreads, float4{d[n][0], d[n][1], d[n][2], d[n][3]});
+}
+
+// The walks of all runs; see ssd_scan_backward_wgmma.cu. How many a multiprocessor has, 0 where it
+// does not suit.
+int count_ssd_scan_backward_wgmma_walks(const SsdScanParams& forward, const KeptStates& kept);
 void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& params, const TileScratch& scratch,
                                     int walks, cudaStream_t stream);
 

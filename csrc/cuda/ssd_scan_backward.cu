@@ -477,14 +477,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
                      int64_t(place) * (kTiles * kThreads) + threadIdx.x;
         if (member > 0) {
           wait_until(progress - kWarps, step);
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            const float4 before_here = __ldcg(sums + n * kThreads);
-            d[n][0] += before_here.x;
-            d[n][1] += before_here.y;
-            d[n][2] += before_here.z;
-            d[n][3] += before_here.w;
-          }
+          add_sums<kThreads>(d, sums);
         } else if (turn >= gradient.places) {
           wait_until(progress + (gradient.count - 1) * kWarps, step - 3 * gradient.places);
         } else if (passing.before >= 0) {
@@ -495,9 +488,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
           if (lane == 0) tell(progress, step);
           return true;
         }
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          __stcg(sums + n * kThreads, float4{d[n][0], d[n][1], d[n][2], d[n][3]});
+        leave_sums<kThreads>(d, sums);
         __syncwarp();
         if (lane == 0) tell(progress, step);
         return false;
@@ -981,7 +972,7 @@ TileScratch scratch_of(const SsdScanParams& f) {
   scratch.kept = KeptStates::of(f, T::kColumns);
   // Where no gradient has rows that are a head's own.
   const bool none = scratch.kept.rows[0].where == OwnRows::kScratch;
-  const bool warpgroups = suits_ssd_scan_backward_wgmma(f, scratch.kept);
+  scratch.walks = count_ssd_scan_backward_wgmma_walks(f, scratch.kept);
   scratch.states = scratch.take(none ? f.batch * f.length * f.heads * f.state_dim / 2 : 0);
   scratch.run_chunks = longest_run(f);
   const int64_t longest = scratch.run_chunks * kChunk, runs = count_runs(f, longest),
@@ -999,7 +990,7 @@ TileScratch scratch_of(const SsdScanParams& f) {
     const int64_t all = runs * groups;
     if (gradient.count == 1 || all == 0) return gradient;
     const int processors = count_processors();
-    const int walks = warpgroups ? walks_of_ssd_scan_backward_wgmma(f) : T::kWanted;
+    const int walks = scratch.walks > 0 ? scratch.walks : T::kWanted;
     const int64_t at_once = int64_t(processors) * walks / gradient.count + 2;
     gradient.slots = static_cast<int>(std::min(at_once, all));
     // A block is half a chunk or less behind the one before it. All places and the states between
@@ -1060,7 +1051,7 @@ void launch(const SsdScanBackwardParams& p, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       if (blocks > 0) launch_overlapping(kernel, blocks, kThreads, kBytes, stream, p, scratch);
     };
-    if (suits_ssd_scan_backward_wgmma(f, scratch.kept)) {
+    if (scratch.walks > 0) {
       if (blocks > 0) launch_ssd_scan_backward_wgmma(p, scratch, static_cast<int>(blocks), stream);
     } else if (scratch.counts > 0) {
       walk(ssd_scan_backward_kernel<data_t, kP, kN, Sums::kPassed>);

@@ -71,10 +71,10 @@
 // What limits, 64 x 64: of the 343 us that bytes take the rest is the chain of products and sums,
 // two walks a multiprocessor; 36 % of issue slots. 128 x 128: one walk a multiprocessor, whose two
 // warpgroups wait for each other; of 19,500 cycles a chunk 4,500 are forwards, 3,300 what passes
-// between tokens, which both compute, and 5,700 what follows the second meeting. One group: a head
+// between tokens, which both compute, and 4,900 what follows the second meeting. One group: a head
 // is 2.8 us behind the one before it, 80 of them 220, and half of a chunk's time is waiting for
-// sums and reading them. Next: a group's sums in two levels, ten heads after each other and then
-// the tens.
+// sums and reading them. Next: a group's sums in two levels, some heads after each other and then
+// the last ones of these.
 #include <algorithm>
 #include <type_traits>
 
@@ -185,9 +185,6 @@ __device__ void weigh_scores(
     const Panels<data_t, kChunk, kChunk>& to, const Panels<data_t, kChunk, kChunk>& dto,
     uint32_t (&seen)[kBlocks][4], Passed<kParts>& passed, float& dD, int r, bool leaves) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const auto two_of = [&](const float* values) {
-    return *reinterpret_cast<const float2*>(values + 2 * q);
-  };
   const float c_of[2] = {scalars.c[8 * r + g], scalars.c[56 - 8 * r + g]};
   float left[2] = {};  // what passes to a row from the eights before its own
   // Of seven tiles: of the second half the first four; then three, each either one of the first
@@ -494,11 +491,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto in_order = [](int i) { return i; };
     const auto copy = [&](auto& to, int columns, const void* data, TokenStrides strides, int offset,
-                          int width, int t, auto&&... place) {
+                          int width, int t, auto&&... how) {
       copy_rows(to, columns,
                 static_cast<const data_t*>(data) + opaque(batch) * strides.batch +
                     opaque(begin + t) * strides.token + opaque(offset),
-                strides.token, width, length - t, place...);
+                strides.token, width, length - t, how...);
     };
     float next_decay[2], next_scale[2];  // of tokens 2 lane and 2 lane + 1
     const auto read_scalars = [&](int chunk) {
@@ -825,22 +822,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto add_before = [&](const PassedGradient& gradient, auto& d, int which) {
       if (shared.passing[which].member == 0) return;
-      const auto* sums = sums_of(gradient, d, which);
-#pragma unroll
-      for (int m = 0; m < int(sizeof(d) / sizeof(d[0])); ++m) {
-        const float4 before = __ldcg(sums + m * kThreadsHere);
-        d[m][0] += before.x;
-        d[m][1] += before.y;
-        d[m][2] += before.z;
-        d[m][3] += before.w;
-      }
+      add_sums<kThreadsHere>(d, sums_of(gradient, d, which));
     };
     const auto leave = [&](const PassedGradient& gradient, auto& d, int which) {
-      if (is_last(gradient, which)) return;
-      auto* sums = sums_of(gradient, d, which);
-#pragma unroll
-      for (int m = 0; m < int(sizeof(d) / sizeof(d[0])); ++m)
-        __stcg(sums + m * kThreadsHere, float4{d[m][0], d[m][1], d[m][2], d[m][3]});
+      if (!is_last(gradient, which)) leave_sums<kThreadsHere>(d, sums_of(gradient, d, which));
     };
     const auto tell_step = [&](int step) {
       __syncwarp();
@@ -1103,12 +1088,13 @@ void with_tile(const SsdScanParams& f, const Use& use) {
 
 }  // namespace
 
-bool suits_ssd_scan_backward_wgmma(const SsdScanParams& f, const KeptStates& kept) {
-  if (f.state_dim != 64 && f.state_dim != 128) return false;
-  // Whether states lie in whole rows, 64 columns or two chunks of head_dim at a time.
-  bool fits = false;
+int count_ssd_scan_backward_wgmma_walks(const SsdScanParams& f, const KeptStates& kept) {
+  if (f.state_dim != 64 && f.state_dim != 128) return 0;
+  int walks = 0;
   with_tile(f, [&](auto tile) {
     using T = decltype(tile);
+    // Whether states lie in whole rows, 64 columns or two chunks of head_dim at a time.
+    bool fits;
     const bool same = kept.rows[0].where == kept.rows[1].where;
     const int width = std::min(kept.rows[0].width, kept.rows[1].width);
     if (T::kParts == 1)
@@ -1117,15 +1103,11 @@ bool suits_ssd_scan_backward_wgmma(const SsdScanParams& f, const KeptStates& kep
       fits = width >= f.head_dim;
     else
       fits = width >= (same ? 2 * kPanel : f.head_dim);
+    if (fits) walks = T::kWalks;
   });
-  return fits &&
-         runs_here(ssd_scan_backward_wgmma_kernel<Tile<__half, 64, 64>, Sums::kNone, false>);
-}
-
-int walks_of_ssd_scan_backward_wgmma(const SsdScanParams& f) {
-  int walks = 0;
-  with_tile(f, [&](auto tile) { walks = decltype(tile)::kWalks; });
-  return walks;
+  const bool runs =
+      runs_here(ssd_scan_backward_wgmma_kernel<Tile<__half, 64, 64>, Sums::kNone, false>);
+  return runs ? walks : 0;
 }
 
 void launch_ssd_scan_backward_wgmma(const SsdScanBackwardParams& p, const TileScratch& scratch,
