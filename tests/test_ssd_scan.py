@@ -353,6 +353,28 @@ def test_gradients_among_many_equal_alone_bitwise_cuda(sizes):
 
 @pytest.mark.cuda("ssd_scan_backward")
 @pytest.mark.parametrize(
+    ("empty", "sizes"),
+    [
+        (135, {"H": 4, "Hx": 4, "Gb": 1, "Gc": 1, "P": 32, "N": 32}),
+        (16, {"H": 32, "Hx": 8, "Gb": 8, "Gc": 32, "P": 64, "N": 64}),
+        (5, {"H": 80, "Hx": 80, "Gb": 1, "Gc": 1, "P": 64, "N": 128}),
+    ],
+)
+def test_gradients_after_empty_sequences_equal_alone_bitwise_cuda(empty, sizes):
+    """Whose places for sums are those of a sequence that is not through, and of empty ones between."""
+    lengths = [4000, *[0] * empty, 300]
+    (dy, dfinal), inputs = backward_arguments_cuda(torch.bfloat16, lengths=lengths, **sizes)
+    backward = torch.ops.reasoners.ssd_scan_backward
+    together = backward(dy, dfinal, *inputs.values())
+    for i, where in ((0, slice(0, 4000)), (len(lengths) - 1, slice(4000, 4300))):
+        alone = sequence_of(inputs, i, where)
+        *tokens, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
+        assert_equal(tokens, tokens_of(together[:5], where))
+        assert torch.equal(dinitial, together[6][i : i + 1])
+
+
+@pytest.mark.cuda("ssd_scan_backward")
+@pytest.mark.parametrize(
     "sizes",
     [
         {"H": 2, "Hx": 2, "Gb": 2, "Gc": 2, "P": 64, "N": 64},

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "scan.cuh"
+#include "signal.cuh"
 #include "ssd_chunk.cuh"
 #include "ssd_scan_backward.cuh"
 
@@ -87,6 +88,7 @@ struct PassedGradient : PartedGradient {
   int slots, places;
 
   __device__ Passing passing_of(int block, int heads) const {
+    if (count == 1) return {0, 0, -1};
     const int run = block / heads, head = block % heads;
     const int group = run * groups + head / count, before = group - slots;
     return {head % count, group % slots * places,
@@ -187,6 +189,17 @@ __device__ inline float sum_warp(float v) {
 enum class Sums { kNone, kPassed };
 // What a block tells of its progress when it is through.
 constexpr uint32_t kDone = UINT32_MAX;
+
+// Tells that a walk is through. Who has places of sums after it waits for it alone: so a walk
+// without chunks waits for those that had them before.
+template <typename ProgressOf>
+__device__ void tell_done(bool has_chunks, const Passing (&parts)[3], int walk,
+                          ProgressOf&& progress_of) {
+  if (!has_chunks)
+    for (const Passing& part : parts)
+      if (part.before >= 0) wait_until(progress_of(part.before), kDone);
+  tell(progress_of(walk), kDone);
+}
 
 // The sums of a chunk in global memory, of which a thread has every kThreads-th tile from `sums`
 // on.

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
       const auto& gradient = threadIdx.x == 0   ? scratch.dC
                              : threadIdx.x == 1 ? scratch.dB
                                                 : scratch.dx;
-      if (gradient.count > 1) rest.passing[threadIdx.x] = gradient.passing_of(block, f.heads);
+      rest.passing[threadIdx.x] = gradient.passing_of(block, f.heads);
     }
     __syncthreads();
   }
@@ -228,9 +228,12 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
   const auto progress_of = [&](int64_t block, int warp) {
     return reinterpret_cast<uint32_t*>(p.scratch + scratch.progress) + 1 + block * kWarps + warp;
   };
+  const auto tell_all_done = [&](int warp) {
+    tell_done(run.first_chunk < run.last_chunk, rest.passing, block,
+              [&](int64_t block) { return progress_of(block, warp); });
+  };
   if (!run.first && run.first_chunk == run.last_chunk) {  // there is no such run
-    if (kSums == Sums::kPassed && threadIdx.x < kWarps)
-      tell(progress_of(block, threadIdx.x), kDone);
+    if (kSums == Sums::kPassed && threadIdx.x < kWarps) tell_all_done(threadIdx.x);
     if (p.dD && threadIdx.x == 0) p.scratch[scratch.dD + block] = 0.f;
     return;
   }
@@ -771,7 +774,7 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     }
   }
 
-  if (kSums == Sums::kPassed && lane == 0) tell(progress_of(block, warp), kDone);
+  if (kSums == Sums::kPassed && lane == 0) tell_all_done(warp);
   if (p.dinitial_state && run.first) {
     each([&](int m, int n, int first_row, int first_column) {
 #pragma unroll

@@ -409,9 +409,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         init_barrier(&shared.free[way][place], kWalkWarps);
       }
     if (kSums == Sums::kPassed && walk < walks) {
-      if (scratch.dC.count > 1) shared.passing[0] = scratch.dC.passing_of(walk, f.heads);
-      if (scratch.dB.count > 1) shared.passing[1] = scratch.dB.passing_of(walk, f.heads);
-      if (scratch.dx.count > 1) shared.passing[2] = scratch.dx.passing_of(walk, f.heads);
+      shared.passing[0] = scratch.dC.passing_of(walk, f.heads);
+      shared.passing[1] = scratch.dB.passing_of(walk, f.heads);
+      shared.passing[2] = scratch.dx.passing_of(walk, f.heads);
     }
   }
   __syncthreads();
@@ -618,7 +618,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_registers<T::kWalkerRegisters>();
   if (is_empty) {
     if (walk >= walks) return;
-    if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk), kDone);
+    if (kSums == Sums::kPassed && lane == 0) tell_done(false, shared.passing, walk, progress_of);
     if (p.dD && w == 0 && r == 0 && lane == 0) p.scratch[scratch.dD + walk] = 0.f;
     return;
   }
@@ -1057,7 +1057,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       write_gradient(du, scratch.dx, p.dx, shared.x_column, p_part, 16 * r, 16 * r + 8);
   }
 
-  if (kSums == Sums::kPassed && lane == 0) tell(progress_of(walk), kDone);
+  if (kSums == Sums::kPassed && lane == 0) tell_done(chunks > 0, shared.passing, walk, progress_of);
   if (p.dinitial_state && run.first)
     each_value(dstate, [&](float& value, int offset) {
       if (offset >= 0) p.dinitial_state[home + offset] = value;
