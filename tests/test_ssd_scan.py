@@ -231,6 +231,15 @@ CUDA_TABLE = SSD_SCAN_CASES | CUDA_N_CASES | {
         "batch": 1, "length": 130, "P": 128, "N": 128, "H": 10, "Hx": 1, "Gb": 1, "Gc": 10,
         "dtype": torch.bfloat16,
     },
+    # Sums in chains of heads.
+    "P 64, N 128, one group of 32 heads, bf16": {
+        "batch": 1, "length": 200, "P": 64, "N": 128, "H": 32, "Hx": 32, "Gb": 1, "Gc": 1, "decay": 0.02,
+        "dtype": torch.bfloat16,
+    },
+    "P 64, N 128, x and C of 40 heads, no scale, fp16": {
+        "batch": 1, "length": 130, "P": 64, "N": 128, "H": 40, "Hx": 1, "Gb": 40, "Gc": 1, "scale": False,
+        "dtype": torch.float16,
+    },
     "odd extents, bf16": {"P": 7, "N": 5, "dtype": torch.bfloat16},
     "P 136, bf16": {"P": 136, "length": 20, "dtype": torch.bfloat16},
     "no scale, bf16": {"scale": False, "length": 70, "dtype": torch.bfloat16},
@@ -333,6 +342,7 @@ def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, size
         {"H": 12, "Hx": 4, "Gb": 6, "Gc": 1, "P": 96, "N": 64},
         {"H": 24, "Hx": 24, "Gb": 24, "Gc": 24, "P": 96, "N": 64, "scale": False},
         {"H": 80, "Hx": 80, "Gb": 1, "Gc": 1, "P": 64, "N": 128},
+        {"H": 144, "Hx": 144, "Gb": 1, "Gc": 2, "P": 64, "N": 128},
         {"H": 256, "Hx": 256, "Gb": 1, "Gc": 2, "P": 32, "N": 32},
     ],
 )

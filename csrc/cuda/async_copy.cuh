@@ -73,6 +73,14 @@ __device__ inline void prefetch(const void* global) {
 __device__ inline void prefetch_bulk(const void* global, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
+// A multiple of 16 bytes, as aligned; `barrier` counts them.
+__device__ inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
 // Read once: it shall leave the second-level cache first.
 __device__ inline void copy_bulk_once(void* shared, const void* global, int bytes,
                                       uint64_t* barrier) {
@@ -90,6 +98,11 @@ __device__ inline void copy_bulk_once(void* shared, const void* global, int byte
 __device__ inline void show_to_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+// The same of global memory, between a wait for those who wrote to it and a copy of what they
+// wrote.
+__device__ inline void show_global_to_copies() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
 // The way back.
 __device__ inline void store_bulk_once(void* global, const void* shared, int bytes) {
   uint64_t policy;
@@ -98,6 +111,18 @@ __device__ inline void store_bulk_once(void* global, const void* shared, int byt
       "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
           global),
       "r"(shared_address(shared)), "r"(bytes), "l"(policy)
+      : "memory");
+}
+__device__ inline void store_bulk(void* global, const void* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+// Added to what is there.
+__device__ inline void add_bulk(float* global, const float* shared, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+      "r"(shared_address(shared)), "r"(bytes)
       : "memory");
 }
 // This thread's stores so far: a group of them; all have been read; all have been written.

@@ -82,10 +82,28 @@ struct KeptStates {
   }
 };
 
+// A head's part where sums pass by the copy engine: where they come from and where they go to.
+struct Link {
+  bool is_last;      // of its group, who gets the sums
+  bool loads, adds;  // the sums so far come here; what is here is added to those there
+  // The first of the places it loads from and of those it leaves sums in, one a chunk.
+  int64_t from, to;
+  int from_places, to_places;
+  // Who is to be as far before it adds, or, if it does not add, to have read what was in its place;
+  // and the last block that had its places before, or -1.
+  int other, before;
+};
+
 // A gradient whose sums pass from block to block: how many groups have places for them at a time,
 // and each for how many chunks, a power of two or all chunks of a run.
+//
+// By the copy engine they pass in chains of neighbours, so that a large group's last head is not
+// behind the first by all others. Each chain but the last has places of its own; the ends of these
+// chains leave their sums one after the other in the last chain's places, whose heads add theirs.
 struct PassedGradient : PartedGradient {
   int slots, places;
+  int chain, chain_places;  // heads of a chain
+  int64_t chain_parts;
 
   __device__ Passing passing_of(int block, int heads) const {
     if (count == 1) return {0, 0, -1};
@@ -93,6 +111,34 @@ struct PassedGradient : PartedGradient {
     const int group = run * groups + head / count, before = group - slots;
     return {head % count, group % slots * places,
             before < 0 ? -1 : before / groups * heads + (before % groups + 1) * count - 1};
+  }
+  __device__ Link link_of(int block, int heads, int floats) const {
+    Link link{};
+    link.before = -1;
+    if (count == 1) return link;
+    const int run = block / heads, head = block % heads, first = block - head % count;
+    const int group = run * groups + head / count, before = group - slots;
+    const int first_before = before / groups * heads + before % groups * count;
+    const int at = (block - first) / chain, member = (block - first) % chain;
+    const int chains = count / chain;
+    const bool in_last = at + 1 == chains, is_last = block - first + 1 == count;
+    const bool is_end = !in_last && member + 1 == chain;
+    const int64_t sums = parts + int64_t(group % slots) * places * floats;
+    const int64_t own =
+        in_last ? sums
+                : chain_parts + int64_t(group % slots * (chains - 1) + at) * chain_places * floats;
+    link.is_last = is_last;
+    link.loads = is_last || is_end;
+    link.adds = is_end ? at > 0 : member > 0 || (in_last && at > 0);
+    link.from = own;
+    link.from_places = in_last ? places : chain_places;
+    link.to = is_end ? sums : own;
+    link.to_places = is_end || in_last ? places : chain_places;
+    // The last to read from places: of the group, or of the chain.
+    const int reader = is_end || in_last ? first + count - 1 : block - member + chain - 1;
+    link.other = !link.adds ? reader : is_end ? block - chain : block - 1;
+    link.before = before < 0 ? -1 : first_before + (reader - first);
+    return link;
   }
 };
 
@@ -187,16 +233,18 @@ __device__ inline float sum_warp(float v) {
 
 // Whether sums of gradients that heads share pass from block to block.
 enum class Sums { kNone, kPassed };
+// Whether they do so by the copy engine, for which there is shared memory beside some tiles alone.
+constexpr bool passes_by_copies(int rows, int columns) { return rows == 64 && columns == 128; }
 // What a block tells of its progress when it is through.
 constexpr uint32_t kDone = UINT32_MAX;
 
 // Tells that a walk is through. Who has places of sums after it waits for it alone: so a walk
 // without chunks waits for those that had them before.
-template <typename ProgressOf>
-__device__ void tell_done(bool has_chunks, const Passing (&parts)[3], int walk,
+template <typename Part, typename ProgressOf>  // Passing or Link
+__device__ void tell_done(bool has_chunks, const Part (&parts)[3], int walk,
                           ProgressOf&& progress_of) {
   if (!has_chunks)
-    for (const Passing& part : parts)
+    for (const Part& part : parts)
       if (part.before >= 0) wait_until(progress_of(part.before), kDone);
   tell(progress_of(walk), kDone);
 }

@@ -32,7 +32,8 @@
 // sums of some chunks, and for as many groups as run at a time, so the first of a group waits until
 // the last has read what was in its place. The blocks are numbered as they begin: a group's are
 // neighbours, so of all that have begun only the newest group can be without its last, and those
-// before it go on.
+// before it go on. On Hopper the copy engine passes on the sums of some tiles, in chains of heads
+// (ssd_scan_backward_wgmma.cu).
 //
 // Eight warps: warp (r, h) has the tokens 16 r to 16 r + 15 and half h of the columns of what is
 // computed for tokens, and the rows 16 r (and 16 r + 64) of a state and half h of its columns. Only
@@ -969,6 +970,19 @@ void with_tile(const SsdScanParams& f, const Use& use) {
   use(Of128(), Of128());
 }
 
+// How many heads of so many that share a gradient are a chain (PassedGradient): the fewest one
+// after the other, a chain, the ends of all others and the last chain. By nothing else, as sums
+// depend on it.
+int heads_of_chain(int heads) {
+  int best = heads, least = heads;
+  for (int chain = 2; heads >= 32 && 2 * chain <= heads; ++chain)
+    if (heads % chain == 0 && 2 * chain + heads / chain <= least) {
+      best = chain;
+      least = 2 * chain + heads / chain;
+    }
+  return best;
+}
+
 template <typename T>
 TileScratch scratch_of(const SsdScanParams& f) {
   TileScratch scratch{};
@@ -996,19 +1010,41 @@ TileScratch scratch_of(const SsdScanParams& f) {
     const int walks = scratch.walks > 0 ? scratch.walks : T::kWanted;
     const int64_t at_once = int64_t(processors) * walks / gradient.count + 2;
     gradient.slots = static_cast<int>(std::min(at_once, all));
-    // A block is half a chunk or less behind the one before it. All places and the states between
-    // runs take a twelfth of the bytes of the inputs at most, as long as each group has a place.
-    // But a group that is not on the device as a whole must not wait for its last.
+    // All places and the states between runs take a twelfth of the bytes of the inputs at most, as
+    // long as each group has a place. But a group that is not on the device as a whole must not
+    // wait for its last.
+    const bool waits = f.heads <= processors;
     const int64_t chunks =
         std::clamp<int64_t>((f.length + kChunk - 1) / kChunk, 1, scratch.run_chunks);
     const int64_t floats = f.batch * f.length * bytes_of_token(f) / sizeof(float) / 12 - begin;
-    const int64_t share = floats / (shared * int64_t(gradient.slots) * kChunk * columns);
-    const int64_t wanted = f.heads <= processors ? std::max(gradient.count / 2, 2) : chunks;
-    const int64_t most = f.heads <= processors ? share : 2 * chunks;
-    int64_t places = 1;
-    while (places < std::min(chunks, wanted) && 2 * places <= most) places *= 2;
-    gradient.places = static_cast<int>(std::min(places, chunks));
-    gradient.parts = scratch.take(int64_t(gradient.slots) * gradient.places * kChunk * columns);
+    const int64_t share = floats / (shared * kChunk * columns);
+    const bool by_copies = scratch.walks > 0 && passes_by_copies(T::kRows, T::kColumns);
+    gradient.chain = by_copies && waits ? heads_of_chain(gradient.count) : gradient.count;
+    const int64_t chains = gradient.count / gradient.chain;
+    // As many at least as a run has, whose groups may wait for each other both ways where gradients
+    // are shared out of step.
+    if (by_copies && waits)
+      gradient.slots = std::clamp<int64_t>(share / chains, groups, gradient.slots);
+    // A power of two, or all.
+    const auto count_places = [&](int64_t wanted, int64_t most) {
+      int64_t places = 1;
+      while (places < std::min(chunks, wanted) && (!waits || 2 * places <= most)) places *= 2;
+      return static_cast<int>(std::min(places, chunks));
+    };
+    const auto take = [&](int64_t places) {
+      return scratch.take(gradient.slots * places * kChunk * columns);
+    };
+    int64_t most = share / gradient.slots;
+    if (chains > 1) {
+      gradient.chain_places = count_places(gradient.chain, (most - 1) / (chains - 1));
+      gradient.chain_parts = take((chains - 1) * gradient.chain_places);
+      most -= (chains - 1) * gradient.chain_places;
+    }
+    // A block is half a chunk or less behind the one before it; a group's first blocks shall not
+    // wait for those that begin later.
+    const int64_t wanted = by_copies || !waits ? chunks : std::max(gradient.count / 2, 2);
+    gradient.places = count_places(wanted, most);
+    gradient.parts = take(gradient.places);
     return gradient;
   };
   scratch.dx = take_sums(f.x_heads, f.head_dim, T::kRows);

@@ -33,22 +33,30 @@
 //   P, N                   64, 64   96, 64   128, 64   64, 128   128, 128
 //   walks                     2        2         2         1          1     of a block
 //   places of x, B, C, dY     2        1         1         2          2     on the way back
-//   places of S               2        1         1         2          1
-//   shared, kB              226      210       210       171        219     one block an SM
+//   places of S               2        1         1         1          1
+//   shared, kB              226      210       210       222        219     one block an SM
 //   registers               216      216       224       216        224     to multiply
 //
 // x, B and S are free at the second meeting, C and dY at a chunk's end, and asked for again then.
 //
+// Gradients that heads share pass from head to head as sums, which a head reads, adds to, and
+// leaves. For 64 x 128, the shape of most models whose heads share B and C in large groups, there
+// is shared memory for the copy engine to do it: a walk leaves its part there and goes on; a thread
+// has it added to the sums in global memory once the head before is through with its own. Who needs
+// the sums, the last head and the end of a chain (PassedGradient), has them fetched by another
+// thread. Half of the warps that copy suffice for the inputs then.
+//
 // H200, bfloat16, us; in brackets by ssd_scan_backward.cu:
-//   Llamba-1B 8 x 4096    431  (681)     Llamba-3B 8 x 4096 (P 96)     546 (1037)
-//             64 x 512    444  (685)               1 x 4096           374  (790)
-//             1 x 2048    137  (226)     Llamba-8B 8 x 4096 (P 128)    707 (1169)
-//             1 x 32768   627  (876)     24 heads of 128 x 128        1080 (1624)
-//   32 heads of 64 x 64, x and B         x and B of 8 of them         1302 (2071)
-//     of 8 heads, 8 x 4096   527  (802)              1 x 4096          661 (1032)
-//             1 x 32768      741 (1002)  80 heads of 64 x 128, one group
-//                                                    8 x 4096         3095 (4449)
-//                                                    64 x 512         4310 (4507)
+//   Llamba-1B 8 x 4096    437  (681)     Llamba-3B 8 x 4096 (P 96)     542 (1037)
+//             64 x 512    447  (685)               1 x 4096           373  (790)
+//             1 x 2048    130  (226)     Llamba-8B 8 x 4096 (P 128)    688 (1169)
+//             1 x 32768   630  (876)     24 heads of 128 x 128        1066 (1624)
+//   32 heads of 64 x 64, x and B         x and B of 8 of them         1307 (2071)
+//     of 8 heads, 8 x 4096   531  (802)              1 x 4096          663 (1032)
+//             1 x 32768      719 (1002)  80 heads of 64 x 128, one group
+//                                                    8 x 4096         2306 (4449)
+//                                                    64 x 512         2567 (4507)
+//                                                    1 x 4096          500 (1274)
 // Bytes that move for a chunk and head of 64 x 64: 24 kB forwards, 40 kB in and 24 kB out on the
 // way back, so that Llamba-1B's 8 x 4096 has 1.44 GB and can take no less than 343 us; of 128 x 128
 // 208 kB, 610 us. A chunk takes 7,200 instructions of the warps that multiply where
@@ -60,21 +68,26 @@
 // share x and B: one step for both sums, 558 to 508. 128 x 128: a place of its own for S, asked for
 // first, 1370 to 1280; no spilled registers where copies are asked for, 1320 to 1076. These come
 // back behind the copies under way, which keeps the next ones waiting: so what is the same for all
-// chunks stays in shared memory, addresses are worked out anew, and scalars come last. One group:
-// as many places for sums as heads are behind each other, 6730 to 3100.
+// chunks stays in shared memory, addresses are worked out anew, and scalars come last.
 //
-// What did not: the copy engine, as in ssd_scan_wgmma.cu (432; it brings whole panels of 96
-// columns, and C and dY eight rows at a time: 732). The four rows of a lane read before they are
+// One group, 8 x 4096, 64 x 512, 1 x 4096: as many places for sums as heads are behind each other,
+// 6730 to 3108 (4324, 725); sums by the copy engine, in chains of eight heads, 2696, 2748, 587;
+// fetched by a thread of their own to a place of their own, 2436, 2690, 545; dB handed over under
+// the next chunk's products, not right after dC, 2306, 2567, 500. With chains of 16, before the
+// last step, 2456, 3070, 560; with one, 2470, 4440, 632.
+//
+// What did not: the copy engine for inputs, as in ssd_scan_wgmma.cu (432; it brings whole panels of
+// 96 columns, and C and dY eight rows at a time: 732). The four rows of a lane read before they are
 // written, 16 bytes each: 430 to 510, 588 to 700. The state on its way to memory under the next
-// chunk's products: nothing.
+// chunk's products: nothing. S, x and B at one barrier: nothing. Sums in chains whose ends read and
+// leave them as all heads did: 1 x 4096 730, as now and then a head waited for twice as much.
 //
 // What limits, 64 x 64: of the 343 us that bytes take the rest is the chain of products and sums,
 // two walks a multiprocessor; 36 % of issue slots. 128 x 128: one walk a multiprocessor, whose two
 // warpgroups wait for each other; of 19,500 cycles a chunk 4,500 are forwards, 3,300 what passes
-// between tokens, which both compute, and 4,900 what follows the second meeting. One group: a head
-// is 2.8 us behind the one before it, 80 of them 220, and half of a chunk's time is waiting for
-// sums and reading them. Next: a group's sums in two levels, some heads after each other and then
-// the last ones of these.
+// between tokens, which both compute, and 4,900 what follows the second meeting. One group: a chunk
+// takes 7.4 us; of 7.8 before the last step 6.6 were not waiting for sums. Next: two heads a walk,
+// which share C B^T and add up their parts of dC and dB before they are passed on.
 #include <algorithm>
 #include <type_traits>
 
@@ -306,9 +319,11 @@ struct Tile {
   static constexpr int kWidth = (kP + kPanel - 1) / kPanel * kPanel;  // whole panels of x
   // Tiles of 8 columns of a state, and of those of dX that are a warpgroup's own.
   static constexpr int kTiles = kP / 8, kOwnTiles = kTiles / kParts;
+  // Whether there are places for parts of gradients, so that the copy engine passes sums on.
+  static constexpr bool kPasses = passes_by_copies(kP, kN);
   // Chunks on the way back, whose inputs come in three parts: x and B, the state before the chunk,
   // and, which are needed longer, C and dy.
-  static constexpr int kStatePlaces = kWidth > kPanel ? 1 : 2,
+  static constexpr int kStatePlaces = kWidth > kPanel || kPasses ? 1 : 2,
                        kPlaces = kParts == 1 ? kStatePlaces : 2;
   // Registers of the threads that copy and of those that multiply, of 168 at the start.
   static constexpr int kCopierRegisters = kP <= 96 ? 72 : 56,
@@ -316,6 +331,15 @@ struct Tile {
   using Rows = Panels<data_t, kChunk, kWidth>;
   using StateRows = Panels<data_t, kChunk, kN>;
   using States = Panels<data_t, kN, kWidth>;
+  // A chunk's part of a gradient, or sums: a thread has every 256th tile.
+  struct alignas(1024) Part {
+    float4 at[kPanel / 8][kGroups * kGroup];
+  };
+  struct None {};
+  struct Handed {
+    std::conditional_t<kPasses, Part, None> part;
+    uint64_t full, free;
+  };
   struct Early {
     Rows x;
     StateRows b;
@@ -335,6 +359,8 @@ struct Tile {
     int chunks;                        // of the run
     int x_column, b_column, c_column;  // where the first columns are that the head has
     Passing passing[3];                // of dC, dB and dx
+    Link links[3];                     // the same, by the copy engine
+    Handed own, so_far;                // the walk's part, for the copy engine; sums that it fetched
     float sums[kWarps];
     int drawn;
     uint64_t full[4][2], free[4][2];  // by Way
@@ -343,6 +369,85 @@ struct Tile {
   static_assert(kBytes <= 232448);
 };
 enum Way { kForwards, kEarly, kState, kLate };
+
+// Of dC, dB and dx.
+__device__ inline const PassedGradient& gradient_at(const TileScratch& scratch, int which) {
+  return which == 0 ? scratch.dC : which == 1 ? scratch.dB : scratch.dx;
+}
+// Two threads pass a walk's gradients on by the copy engine: one fetches the sums so far for those
+// who need them, the last head and the ends of chains; one adds the walk's own parts to sums in
+// global memory. A part at a time, in the order in which the walk has them.
+template <typename T>
+struct Passer {
+  const TileScratch& scratch;
+  float* memory;
+  typename T::Shared& shared;
+  int walk;
+
+  __device__ uint32_t* progress_of(int walk) const {
+    return reinterpret_cast<uint32_t*>(memory + scratch.progress) + 1 +
+           int64_t(walk) * kWarps * T::kParts;
+  }
+  // visit(n, which, turn, steps) of the parts, turns from 1 on, `steps` of them a chunk.
+  template <typename Visit>
+  __device__ void each_part(Visit&& visit) const {
+    uint32_t order = 0;  // of the gradients that are shared, two bits each
+    int steps = 0;
+    for (int which : {0, 2, 1})
+      if (gradient_at(scratch, which).count > 1) order |= which << 2 * steps++;
+    uint32_t turn = 0;
+    for (int n = 0; n < shared.chunks; ++n)
+      for (int step = 0; step < steps; ++step)
+        visit(n, static_cast<int>(order >> 2 * step & 3), ++turn, steps);
+  }
+  __device__ static int floats_of(int which) { return kChunk * (which < 2 ? T::kN : T::kP); }
+  __device__ float* place_at(int64_t first, int places, int n, int which) const {
+    return memory + first + int64_t(n < places ? n : n & (places - 1)) * floats_of(which);
+  }
+
+  __device__ void fetch_sums() const {
+    int fetched = 0;
+    each_part([&](int n, int which, uint32_t turn, int) {
+      const Link& link = shared.links[which];
+      if (!link.loads) return;
+      const int bytes = floats_of(which) * sizeof(float);
+      if (fetched > 0) wait_for(&shared.so_far.free, ~fetched & 1);
+      ++fetched;
+      wait_until(progress_of(walk - 1), turn);
+      show_global_to_copies();
+      arrive_expecting(&shared.so_far.full, bytes);
+      copy_bulk(&shared.so_far.part, place_at(link.from, link.from_places, n, which), bytes,
+                &shared.so_far.full);
+    });
+  }
+  __device__ void add_parts() const {
+    each_part([&](int n, int which, uint32_t turn, int steps) {
+      const Link& link = shared.links[which];
+      if (!link.is_last) {
+        if (link.adds)
+          wait_until(progress_of(link.other), turn);
+        else if (n >= link.to_places)
+          wait_until(progress_of(link.other), turn - steps * link.to_places);
+        else if (link.before >= 0)
+          wait_until(progress_of(link.before), kDone);
+        show_global_to_copies();
+      }
+      wait_for(&shared.own.full, ~turn & 1);
+      if (!link.is_last) {
+        auto* to = place_at(link.to, link.to_places, n, which);
+        auto* part = reinterpret_cast<const float*>(&shared.own.part);
+        const int bytes = floats_of(which) * sizeof(float);
+        link.adds ? add_bulk(to, part, bytes) : store_bulk(to, part, bytes);
+        commit_bulk_stores();
+        wait_bulk_stores_read();
+      }
+      arrive(&shared.own.free);
+      if (!link.is_last) wait_bulk_stores();
+      tell(progress_of(walk), turn);
+    });
+    tell_done(shared.chunks > 0, shared.links, walk, [&](int walk) { return progress_of(walk); });
+  }
+};
 
 // 64 columns of a matrix, as a matrix.
 template <typename data_t, int kRows, int kColumns>
@@ -359,7 +464,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef REASONERS_WGMMA
   using data_t = typename T::data_t;
   constexpr int kP = T::kP, kN = T::kN, kTiles = T::kTiles, kParts = T::kParts, kWidth = T::kWidth;
-  constexpr int kWalks = T::kWalks, kCopiers = T::kCopiers, kWalkWarps = kWarps * kParts;
+  constexpr int kWalks = T::kWalks, kWalkWarps = kWarps * kParts;
+  // Whether half of the warps that copy pass sums on instead.
+  constexpr bool kByCopies = kSums == Sums::kPassed && T::kPasses;
+  constexpr int kCopiers = kByCopies ? T::kCopiers / 2 : T::kCopiers;
   constexpr int kPlaces = T::kPlaces, kStatePlaces = T::kStatePlaces;
   extern __shared__ __align__(1024) char shared_memory[];
   let_next_start();
@@ -369,7 +477,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32;
   const bool copies = warp < kWarps;
   // Of the block's walks, and of the walk's warpgroups.
-  const int at = copies ? warp / (kCopiers / 32) : (warp / kWarps - 1) / kParts;
+  const int at = copies ? warp / (T::kCopiers / 32) : (warp / kWarps - 1) / kParts;
   const int w = copies ? 0 : (warp / kWarps - 1) % kParts, r = warp % kWarps;
   auto& shared = reinterpret_cast<typename T::Shared*>(shared_memory)[at];
   // Where all walks run at a time they are spread. Else walks wait for walks before them alone,
@@ -391,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   if (copies && walk < walks) {
     const Run run(f, scratch, walk);
-    if (threadIdx.x % kCopiers == 0) {
+    if (threadIdx.x % T::kCopiers == 0) {
       const auto column_of = [&](int sharing, int width) {
         return run.head / (f.heads / sharing) * width;
       };
@@ -402,18 +510,27 @@ __global__ void __launch_bounds__(kThreads, 1)
       shared.c_column = column_of(f.c_groups, f.state_dim);
     }
   }
-  if (copies && threadIdx.x % kCopiers == 0) {
+  if (copies && threadIdx.x % T::kCopiers == 0) {
     for (int way = 0; way < 4; ++way)
       for (int place = 0; place < 2; ++place) {
         init_barrier(&shared.full[way][place], kCopiers + (way == kState ? 0 : 2));
         init_barrier(&shared.free[way][place], kWalkWarps);
       }
-    if (kSums == Sums::kPassed && walk < walks) {
-      shared.passing[0] = scratch.dC.passing_of(walk, f.heads);
-      shared.passing[1] = scratch.dB.passing_of(walk, f.heads);
-      shared.passing[2] = scratch.dx.passing_of(walk, f.heads);
+    if (kByCopies) {
+      init_barrier(&shared.own.full, kWalkWarps);
+      init_barrier(&shared.own.free, 1);
+      init_barrier(&shared.so_far.full, 1);
+      init_barrier(&shared.so_far.free, kWalkWarps);
+      show_barriers();
+    }
+    if (kSums == Sums::kPassed && !kByCopies && walk < walks) {
+      for (int which = 0; which < 3; ++which)
+        shared.passing[which] = gradient_at(scratch, which).passing_of(walk, f.heads);
     }
   }
+  if (kByCopies && walk < walks && threadIdx.x < 3)
+    shared.links[threadIdx.x] = gradient_at(scratch, threadIdx.x)
+                                    .link_of(walk, f.heads, kChunk * (threadIdx.x < 2 ? kN : kP));
   __syncthreads();
   const Run& run = shared.run;
   // By reference: read from shared memory where they are needed, as there are few registers.
@@ -449,10 +566,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (copies) {
     keep_registers<T::kCopierRegisters>();
-    if (is_empty) return;
+    const int thread = threadIdx.x % T::kCopiers;
+    if constexpr (kByCopies)
+      if (walk < walks) {
+        const Passer<T> passer{scratch, p.scratch, shared, walk};
+        if (thread == kCopiers) passer.add_parts();
+        if (thread == kCopiers + 32) passer.fetch_sums();
+      }
+    if (is_empty || thread >= kCopiers) return;
     // ---- The warps that copy: the first makes the scalars, the second adds up d log_decay.
     // racecheck follows what they tell if all lanes of a warp arrive, not one for all.
-    const int thread = threadIdx.x % kCopiers;
     const bool is_first = thread < 32, is_second = thread / 32 == 1;
     const auto tell_full = [&](Way way, int place) {
       __syncwarp();
@@ -513,12 +636,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (kScales) read(next_scale, f.scale, f.scale_strides, 1.f);
     };
 
+    const auto wait_for_place = [&](Way way, int n, int places) {
+      return [=, &shared] {
+        if (n >= places) wait_for(&shared.free[way][n % places], (n / places - 1) & 1);
+      };
+    };
+
     // Forwards.
     if (chunks > 0) read_scalars(first_chunk);
 #pragma unroll 1
     for (int n = 0; n < steps; ++n) {
       const int t = (first_chunk + n) * kChunk;
-      if (n >= 2) wait_for(&shared.free[kForwards][n & 1], (n / 2 - 1) & 1);
+      wait_for_place(kForwards, n, 2)();
       copy(place_of_x(n), kP, f.x, f.x_strides, shared.x_column, f.head_dim, t, in_order);
       copy(place_of_b(n), kN, f.B, f.b_strides, shared.b_column, f.state_dim, t, in_order);
       arrive_after_copies(&shared.full[kForwards][n & 1]);
@@ -550,11 +679,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
 
     // Backwards.
-    const auto wait_for_place = [&](Way way, int n, int places) {
-      return [=, &shared] {
-        if (n >= places) wait_for(&shared.free[way][n % places], (n / places - 1) & 1);
-      };
-    };
     const auto request_early = [&](int n) {
       const int t = (run.last_chunk - 1 - n) * kChunk;
       auto& to = shared.early[n % kPlaces];
@@ -618,7 +742,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   take_registers<T::kWalkerRegisters>();
   if (is_empty) {
     if (walk >= walks) return;
-    if (kSums == Sums::kPassed && lane == 0) tell_done(false, shared.passing, walk, progress_of);
+    if (kSums == Sums::kPassed && !kByCopies && lane == 0)
+      tell_done(false, shared.passing, walk, progress_of);
     if (p.dD && w == 0 && r == 0 && lane == 0) p.scratch[scratch.dD + walk] = 0.f;
     return;
   }
@@ -665,13 +790,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     store_rows<sizeof(d) / sizeof(d[0])>(to, n_part + 16 * r,
                                          [&](int n, int half) { return pair_of(d, n, half); });
   };
-  // Rows of a panel or two to global memory, by the warp's rows of dstate, which nobody else reads
+  // Rows of a panel or two to global memory, by the warp's rows of a state that nobody else reads
   // then, so that lanes write 16 bytes, and eight of them a row. Of the rows the first eight go to
   // those from `first` on of `to(panel)`, the others to those from `second` on, as far as there are
   // `count`; of columns there are `width`.
   const auto write_rows = [&](const auto& d, auto&& to, int64_t stride, int width, int first,
-                              int second, int count) {
-    const auto& by = shared.dstate;
+                              int second, int count, const typename T::States& by) {
     __syncwarp();
     put_rows(by, d);
     __syncwarp();
@@ -751,7 +875,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if ((n + 1) % every == 0)
         write_rows(
             state, [&](int panel) { return kept_at(first_chunk + n + 1, w, panel).data; },
-            kept_at(first_chunk + n + 1, w, 0).stride, f.head_dim, 16 * r, 16 * r + 8, kChunk);
+            kept_at(first_chunk + n + 1, w, 0).stride, f.head_dim, 16 * r, 16 * r + 8, kChunk,
+            shared.dstate);
       __syncwarp();
       if (lane == 0) arrive(&shared.free[kForwards][n & 1]);
     }
@@ -766,10 +891,70 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kSteps = 2;  // of a chunk, in which sums are passed
   // Whether no later head has a part in a gradient.
   const auto is_last = [&](const PassedGradient& gradient, int which) {
-    return kSums != Sums::kPassed || gradient.count == 1 ||
-           shared.passing[which].member + 1 == gradient.count;
+    if (kSums != Sums::kPassed || gradient.count == 1) return true;
+    return kByCopies ? shared.links[which].is_last
+                     : shared.passing[which].member + 1 == gradient.count;
+  };
+  // Of a chunk whose first token is `t` the columns from `column` on of a head's.
+  const auto write_gradient = [&](const auto& d, const PartedGradient& gradient, void* sum,
+                                  int offset, int column, int t, int first, int second,
+                                  const typename T::States& by) {
+    const int64_t token = int64_t(batch) * f.length + begin + t;
+    const int64_t stride = gradient.groups * gradient.width;
+    write_rows(
+        d,
+        [&](int panel) {
+          return static_cast<data_t*>(sum) + token * stride + offset + column + panel * kPanel;
+        },
+        stride, gradient.width - column, first, second, min(kChunk, length - t), by);
   };
   float dD = 0.f;
+  // Hands a part over to the copy engine. Who needs the sums so far adds them; the last head keeps
+  // what it has then, for `write`, which has the part's place to do it by.
+  int handed = 0, fetched = 0;
+  const auto hand_over = [&](auto& d, int which, auto&&... write) {
+    if constexpr (kByCopies) {
+      const Link& link = shared.links[which];
+      constexpr int kCount = sizeof(d) / sizeof(d[0]);
+      const int at = w * kGroup + threadIdx.x % kGroup;
+      if (link.loads) {
+        wait_for(&shared.so_far.full, fetched & 1);
+        ++fetched;
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) {
+          const float4 before = shared.so_far.part.at[m][at];
+          d[m][0] += before.x;
+          d[m][1] += before.y;
+          d[m][2] += before.z;
+          d[m][3] += before.w;
+        }
+        __syncwarp();
+        if (lane == 0) arrive(&shared.so_far.free);
+      }
+      if (handed > 0) wait_for(&shared.own.free, ~handed & 1);
+      ++handed;
+      if (!link.is_last)
+#pragma unroll
+        for (int m = 0; m < kCount; ++m)
+          shared.own.part.at[m][at] = {d[m][0], d[m][1], d[m][2], d[m][3]};
+      else
+        (write(reinterpret_cast<const typename T::States&>(shared.own.part)), ...);
+      show_to_copies();
+      __syncwarp();
+      if (lane == 0) arrive(&shared.own.full);
+    }
+  };
+  // dB is handed over when the next chunk's first products are under way: right after dC it would
+  // have to wait for the place.
+  const bool hands_dB = kByCopies && scratch.dB.count > 1;
+  float dB_before[kByCopies ? 8 : 1][4];  // of the chunk before
+  const auto hand_dB = [&](int n) {
+    if constexpr (kByCopies)
+      hand_over(dB_before, 1, [&](const typename T::States& by) {
+        write_gradient(dB_before, scratch.dB, p.dB, shared.b_column, n_part,
+                       (run.last_chunk - 1 - n) * kChunk, 16 * r, 16 * r + 8, by);
+      });
+  };
   // Whether there are registers for the state's part of dC.
   constexpr bool kAhead = kP == 64 && kParts == 1;
   const int tokens[2] = {8 * r + g, 56 - 8 * r + g};  // of the rows of C and dy
@@ -782,23 +967,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     auto& before = shared.state[state_place];
     const Scalars& scalars = shared.scalars[n & 1];
     auto& passed = shared.passed[n & 1];
-    const int count = min(kChunk, length - t);
-    // The columns from `column` on of a head's.
-    const auto write_gradient = [&](const auto& d, const PartedGradient& gradient, void* sum,
-                                    int offset, int column, int first, int second) {
-      const int64_t token = int64_t(batch) * f.length + begin + t;
-      const int64_t stride = gradient.groups * gradient.width;
-      write_rows(
-          d,
-          [&](int panel) {
-            return static_cast<data_t*>(sum) + token * stride + offset + column + panel * kPanel;
-          },
-          stride, gradient.width - column, first, second, count);
-    };
     // Gradients that heads share are added up: the sums of the heads so far pass from block to
     // block, warp to warp and thread to thread, those of dC in the first step of a chunk and the
     // others' in the second. A head waits, adds, leaves what it has, and tells; the last one writes
-    // the gradient instead of leaving it.
+    // the gradient instead of leaving it. Or the copy engine passes them on (Passer).
     uint32_t* progress = progress_of(walk);
     const auto is_shared = [&](const PassedGradient& gradient) {
       return kSums == Sums::kPassed && gradient.count > 1;
@@ -831,7 +1003,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
       if (lane == 0) tell(progress, kSteps * n + step);
     };
-
     // The gradient of the state after the chunk, for the products with it.
     __syncwarp();
     put_rows(shared.dstate, dstate);
@@ -880,6 +1051,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                               describe(early.x) + depth_step<kChunk>(k), k > 0);
     commit_products();
     if (kAhead) begin_dc();
+    if (hands_dB && n > 0) hand_dB(n - 1);
     {
       float parts[4] = {};
       each_pair(before, own_row, 0, kAllTiles, [&](int m, int half, float2 state) {
@@ -946,7 +1118,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_for_products<0>();
     settle(dc);
 
-    if (is_shared(scratch.dC)) {
+    if (kByCopies && is_shared(scratch.dC)) {
+      hand_over(dc, 0);
+    } else if (is_shared(scratch.dC)) {
       wait_for_before(scratch.dC, 0, 1);
       add_before(scratch.dC, dc, 0);
       leave(scratch.dC, dc, 0);
@@ -1008,12 +1182,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     commit_products();
 
     if (is_last(scratch.dC, 0))
-      write_gradient(packed, scratch.dC, p.dC, shared.c_column, n_part, tokens[0] - g,
-                     tokens[1] - g);
+      write_gradient(packed, scratch.dC, p.dC, shared.c_column, n_part, t, tokens[0] - g,
+                     tokens[1] - g, shared.dstate);
     wait_for_products<2>();
     settle(db);
     if (kSums == Sums::kNone)
-      write_gradient(db, scratch.dB, p.dB, shared.b_column, n_part, 16 * r, 16 * r + 8);
+      write_gradient(db, scratch.dB, p.dB, shared.b_column, n_part, t, 16 * r, 16 * r + 8,
+                     shared.dstate);
     wait_for_products<0>();
     settle(du);
     settle(dstate);
@@ -1041,23 +1216,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (kSums == Sums::kPassed) {
       const bool shares_dB = is_shared(scratch.dB), shares_dx = is_shared(scratch.dx);
-      if (shares_dB) wait_for_before(scratch.dB, 1, 2);
-      // One wait does where the same heads share both.
-      if (shares_dx && !(shares_dB && scratch.dB.count == scratch.dx.count))
-        wait_for_before(scratch.dx, 2, 2);
-      if (shares_dB) add_before(scratch.dB, db, 1);
-      if (shares_dx) add_before(scratch.dx, du, 2);
-      if (shares_dB) leave(scratch.dB, db, 1);
-      if (shares_dx) leave(scratch.dx, du, 2);
-      if (shares_dB || shares_dx) tell_step(2);
-      if (is_last(scratch.dB, 1))
-        write_gradient(db, scratch.dB, p.dB, shared.b_column, n_part, 16 * r, 16 * r + 8);
+      if constexpr (kByCopies) {
+        if (shares_dx) hand_over(du, 2);
+#pragma unroll
+        for (int m = 0; m < 8; ++m)
+#pragma unroll
+          for (int v = 0; v < 4; ++v) dB_before[m][v] = db[m][v];
+      } else {
+        if (shares_dB) wait_for_before(scratch.dB, 1, 2);
+        // One wait does where the same heads share both.
+        if (shares_dx && !(shares_dB && scratch.dB.count == scratch.dx.count))
+          wait_for_before(scratch.dx, 2, 2);
+        if (shares_dB) add_before(scratch.dB, db, 1);
+        if (shares_dx) add_before(scratch.dx, du, 2);
+        if (shares_dB) leave(scratch.dB, db, 1);
+        if (shares_dx) leave(scratch.dx, du, 2);
+        if (shares_dB || shares_dx) tell_step(2);
+      }
+      if (!hands_dB && is_last(scratch.dB, 1))
+        write_gradient(db, scratch.dB, p.dB, shared.b_column, n_part, t, 16 * r, 16 * r + 8,
+                       shared.dstate);
     }
     if (is_last(scratch.dx, 2))
-      write_gradient(du, scratch.dx, p.dx, shared.x_column, p_part, 16 * r, 16 * r + 8);
+      write_gradient(du, scratch.dx, p.dx, shared.x_column, p_part, t, 16 * r, 16 * r + 8,
+                     shared.dstate);
   }
+  if (hands_dB && chunks > 0) hand_dB(chunks - 1);
 
-  if (kSums == Sums::kPassed && lane == 0) tell_done(chunks > 0, shared.passing, walk, progress_of);
+  if (kSums == Sums::kPassed && !kByCopies && lane == 0)
+    tell_done(chunks > 0, shared.passing, walk, progress_of);
   if (p.dinitial_state && run.first)
     each_value(dstate, [&](float& value, int offset) {
       if (offset >= 0) p.dinitial_state[home + offset] = value;
