@@ -116,28 +116,24 @@ struct PassedGradient : PartedGradient {
     Link link{};
     link.before = -1;
     if (count == 1) return link;
-    const int run = block / heads, head = block % heads, first = block - head % count;
-    const int group = run * groups + head / count, before = group - slots;
-    const int first_before = before / groups * heads + before % groups * count;
-    const int at = (block - first) / chain, member = (block - first) % chain;
-    const int chains = count / chain;
-    const bool in_last = at + 1 == chains, is_last = block - first + 1 == count;
-    const bool is_end = !in_last && member + 1 == chain;
-    const int64_t sums = parts + int64_t(group % slots) * places * floats;
+    const Passing passing = passing_of(block, heads);
+    const int slot = passing.place / places, last = block - passing.member + count - 1;
+    const int chains = count / chain, at = passing.member / chain, member = passing.member % chain;
+    const bool in_last = at + 1 == chains, is_end = !in_last && member + 1 == chain;
+    const int64_t sums = parts + int64_t(passing.place) * floats;
     const int64_t own =
-        in_last ? sums
-                : chain_parts + int64_t(group % slots * (chains - 1) + at) * chain_places * floats;
-    link.is_last = is_last;
-    link.loads = is_last || is_end;
+        in_last ? sums : chain_parts + int64_t(slot * (chains - 1) + at) * chain_places * floats;
+    link.is_last = block == last;
+    link.loads = link.is_last || is_end;
     link.adds = is_end ? at > 0 : member > 0 || (in_last && at > 0);
     link.from = own;
     link.from_places = in_last ? places : chain_places;
     link.to = is_end ? sums : own;
     link.to_places = is_end || in_last ? places : chain_places;
     // The last to read from places: of the group, or of the chain.
-    const int reader = is_end || in_last ? first + count - 1 : block - member + chain - 1;
+    const int reader = is_end || in_last ? last : block - member + chain - 1;
     link.other = !link.adds ? reader : is_end ? block - chain : block - 1;
-    link.before = before < 0 ? -1 : first_before + (reader - first);
+    link.before = passing.before < 0 ? -1 : passing.before - (last - reader);
     return link;
   }
 };
@@ -153,6 +149,11 @@ struct TileScratch : SsdScanScratch {
   // counts, of 32 bits, and zero at the start.
   int64_t progress, counts;
   int walks;  // of a multiprocessor by ssd_scan_backward_wgmma.cu, or 0: it does not suit
+
+  // Of dC, dB and dx.
+  __device__ const PassedGradient& gradient(int which) const {
+    return which == 0 ? dC : which == 1 ? dB : dx;
+  }
 };
 
 // Of a sequence. The runs have as many chunks each, but for the last, which may have fewer.
@@ -249,18 +250,19 @@ __device__ void tell_done(bool has_chunks, const Part (&parts)[3], int walk,
   tell(progress_of(walk), kDone);
 }
 
+// To a thread's part of a tile.
+__device__ inline void add_tile(float (&d)[4], float4 tile) {
+  d[0] += tile.x;
+  d[1] += tile.y;
+  d[2] += tile.z;
+  d[3] += tile.w;
+}
 // The sums of a chunk in global memory, of which a thread has every kThreads-th tile from `sums`
 // on.
 template <int kThreads, int kTiles>
 __device__ void add_sums(float (&d)[kTiles][4], const float4* sums) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const float4 before = __ldcg(sums + n * kThreads);
-    d[n][0] += before.x;
-    d[n][1] += before.y;
-    d[n][2] += before.z;
-    d[n][3] += before.w;
-  }
+  for (int n = 0; n < kTiles; ++n) add_tile(d[n], __ldcg(sums + n * kThreads));
 }
 template <int kThreads, int kTiles>
 __device__ void leave_sums(const float (&d)[kTiles][4], float4* sums) {

@@ -214,12 +214,8 @@ __global__ void __launch_bounds__(kThreads, Tile<data_t, kP, kN>::kWanted)
     if (threadIdx.x == 0) *drawn = static_cast<int>(atomicAdd(counts, 1u));
     __syncthreads();
     block = __shfl_sync(~0u, *drawn, 0);
-    if (threadIdx.x < 3) {
-      const auto& gradient = threadIdx.x == 0   ? scratch.dC
-                             : threadIdx.x == 1 ? scratch.dB
-                                                : scratch.dx;
-      rest.passing[threadIdx.x] = gradient.passing_of(block, f.heads);
-    }
+    if (threadIdx.x < 3)
+      rest.passing[threadIdx.x] = scratch.gradient(threadIdx.x).passing_of(block, f.heads);
     __syncthreads();
   }
   // Where the block is; offsets follow from it, in 64 bits, where they are needed.

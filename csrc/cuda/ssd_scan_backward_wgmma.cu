@@ -370,10 +370,6 @@ struct Tile {
 };
 enum Way { kForwards, kEarly, kState, kLate };
 
-// Of dC, dB and dx.
-__device__ inline const PassedGradient& gradient_at(const TileScratch& scratch, int which) {
-  return which == 0 ? scratch.dC : which == 1 ? scratch.dB : scratch.dx;
-}
 // Two threads pass a walk's gradients on by the copy engine: one fetches the sums so far for those
 // who need them, the last head and the ends of chains; one adds the walk's own parts to sums in
 // global memory. A part at a time, in the order in which the walk has them.
@@ -394,7 +390,7 @@ struct Passer {
     uint32_t order = 0;  // of the gradients that are shared, two bits each
     int steps = 0;
     for (int which : {0, 2, 1})
-      if (gradient_at(scratch, which).count > 1) order |= which << 2 * steps++;
+      if (scratch.gradient(which).count > 1) order |= which << 2 * steps++;
     uint32_t turn = 0;
     for (int n = 0; n < shared.chunks; ++n)
       for (int step = 0; step < steps; ++step)
@@ -525,12 +521,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (kSums == Sums::kPassed && !kByCopies && walk < walks) {
       for (int which = 0; which < 3; ++which)
-        shared.passing[which] = gradient_at(scratch, which).passing_of(walk, f.heads);
+        shared.passing[which] = scratch.gradient(which).passing_of(walk, f.heads);
     }
   }
   if (kByCopies && walk < walks && threadIdx.x < 3)
-    shared.links[threadIdx.x] = gradient_at(scratch, threadIdx.x)
-                                    .link_of(walk, f.heads, kChunk * (threadIdx.x < 2 ? kN : kP));
+    shared.links[threadIdx.x] =
+        scratch.gradient(threadIdx.x).link_of(walk, f.heads, kChunk * (threadIdx.x < 2 ? kN : kP));
   __syncthreads();
   const Run& run = shared.run;
   // By reference: read from shared memory where they are needed, as there are few registers.
@@ -921,13 +917,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         wait_for(&shared.so_far.full, fetched & 1);
         ++fetched;
 #pragma unroll
-        for (int m = 0; m < kCount; ++m) {
-          const float4 before = shared.so_far.part.at[m][at];
-          d[m][0] += before.x;
-          d[m][1] += before.y;
-          d[m][2] += before.z;
-          d[m][3] += before.w;
-        }
+        for (int m = 0; m < kCount; ++m) add_tile(d[m], shared.so_far.part.at[m][at]);
         __syncwarp();
         if (lane == 0) arrive(&shared.so_far.free);
       }
@@ -1003,6 +993,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncwarp();
       if (lane == 0) tell(progress, kSteps * n + step);
     };
+
     // The gradient of the state after the chunk, for the products with it.
     __syncwarp();
     put_rows(shared.dstate, dstate);
