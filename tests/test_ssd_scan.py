@@ -302,6 +302,16 @@ def tokens_of(gradients, where):
     return [gradient[:, where] if gradient.numel() else gradient for gradient in gradients]
 
 
+def assert_equal_alone(together, outer, alone, index, where):
+    """The gradients of one of several packed sequences, by itself, and its part of all of them."""
+    dy, dfinal = outer
+    one = slice(index, index + 1)
+    backward = torch.ops.reasoners.ssd_scan_backward
+    *tokens, _, dinitial = backward(dy[:, where], dfinal[one], *alone.values())
+    assert_equal(tokens, tokens_of(together[:5], where))
+    assert torch.equal(dinitial, together[6][one])
+
+
 @pytest.mark.cuda("ssd_scan_backward")
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
@@ -328,9 +338,7 @@ def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, size
                 continue
             wide = rows.new_zeros(1, length, rows[0, 0].numel() + 3)
             alone[name] = wide[..., 3:].view(rows.shape).copy_(rows)
-        *tokens, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
-        assert_equal(tokens, tokens_of(together[:5], where))
-        assert torch.equal(dinitial, together[6][i : i + 1])
+        assert_equal_alone(together, (dy, dfinal), alone, i, where)
         begin += length
 
 
@@ -348,16 +356,13 @@ def test_gradients_of_packed_and_strided_equal_separate_bitwise_cuda(dtype, size
 )
 def test_gradients_among_many_equal_alone_bitwise_cuda(sizes):
     """Of many more groups of heads than have places for their sums at a time."""
-    lengths, backward = [300, 0, 64, 1500, 1, 700] * 6, torch.ops.reasoners.ssd_scan_backward
-    (dy, dfinal), inputs = backward_arguments_cuda(torch.bfloat16, lengths=lengths, **sizes)
-    together = backward(dy, dfinal, *inputs.values())
+    lengths = [300, 0, 64, 1500, 1, 700] * 6
+    outer, inputs = backward_arguments_cuda(torch.bfloat16, lengths=lengths, **sizes)
+    together = torch.ops.reasoners.ssd_scan_backward(*outer, *inputs.values())
     begin = 0
     for i, length in enumerate(lengths[:6]):
         where = slice(begin, begin + length)
-        alone = sequence_of(inputs, i, where)
-        *tokens, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
-        assert_equal(tokens, tokens_of(together[:5], where))
-        assert torch.equal(dinitial, together[6][i : i + 1])
+        assert_equal_alone(together, outer, sequence_of(inputs, i, where), i, where)
         begin += length
 
 
@@ -373,14 +378,10 @@ def test_gradients_among_many_equal_alone_bitwise_cuda(sizes):
 def test_gradients_after_empty_sequences_equal_alone_bitwise_cuda(empty, sizes):
     """Whose places for sums are those of a sequence that is not through, and of empty ones between."""
     lengths = [4000, *[0] * empty, 300]
-    (dy, dfinal), inputs = backward_arguments_cuda(torch.bfloat16, lengths=lengths, **sizes)
-    backward = torch.ops.reasoners.ssd_scan_backward
-    together = backward(dy, dfinal, *inputs.values())
+    outer, inputs = backward_arguments_cuda(torch.bfloat16, lengths=lengths, **sizes)
+    together = torch.ops.reasoners.ssd_scan_backward(*outer, *inputs.values())
     for i, where in ((0, slice(0, 4000)), (len(lengths) - 1, slice(4000, 4300))):
-        alone = sequence_of(inputs, i, where)
-        *tokens, _, dinitial = backward(dy[:, where], dfinal[i : i + 1], *alone.values())
-        assert_equal(tokens, tokens_of(together[:5], where))
-        assert torch.equal(dinitial, together[6][i : i + 1])
+        assert_equal_alone(together, outer, sequence_of(inputs, i, where), i, where)
 
 
 @pytest.mark.cuda("ssd_scan_backward")
@@ -413,10 +414,8 @@ def test_gradients_of_long_sequences_cuda(sizes):
             continue
         ours = ours.cpu().float()
         assert (ours - exact).square().mean().sqrt() < 0.01 * exact.square().mean().sqrt()
-    alone = sequence_of(inputs, 2, slice(4453, None))
-    *tokens, _, dinitial = backward(dy[:, 4453:], dfinal[2:], *alone.values())
-    assert_equal(tokens, tokens_of(found[:5], slice(4453, None)))
-    assert torch.equal(dinitial, found[6][2:])
+    where = slice(4453, None)
+    assert_equal_alone(found, (dy, dfinal), sequence_of(inputs, 2, where), 2, where)
 
 
 MEMORY_CUDA = {  # H, Hx, Gb, Gc, P, N, and the most, of what the inputs take
